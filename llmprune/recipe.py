@@ -1,0 +1,213 @@
+"""A recipe: one YAML file that says everything about a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llmprune.errors import RecipeError
+
+SplitName = Literal["calibration", "search", "validation", "test"]
+SPLIT_NAMES: tuple[SplitName, ...] = ("calibration", "search", "validation", "test")
+Objective = Literal["decode", "prefill"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelRecipe(_Strict):
+    """The parent: a Hub id, a local directory, or a GGUF file."""
+
+    path: str = Field(description="Hub id, local directory, or path of a .gguf file")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub model")
+    tokenizer: str | None = Field(None, description="Hub id or directory, if not the model's own")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = Field("auto", description="'auto' (CUDA if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1'")
+    trust_remote_code: bool = Field(False, description="let the tokenizer's or config's repository run its code")
+
+
+class SourceRecipe(_Strict):
+    """One domain of text: a Hub data set (`dataset`) or a local file (`path`: .txt, .jsonl or .parquet)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="how figures of this source are labelled")
+    dataset: str | None = Field(None, description="Hub id of a data set")
+    config: str | None = Field(None, description="configuration of the Hub data set")
+    split: str = Field("train", description="split of the Hub data set")
+    revision: str | None = None
+    path: str | None = Field(None, description="local .txt, .jsonl or .parquet file")
+    text_field: str = Field("text", description="column or key that holds a document")
+    separator: str = Field("\n\n\n", min_length=1, description="what stands between two documents of a .txt file")
+    weight: float = Field(1.0, gt=0, description="share in the mixture, relative to the other sources")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourceRecipe:
+        if (self.dataset is None) == (self.path is None):
+            raise ValueError("give exactly one of `dataset` (Hub) and `path` (local file)")
+        return self
+
+
+class DataRecipe(_Strict):
+    """Text, and how it is cut: disjoint windows of `seq_len` tokens for each split."""
+
+    sources: tuple[SourceRecipe, ...] = Field(min_length=1)
+    seq_len: int = Field(256, ge=8, description="tokens a window")
+    bos: bool = Field(
+        False, description="open every window with the BOS token (it counts towards seq_len, is never scored)"
+    )
+    calibration_tokens: int = Field(24_576, ge=256, description="for statistics of the blocks")
+    search_tokens: int = Field(4_096, ge=64, description="every trial is scored on these")
+    validation_tokens: int = Field(16_384, ge=64, description="for choosing on the front")
+    test_tokens: int = Field(16_384, ge=64, description="reported once")
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> DataRecipe:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"every source needs a name of its own; got {names}")
+        return self
+
+    def tokens_of(self, split: SplitName) -> int:
+        return int(getattr(self, f"{split}_tokens"))
+
+
+class WorkloadRecipe(_Strict):
+    """What is timed: the speed at which the child will be used."""
+
+    batch: int = Field(1, ge=1)
+    prompt_tokens: int = Field(128, ge=1)
+    generated_tokens: int = Field(32, ge=2)
+    threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's own choice")
+    repeats: int = Field(3, ge=1, description="interleaved parent/child repeats a trial")
+
+
+class ImportanceRecipe(_Strict):
+    """In which order units leave a block, and whether the rest is re-solved."""
+
+    method: Literal["obs", "magnitude", "wanda-sp", "flap"] = "obs"
+    refit: bool = Field(True, description="re-solve the output projection by least squares")
+    damp: float = Field(0.01, gt=0, description="ridge, as a share of the mean diagonal of X^T X")
+
+
+class SpaceRecipe(_Strict):
+    """Which choices a search may make."""
+
+    kv_groups_step: int = Field(1, ge=1)
+    ffn_step: int = Field(256, ge=1)
+    drop: bool = Field(True, description="may whole blocks be dropped")
+
+
+class SearchRecipe(_Strict):
+    """How architectures are proposed, and when to stop."""
+
+    sampler: Literal["nsga2", "nsga3", "tpe", "gp", "random"] = "nsga2"
+    objective: Objective = Field("decode", description="which measured speed is the second objective")
+    budgets: tuple[str, ...] = Field(
+        (),
+        description="constraints such as 'decode_speedup>=1.3' or 'params<=1e8'; a trial that breaks one is kept, "
+        "but ranks behind all that hold them",
+    )
+    warm_starts: tuple[Annotated[float, Field(gt=1)], ...] = Field(
+        (1.15, 1.3, 1.5, 2.0), description="speed-ups that the first trials aim at"
+    )
+    population: int = Field(16, ge=2, description="population of the evolutionary samplers")
+    trials: int = Field(100, ge=1, description="stop after this many finished trials")
+    minutes: float | None = Field(None, gt=0, description="or after this many minutes, whichever comes first")
+    seed: int = 0
+
+
+class FrontRecipe(_Strict):
+    """What is re-measured once the search is over."""
+
+    size: int = Field(6, ge=1, description="how many children at most")
+    repeats: int = Field(9, ge=1, description="interleaved parent/child repeats a child")
+    baselines_at: float = Field(
+        1.3, gt=1, description="measured speed-up at which the baselines stand beside the front"
+    )
+    random_draws: int | None = Field(
+        None, ge=0, description="random architectures drawn at that speed; default: as many as the search had trials"
+    )
+    checkpoints: Literal["all", "none"] = Field("all", description="write every front child to RUN/children/HASH")
+
+
+class ExportRecipe(_Strict):
+    """Which child `compress` exports, and where to."""
+
+    pick: str = Field("decode_speedup>=1.3", description="e.g. 'decode_speedup>=1.5', 'ppl_ratio<=1.2', or a hash")
+    to: str | None = Field(None, description="directory; default RUN/export")
+
+
+class Recipe(_Strict):
+    """Everything about a run."""
+
+    model: ModelRecipe
+    data: DataRecipe
+    workload: WorkloadRecipe = WorkloadRecipe()
+    importance: ImportanceRecipe = ImportanceRecipe()
+    space: SpaceRecipe = SpaceRecipe()
+    search: SearchRecipe = SearchRecipe()
+    front: FrontRecipe = FrontRecipe()
+    export: ExportRecipe = ExportRecipe()
+
+
+def parse_recipe(data: Any, *, origin: str) -> Recipe:
+    """Validate a recipe's data; `origin` is the name that errors give it. Raises RecipeError."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in problem['loc']) or 'recipe'}: {_explain(problem)}"
+            for problem in error.errors()
+        )
+        raise RecipeError(f"{origin}: {problems}. `llmprune schema` lists every key") from None
+
+
+def _explain(problem: Any) -> str:
+    if problem["type"] == "extra_forbidden":
+        return "unknown key"
+    if problem["type"] == "missing":
+        return "missing"
+    return f"{problem['msg']}, got {problem['input']!r}"
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe and apply `key.sub=value` overrides. Raises RecipeError."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections (model, data, ...)")
+    return parse_recipe(apply_overrides(data, overrides or []), origin=str(path))
+
+
+def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of `data` with `key.sub=value` overrides; values are read as YAML. Raises RecipeError."""
+    result: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"an override is key.sub=value, such as search.trials=100; got {override!r}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"the value of {key} is not YAML: {error}") from None
+        section, _, name = key.partition(".")
+        if not name or "." in name:
+            raise RecipeError(f"an override names section.key, such as search.trials; got {key!r}")
+        target = result.setdefault(section, {})
+        if not isinstance(target, dict):
+            raise RecipeError(f"{section} is not a section of a recipe; got {override!r}")
+        target[name] = value
+    return result
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The complete recipe, defaults included."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
