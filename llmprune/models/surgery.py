@@ -1,0 +1,219 @@
+"""From a parent and an architecture to a real, smaller child: slices of the parent in the class that will load it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Protocol, cast
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmprune.architecture import Architecture, BlockKind, LayerChoice, ParentShape
+from llmprune.models import modeling_pruned
+from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, Family, input_axis, part_rows, unit_rows
+from llmprune.models.parent import Parent
+
+
+class Repairs(Protocol):
+    """What a block library tells surgery: which units a choice keeps, and the output projection after the rest left."""
+
+    def kept_units(self, layer: int, kind: BlockKind, units: int) -> torch.Tensor:
+        """Indices of the kept units, ascending: (units,) int64."""
+        ...
+
+    def output(self, layer: int, kind: BlockKind, units: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight (D, kept inputs) and bias (D,) of the output projection."""
+        ...
+
+
+def prune(parent: Parent, architecture: Architecture, library: Repairs) -> PreTrainedModel:
+    """The child that `architecture` describes, in eval mode; the parent is untouched.
+
+    Tensors of unchanged blocks are the parent's own storage (do not train such a child in place: load an exported
+    one); those of changed blocks are contiguous copies. The child is an instance of the class that its checkpoint
+    will load as, filled strictly: a missing, unexpected or misshapen tensor is an error.
+
+    Raises ArchitectureError if the architecture is not a sub-network of the parent.
+    """
+    parent.shape.check(architecture)
+    config = child_config(parent.model.config, parent.family, parent.shape, architecture)
+    child = _skeleton(config, parent)
+    child.load_state_dict(_child_tensors(parent, architecture, library, child), strict=True, assign=True)
+    child.tie_weights()
+    _copy_buffers(parent, architecture, child)
+    child.generation_config = copy.deepcopy(parent.model.generation_config)
+    child.eval()  # type: ignore[no-untyped-call]
+    _dispatch_like(parent, architecture, child)
+    return child
+
+
+def child_config(config: Any, family: Family, shape: ParentShape, architecture: Architecture) -> Any:
+    """The child's config: the parent's stock class if all its layers are alike and that class can say so,
+    the family's pruned class with a `per_layer_config` otherwise. The parent's config is untouched."""
+    kept = architecture.kept_layers
+    choices = [architecture.layers[i] for i in kept]
+    values = config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "quantization_config", "_name_or_path"):
+        values.pop(key, None)
+    for key, value in values.items():
+        # Lists with an entry a layer (layer_types, no_rope_layers, ...) lose the entries of layers that are gone.
+        if isinstance(value, list) and len(value) == shape.layers:
+            values[key] = [value[i] for i in kept]
+    values["num_hidden_layers"] = len(kept)
+    if _stock_can_say(family, shape, choices):
+        values.update(_own_attributes(family, shape, choices[0]))
+        child = type(config)(**values)
+    else:
+        values["head_dim"] = shape.head_dim
+        values["per_layer_config"] = {str(i): _layer_entry(family, shape, choice) for i, choice in enumerate(choices)}
+        child = pruned_classes(config.model_type)[0](**values)
+    child.dtype = config.dtype
+    child._attn_implementation = config._attn_implementation
+    return child
+
+
+def pruned_classes(model_type: str) -> tuple[Any, Any]:
+    """The pruned config and model class of a family, by the stock model type."""
+    config_name, model_name = modeling_pruned.pruned_class_names(model_type)
+    return getattr(modeling_pruned, config_name), getattr(modeling_pruned, model_name)
+
+
+def register_pruned_classes() -> None:
+    """Teach AutoConfig and AutoModelForCausalLM the pruned classes, so that no remote code is needed to load them."""
+    for model_type in FAMILIES:
+        config_class, model_class = pruned_classes(model_type)
+        transformers.AutoConfig.register(PRUNED_PREFIX + model_type, config_class, exist_ok=True)
+        transformers.AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+
+
+def is_stock(config: Any) -> bool:
+    """Whether plain transformers loads this config, without a modeling file."""
+    return not config.model_type.startswith(PRUNED_PREFIX)
+
+
+def _stock_can_say(family: Family, shape: ParentShape, choices: list[LayerChoice]) -> bool:
+    if len(set(choices)) != 1 or 0 in (choices[0].attention.kv_groups, choices[0].ffn.ffn_width):
+        return False
+    if choices[0].attention.kv_groups == shape.kv_groups:
+        return True
+    heads = choices[0].attention.kv_groups * shape.queries_per_group
+    return not family.derives_head_dim and shape.hidden_size % heads == 0
+
+
+def _own_attributes(family: Family, shape: ParentShape, choice: LayerChoice) -> dict[str, int]:
+    """A layer's dimensions under the family's own attribute names; a dropped block keeps the parent's values."""
+    own = {}
+    if groups := choice.attention.kv_groups:
+        own[family.heads] = groups * shape.queries_per_group
+        if family.kv_heads:
+            own[family.kv_heads] = groups
+        if not family.derives_head_dim:
+            own["head_dim"] = shape.head_dim
+    if width := choice.ffn.ffn_width:
+        own[family.ffn_width] = width
+    return own
+
+
+def _layer_entry(family: Family, shape: ParentShape, choice: LayerChoice) -> dict[str, Any]:
+    skip = [
+        name for name, units in (("attention", choice.attention.kv_groups), ("mlp", choice.ffn.ffn_width)) if not units
+    ]
+    return {**_own_attributes(family, shape, choice), **({"skip": skip} if skip else {})}
+
+
+def _skeleton(config: Any, parent: Parent) -> PreTrainedModel:
+    """The child's class without memory, every tensor on the meta device."""
+    model_class = type(parent.model) if is_stock(config) else pruned_classes(parent.model.config.model_type)[1]
+    with torch.device("meta"):
+        return cast(PreTrainedModel, model_class(config))
+
+
+def _parent_name(parent: Parent, architecture: Architecture, name: str) -> tuple[str, int | None, str]:
+    """A child's tensor name as (the parent's name, the parent's layer or None, the name within the layer)."""
+    prefix = parent.family.layers + "."
+    if not name.startswith(prefix):
+        return name, None, ""
+    index, _, rest = name.removeprefix(prefix).partition(".")
+    layer = architecture.kept_layers[int(index)]
+    return f"{prefix}{layer}.{rest}", layer, rest
+
+
+def _child_tensors(
+    parent: Parent, architecture: Architecture, library: Repairs, child: PreTrainedModel
+) -> dict[str, torch.Tensor]:
+    parent_tensors = parent.model.state_dict()
+    changed = {
+        layer: _changed_tensors(parent, layer, architecture.layers[layer], library)
+        for layer in architecture.kept_layers
+    }
+    tensors = {}
+    for name in child.state_dict():
+        parent_name, layer, rest = _parent_name(parent, architecture, name)
+        own = changed[layer].get(rest) if layer is not None else None
+        tensors[name] = parent_tensors[parent_name] if own is None else own
+    return tensors
+
+
+def _changed_tensors(parent: Parent, layer: int, choice: LayerChoice, library: Repairs) -> dict[str, torch.Tensor]:
+    """The tensors of a layer whose block keeps some units only, by their name within the layer."""
+    shape = parent.shape
+    parts = part_rows(shape.queries_per_group, shape.head_dim)
+    tensors: dict[str, torch.Tensor] = {}
+    for kind in ("attention", "ffn"):
+        units, full = choice.block(kind).units, shape.units(kind)
+        if units in (0, full):
+            continue
+        names, block = parent.names(kind), parent.block(layer, kind)
+        prefix = f"{names.module}." if names.module else ""
+        kept = library.kept_units(layer, kind, units)
+        for name, layout in names.rows.items():
+            module = block.get_submodule(name)
+            rows = unit_rows(layout, kept, full, parts)
+            for parameter, value in module.named_parameters():
+                tensors[f"{prefix}{name}.{parameter}"] = _take_rows(module, value.detach(), rows)
+        weight, bias = library.output(layer, kind, units)
+        output = parent.output_projection(layer, kind)
+        weight = weight if input_axis(output) == 1 else weight.T
+        tensors[f"{prefix}{names.output}.weight"] = _like(parent.output_weight(layer, kind), weight)
+        if bias is not None:
+            tensors[f"{prefix}{names.output}.bias"] = _like(parent.output_weight(layer, kind), bias)
+    return tensors
+
+
+def _take_rows(module: nn.Module, value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    axis = 1 - input_axis(module) if value.ndim == 2 else 0
+    return value.index_select(axis, rows.to(value.device)).contiguous()
+
+
+def _like(reference: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return value.to(device=reference.device, dtype=reference.dtype).contiguous()
+
+
+def _copy_buffers(parent: Parent, architecture: Architecture, child: PreTrainedModel) -> None:
+    """Fill what a checkpoint does not hold: rotary frequencies, embedding scales."""
+    for name, buffer in list(child.named_buffers()):
+        if buffer.is_meta:
+            path, _, leaf = name.rpartition(".")
+            parent_name = _parent_name(parent, architecture, name)[0]
+            child.get_submodule(path)._buffers[leaf] = parent.model.get_buffer(parent_name).clone()
+
+
+def _dispatch_like(parent: Parent, architecture: Architecture, child: PreTrainedModel) -> None:
+    """A parent spread over several devices has hooks that move activations: give the child the same."""
+    device_map = getattr(parent.model, "hf_device_map", None)
+    if not device_map or len(set(device_map.values())) == 1:
+        return
+    from accelerate import dispatch_model
+
+    prefix = parent.family.layers + "."
+    position = {layer: i for i, layer in enumerate(architecture.kept_layers)}
+    child_map: dict[str, Any] = {}
+    for name, device in device_map.items():
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        if not name.startswith(prefix):
+            child_map[name] = device
+        elif int(index) in position:
+            child_map[f"{prefix}{position[int(index)]}" + (f".{rest}" if rest else "")] = device
+    dispatch_model(child, device_map=child_map)

@@ -1,0 +1,167 @@
+"""Tiny random models of every supported family, and the oracle they are held to: the masked parent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmprune.architecture import Architecture, BlockKind
+from llmprune.models.modeling_pruned import FAMILIES, part_rows, unit_rows
+from llmprune.models.parent import Parent, make_parent
+
+LAYERS, HIDDEN, VOCAB = 4, 48, 300
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 6,
+    "intermediate_size": 40,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED, MULTI_QUERY, MULTI_HEAD = (
+    {"num_key_value_heads": 3},
+    {"num_key_value_heads": 1},
+    {"num_key_value_heads": 6},
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family, and the config values that make its tiny model."""
+
+    model_type: str
+    label: str
+    values: dict[str, Any] = field(hash=False)
+
+
+def _cases() -> Iterator[Case]:
+    for label, heads in (("gqa", GROUPED), ("mqa", MULTI_QUERY), ("mha", MULTI_HEAD)):
+        yield Case("llama", label, {**COMMON, **heads, "tie_word_embeddings": True})
+    yield Case("llama", "biased", {**COMMON, **GROUPED, "attention_bias": True, "mlp_bias": True})
+    yield Case("llama", "wide-heads", {**COMMON, **GROUPED, "head_dim": 12})
+    sliding = {"sliding_window": 8}
+    yield Case("mistral", "gqa", {**COMMON, **GROUPED, "head_dim": 8, "sliding_window": None})
+    yield Case("mistral", "sliding", {**COMMON, **GROUPED, "head_dim": 8, **sliding})
+    yield Case("qwen2", "gqa", {**COMMON, **GROUPED})
+    yield Case(
+        "qwen2", "sliding", {**COMMON, **GROUPED, **sliding, "use_sliding_window": True, "max_window_layers": 2}
+    )
+    yield Case("qwen3", "gqa", {**COMMON, **GROUPED, "head_dim": 8})
+    yield Case("smollm3", "gqa", {**COMMON, **GROUPED, "no_rope_layer_interval": 2})
+    yield Case("granite", "gqa", {**COMMON, **GROUPED, "residual_multiplier": 0.5, "logits_scaling": 2.0})
+    yield Case("olmo2", "gqa", {**COMMON, **GROUPED})
+    yield Case("gemma2", "gqa", {**COMMON, **GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, **sliding})
+    yield Case(
+        "gemma3_text", "gqa", {**COMMON, **GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, **sliding}
+    )
+    yield Case("gemma3_text", "mqa", {**COMMON, **MULTI_QUERY, "head_dim": 8, "query_pre_attn_scalar": 8, **sliding})
+    yield Case("phi3", "gqa", {**COMMON, **GROUPED})
+    yield Case("phi3", "mha", {**COMMON, **MULTI_HEAD})
+    yield Case("gpt_neox", "parallel", {**COMMON, "use_parallel_residual": True})
+    yield Case("gpt_neox", "sequential", {**COMMON, "use_parallel_residual": False})
+    gpt2 = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 6, "n_positions": 128}
+    yield Case("gpt2", "mha", {**gpt2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    yield Case("gpt2", "n_inner", {**gpt2, "n_inner": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    opt = {key: value for key, value in COMMON.items() if key != "intermediate_size"}
+    yield Case("opt", "mha", {**opt, "ffn_dim": 40, "word_embed_proj_dim": HIDDEN})
+
+
+CASES = list(_cases())
+IDS = [f"{case.model_type}-{case.label}" for case in CASES]
+
+
+def tiny_model(case: Case, seed: int = 0) -> PreTrainedModel:
+    """A random model of the case, in eval mode, with every weight, norm and bias away from 0 and 1."""
+    family = FAMILIES[case.model_type]
+    torch.manual_seed(seed)
+    model = getattr(transformers, family.causal_lm)(getattr(transformers, family.config)(**case.values))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def tiny_parent(case: Case, seed: int = 0) -> Parent:
+    return make_parent(tiny_model(case, seed), None, source=case.model_type)
+
+
+def tokens(rows: int = 2, length: int = 20, seed: int = 0) -> torch.Tensor:
+    """Random token ids (rows, length) that avoid the special ones."""
+    return torch.randint(5, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The plainest library: keeps pseudo-random units, cuts the output projection, re-solves nothing."""
+
+    parent: Parent
+    seed: int = 0
+
+    def kept_units(self, layer: int, kind: BlockKind, units: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1000 + layer * 2 + (kind == "ffn"))
+        return torch.randperm(self.parent.shape.units(kind), generator=generator)[:units].sort().values
+
+    def output(self, layer: int, kind: BlockKind, units: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        columns = unit_rows(
+            "q" if kind == "attention" else "c",
+            self.kept_units(layer, kind, units),
+            self.parent.shape.units(kind),
+            part_rows(self.parent.shape.queries_per_group, self.parent.shape.head_dim),
+        )
+        return self.parent.output_weight(layer, kind)[:, columns], self.parent.output_bias(layer, kind)
+
+
+@contextmanager
+def masked(parent: Parent, architecture: Architecture, library: Slices) -> Iterator[PreTrainedModel]:
+    """The parent with what `architecture` leaves out set to zero by hooks, all tensors at their full size."""
+    shape = parent.shape
+    parts = part_rows(shape.queries_per_group, shape.head_dim)
+    handles = []
+    for layer, kind, choice in architecture.blocks():
+        full = shape.units(kind)
+        output = parent.output_projection(layer, kind)
+        if choice.units == 0:
+            handles.append(output.register_forward_hook(lambda module, args, result: torch.zeros_like(result)))
+        elif choice.units < full:
+            kept = library.kept_units(layer, kind, choice.units)
+            columns = unit_rows("q" if kind == "attention" else "c", kept, full, parts)
+            handles.append(output.register_forward_pre_hook(_keep_only(columns)))
+            for name, layout in parent.names(kind).rows.items():
+                if name.endswith("_norm"):
+                    norm = parent.block(layer, kind).get_submodule(name)
+                    handles.append(norm.register_forward_hook(_norm_over(unit_rows(layout, kept, full, parts))))
+    try:
+        yield parent.model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep_only(columns: torch.Tensor) -> Any:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        mask = torch.zeros(args[0].shape[-1])
+        mask[columns] = 1
+        return (args[0] * mask,)
+
+    return hook
+
+
+def _norm_over(rows: torch.Tensor) -> Any:
+    """OLMo 2's norm spans all heads: with heads gone, its mean is over those that stay."""
+
+    def hook(module: Any, args: tuple[torch.Tensor], result: torch.Tensor) -> torch.Tensor:
+        kept = args[0][..., rows]
+        scale = torch.rsqrt(kept.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+        return args[0] * scale * module.weight
+
+    return hook
