@@ -1,0 +1,201 @@
+"""Write a child as a checkpoint that loads elsewhere, and prove in a fresh process that it is the network scored."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+import llmprune.models.proof
+from llmprune.architecture import Architecture
+from llmprune.errors import ExportError
+from llmprune.files import write_json
+from llmprune.models.modeling_pruned import PRUNED_PREFIX
+
+METADATA_FILE = "llmprune.json"
+PROOF_TEXT = "The quick brown fox, 3.14 — naïve façade; 漢字.\n\tdef f(x): return x ** 2"
+PROOF_SHAPE = (2, 24)
+MAX_LOGIT_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a fresh process found: see `models/proof.py`."""
+
+    max_logit_difference: float
+    generation_gap: float
+    params: int
+    stock_class: bool
+
+
+def check_destination(directory: Path, *, force: bool) -> None:
+    """Raises ExportError if writing to `directory` would lose something."""
+    if directory.is_file() or directory.is_symlink():
+        raise ExportError(f"{directory} is a file; name a directory to export to")
+    if directory.is_dir() and any(directory.iterdir()) and not force:
+        raise ExportError(f"{directory} exists and is not empty; use --force to replace it, or another --to")
+    if directory.is_dir() and force and not (directory / "config.json").is_file() and any(directory.iterdir()):
+        raise ExportError(
+            f"{directory} does not look like a checkpoint (no config.json); it is not replaced, name another"
+        )
+
+
+def write_checkpoint(
+    child: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    architecture: Architecture,
+    metadata: Mapping[str, Any],
+    directory: Path,
+    *,
+    force: bool = False,
+) -> Proof:
+    """Save `child`, prove the files, then move them to `directory`: it appears whole and proven, or not at all.
+
+    `metadata` joins the architecture and the proof in `llmprune.json`.
+    Raises ExportError if the directory is taken, the disk is full, or the proof fails.
+    """
+    check_destination(directory, force=force)
+    with _staging(directory) as staging:
+        _save(child, tokenizer, staging)
+        proof = prove(child, tokenizer, staging)
+        write_json(
+            staging / METADATA_FILE,
+            {
+                "format": 1,
+                "hash": architecture.hash,
+                "architecture": architecture.to_json(),
+                "proof": {
+                    "max_logit_difference": proof.max_logit_difference,
+                    "params": proof.params,
+                    "stock_class": proof.stock_class,
+                },
+                **metadata,
+            },
+        )
+        _replace(staging, directory)
+    return proof
+
+
+def prove(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, checkpoint: Path) -> Proof:
+    """Load `checkpoint` in a fresh process and hold it to `child`: keys, logits, cached generation, parameters.
+
+    Raises ExportError on any difference.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs = Path(scratch) / "inputs.safetensors"
+        save_file(_proof_inputs(child, tokenizer), inputs)
+        environment = {
+            **os.environ,
+            # A module cache of its own: neither reads nor leaves code in the user's.
+            "HF_MODULES_CACHE": str(Path(scratch) / "modules"),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
+        script = llmprune.models.proof.__file__
+        finished = subprocess.run(
+            [sys.executable, "-P", script, str(checkpoint), str(inputs), str(child.device)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if finished.returncode != 0:
+        last = (finished.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ExportError(f"the checkpoint does not load in a fresh process: {last}")
+    return _judge(json.loads(finished.stdout.strip().splitlines()[-1]), child)
+
+
+def _proof_inputs(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(child.config.vocab_size, PROOF_SHAPE, generator=generator)
+    with torch.inference_mode():
+        logits = child(tokens.to(child.device)).logits.float().cpu()
+    inputs = {"tokens": tokens, "logits": logits}
+    if tokenizer is not None:
+        ids = tokenizer(PROOF_TEXT, add_special_tokens=False)["input_ids"]
+        inputs["text"] = torch.tensor(list(PROOF_TEXT.encode()), dtype=torch.uint8)
+        inputs["text_ids"] = torch.tensor(ids, dtype=torch.int64)
+    return inputs
+
+
+def _judge(found: Mapping[str, Any], child: PreTrainedModel) -> Proof:
+    for rule in ("missing", "unexpected", "mismatched"):
+        if found[rule]:
+            raise ExportError(f"the reloaded checkpoint has {rule} keys: {', '.join(found[rule][:5])}")
+    if not found["finite"]:
+        raise ExportError("the reloaded checkpoint gives NaN or infinite logits; export another child")
+    tolerance = MAX_LOGIT_DIFFERENCE[child.dtype]
+    for figure in ("max_logit_difference", "generation_gap"):
+        if not found[figure] <= tolerance:
+            raise ExportError(
+                f"the reloaded checkpoint differs from the scored child: {figure} {found[figure]:.3g} > {tolerance}"
+            )
+    params = sum(parameter.numel() for parameter in {id(p): p for p in child.parameters()}.values())
+    if found["params"] != params:
+        raise ExportError(f"the reloaded checkpoint has {found['params']:,} parameters, the scored child {params:,}")
+    if not found.get("tokenizer_equal", True):
+        raise ExportError("the reloaded tokenizer gives other token ids than the parent's")
+    return Proof(
+        max_logit_difference=found["max_logit_difference"],
+        generation_gap=found["generation_gap"],
+        params=params,
+        stock_class=not child.config.model_type.startswith(PRUNED_PREFIX),
+    )
+
+
+def _save(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        child.save_pretrained(directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+    finally:
+        if was_shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _staging(directory: Path) -> Iterator[Path]:
+    """A directory beside the destination (one rename away), gone whatever happens."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    except OSError as error:
+        raise ExportError(f"cannot write beside {directory}: {error.strerror}") from None
+    try:
+        staging.chmod(0o755)
+        yield staging
+    except OSError as error:
+        raise ExportError(f"writing {directory} failed: {error.strerror or error}; nothing was changed") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(staging: Path, directory: Path) -> None:
+    """Move the finished checkpoint into place; an old one leaves only once the new one stands."""
+    if not directory.exists():
+        staging.rename(directory)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+    directory.rename(old / "checkpoint")
+    try:
+        staging.rename(directory)
+    except OSError:
+        (old / "checkpoint").rename(directory)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,63 @@
+"""Load a checkpoint as a stranger would, and report what came out. Run as a script, in a process of its own.
+
+Imports torch and transformers only: what it proves is that the checkpoint needs nothing else.
+Usage: python proof.py CHECKPOINT INPUTS.safetensors DEVICE; prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+GENERATED_TOKENS = 8
+
+
+def main(checkpoint: str, inputs: str, device: str) -> None:
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    with open(f"{checkpoint}/config.json", encoding="utf-8") as file:  # noqa: PTH123 - no pathlib needed here
+        has_code = "auto_map" in json.load(file)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint, trust_remote_code=has_code, dtype="auto", use_safetensors=True, output_loading_info=True
+    )
+    model, info = loaded[0].to(device), loaded[1]
+    expected = load_file(inputs)
+    tokens, logits = expected["tokens"].to(device), expected["logits"].to(device)
+    with torch.inference_mode():
+        found = model(tokens).logits.float()
+        greedy = model.generate(
+            tokens[:1],
+            attention_mask=torch.ones_like(tokens[:1]),
+            max_new_tokens=GENERATED_TOKENS,
+            min_new_tokens=GENERATED_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        uncached = model(greedy).logits[0, tokens.shape[1] - 1 : -1]
+    chosen = greedy[0, tokens.shape[1] :]
+    result = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "mismatched": [str(key) for key in info["mismatched_keys"]],
+        "finite": bool(found.isfinite().all()),
+        "max_logit_difference": float((found - logits).abs().max()),
+        # How far below the best uncached logit each token of cached generation stood: 0 up to rounding.
+        "generation_gap": float((uncached.max(-1).values - uncached.gather(1, chosen[:, None])[:, 0]).max()),
+        "params": sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
+        "llmprune_imported": "llmprune" in sys.modules,
+    }
+    if "text" in expected:
+        text = bytes(expected["text"].tolist()).decode()
+        ids = AutoTokenizer.from_pretrained(checkpoint)(text, add_special_tokens=False)["input_ids"]
+        result["tokenizer_equal"] = ids == expected["text_ids"].tolist()
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

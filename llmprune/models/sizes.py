@@ -1,0 +1,41 @@
+"""What a model weighs: exact counts, from the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from llmprune.architecture import Architecture, ParentShape
+
+
+@dataclass(frozen=True)
+class Size:
+    """Counts of one model.
+
+    params: parameters, tied ones once. bytes: theirs. kv_bytes_per_token: what the cache grows by for each token of
+    one sequence. decode_bytes: weights read to decode one token (an input embedding that is not tied to the output
+    is a row lookup, and not counted).
+    """
+
+    params: int
+    bytes: int
+    kv_bytes_per_token: int
+    decode_bytes: int
+
+
+def size_of(model: PreTrainedModel, shape: ParentShape, architecture: Architecture) -> Size:
+    """Sizes of a parent (with its own architecture) or child."""
+    parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
+    total = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    embedding = model.get_input_embeddings().weight
+    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    tied = output is not None and output.weight is embedding
+    lookup = 0 if tied else embedding.numel() * embedding.element_size()  # type: ignore[operator]
+    groups = sum(layer.attention.kv_groups for layer in architecture.layers)
+    return Size(
+        params=sum(parameter.numel() for parameter in parameters),
+        bytes=total,
+        kv_bytes_per_token=2 * groups * shape.head_dim * model.dtype.itemsize,
+        decode_bytes=total - int(lookup),
+    )
