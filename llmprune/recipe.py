@@ -208,6 +208,24 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
     return result
 
 
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with its local files named absolutely, so that a run resumes from any working directory."""
+
+    def absolute(text: str) -> str:
+        return str(Path(text).expanduser().resolve()) if Path(text).expanduser().exists() else text
+
+    sources = tuple(
+        source if source.path is None else source.model_copy(update={"path": absolute(source.path)})
+        for source in recipe.data.sources
+    )
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"path": absolute(recipe.model.path)}),
+            "data": recipe.data.model_copy(update={"sources": sources}),
+        }
+    )
+
+
 def to_yaml(recipe: Recipe) -> str:
     """The complete recipe, defaults included."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

@@ -49,31 +49,50 @@ def _cases() -> Iterator[Case]:
         yield Case("llama", label, {**COMMON, **heads, "tie_word_embeddings": True})
     yield Case("llama", "biased", {**COMMON, **GROUPED, "attention_bias": True, "mlp_bias": True})
     yield Case("llama", "wide-heads", {**COMMON, **GROUPED, "head_dim": 12})
+    llama3_rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+    yield Case("llama", "llama3-rope", {**COMMON, **GROUPED, "rope_parameters": llama3_rope})
     sliding = {"sliding_window": 8}
     yield Case("mistral", "gqa", {**COMMON, **GROUPED, "head_dim": 8, "sliding_window": None})
     yield Case("mistral", "sliding", {**COMMON, **GROUPED, "head_dim": 8, **sliding})
     yield Case("qwen2", "gqa", {**COMMON, **GROUPED})
-    yield Case(
-        "qwen2", "sliding", {**COMMON, **GROUPED, **sliding, "use_sliding_window": True, "max_window_layers": 2}
-    )
+    yield Case("qwen2", "tied", {**COMMON, **GROUPED, "tie_word_embeddings": True})
+    yield Case("qwen2", "sliding", {**COMMON, **GROUPED, **sliding, "use_sliding_window": True, "max_window_layers": 2})
     yield Case("qwen3", "gqa", {**COMMON, **GROUPED, "head_dim": 8})
     yield Case("smollm3", "gqa", {**COMMON, **GROUPED, "no_rope_layer_interval": 2})
     yield Case("granite", "gqa", {**COMMON, **GROUPED, "residual_multiplier": 0.5, "logits_scaling": 2.0})
     yield Case("olmo2", "gqa", {**COMMON, **GROUPED})
     yield Case("gemma2", "gqa", {**COMMON, **GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, **sliding})
-    yield Case(
-        "gemma3_text", "gqa", {**COMMON, **GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, **sliding}
-    )
+    yield Case("gemma3_text", "gqa", {**COMMON, **GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, **sliding})
     yield Case("gemma3_text", "mqa", {**COMMON, **MULTI_QUERY, "head_dim": 8, "query_pre_attn_scalar": 8, **sliding})
+    full = {"layer_types": ["full_attention"] * LAYERS}
+    yield Case("gemma3_text", "full", {**COMMON, **GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, **full})
     yield Case("phi3", "gqa", {**COMMON, **GROUPED})
+    long_rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.5],
+        "long_factor": [2.0, 4.0],
+        "original_max_position_embeddings": 16,
+    }
+    yield Case("phi3", "longrope", {**COMMON, **GROUPED, "rope_parameters": long_rope, "sliding_window": 8})
     yield Case("phi3", "mha", {**COMMON, **MULTI_HEAD})
     yield Case("gpt_neox", "parallel", {**COMMON, "use_parallel_residual": True})
     yield Case("gpt_neox", "sequential", {**COMMON, "use_parallel_residual": False})
+    yield Case("gpt_neox", "unbiased", {**COMMON, "attention_bias": False})
     gpt2 = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 6, "n_positions": 128}
     yield Case("gpt2", "mha", {**gpt2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     yield Case("gpt2", "n_inner", {**gpt2, "n_inner": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     opt = {key: value for key, value in COMMON.items() if key != "intermediate_size"}
     yield Case("opt", "mha", {**opt, "ffn_dim": 40, "word_embed_proj_dim": HIDDEN})
+    yield Case("opt", "projected", {**opt, "ffn_dim": 40, "word_embed_proj_dim": 32, "enable_bias": False})
 
 
 CASES = list(_cases())

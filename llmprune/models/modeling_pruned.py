@@ -19,7 +19,7 @@ import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 PRUNED_PREFIX = "llmprune_"
 
@@ -237,6 +237,15 @@ def _fit_layer(layer: nn.Module, family: Family, config: Any, layer_config: Any)
         _shrink_block(layer, family.ffn, getattr(layer_config, family.ffn_width), parts, "c")
 
 
+def _fit_cache(model: PreTrainedModel, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Give a bare `DynamicCache()` the config's layers: its own would measure length and mask on layer 0, whose
+    attention may not be there."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, DynamicCache) and not cache.layers:
+        cache.layers = DynamicCache(config=model.config).layers
+        cache.layer_class_to_replicate = None
+
+
 def _dense(config: Any) -> Any:
     """The config with the parent's dimensions in every layer."""
     dense = copy.copy(config)
@@ -276,8 +285,14 @@ class PrunedModelMixin:
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 module.config = config
+                module.register_forward_pre_hook(_fit_cache, with_kwargs=True)
         for i, layer in enumerate(self.get_submodule(family.layers).children()):
             _fit_layer(layer, family, config, config.per_layer_config[i])
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks for the attention code in the source of a class's module; ours is in the family's.
+        return True
 
 
 def pruned_class_names(model_type: str) -> tuple[str, str]:

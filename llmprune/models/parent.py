@@ -109,7 +109,8 @@ def make_parent(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     """Wrap a model that is already loaded. Raises UnsupportedModelError if it cannot be pruned."""
     check_config(model.config, origin=source or type(model).__name__)
     family = FAMILIES[model.config.model_type]
-    model.eval()  # type: ignore[no-untyped-call]
+    # Frozen: nothing of ours trains the parent, and a backward pass through it then costs activations only.
+    model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
     parent = Parent(model, tokenizer, family, _shape_of(model.config, family), source)
     _check_weights(parent)
     return parent

@@ -58,8 +58,9 @@ def child_config(config: Any, family: Family, shape: ParentShape, architecture: 
     for key in ("model_type", "architectures", "transformers_version", "quantization_config", "_name_or_path"):
         values.pop(key, None)
     for key, value in values.items():
-        # Lists with an entry a layer (layer_types, no_rope_layers, ...) lose the entries of layers that are gone.
-        if isinstance(value, list) and len(value) == shape.layers:
+        # Lists with an entry a layer (layer_types, no_rope_layers, ...) lose the entries of layers that are gone;
+        # several end-of-text tokens are a list too.
+        if isinstance(value, list) and len(value) == shape.layers and not key.endswith("_token_id"):
             values[key] = [value[i] for i in kept]
     values["num_hidden_layers"] = len(kept)
     if _stock_can_say(family, shape, choices):

@@ -1,0 +1,116 @@
+"""What the calibration tokens say about the inputs of every block's output projection.
+
+Shapes: I inputs of the projection, N tokens of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmprune.architecture import BLOCK_KINDS, BlockKind, ParentShape
+from llmprune.data.tokens import Split
+from llmprune.errors import ModelError
+from llmprune.models.parent import Parent
+from llmprune.progress import Advance
+
+BATCH_TOKENS = 2048
+"""Tokens of one forward pass, in whole windows."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class BlockStatistics:
+    """Moments of a projection's inputs `x` over the weighted mixture of sources, in float64."""
+
+    gram_II: Tensor
+    """`G = E[x x^T]`."""
+    mean_I: Tensor
+    """`E[x]`."""
+    tokens: int
+    """Tokens seen, over all sources."""
+
+    @property
+    def mean_square_I(self) -> Tensor:
+        """`E[x_j^2]`."""
+        return self.gram_II.diagonal()
+
+    @property
+    def variance_I(self) -> Tensor:
+        """`E[x_j^2] - E[x_j]^2`, over tokens."""
+        return (self.mean_square_I - self.mean_I.square()).clamp(min=0)
+
+
+def collect_statistics(
+    parent: Parent, split: Split, *, layers: Sequence[int] | None = None, progress: Advance | None = None
+) -> dict[tuple[int, BlockKind], BlockStatistics]:
+    """Run the split through the parent and gather, for both blocks of `layers` (all by default), what enters their
+    output projections. Every source counts by its weight, however many tokens it has.
+
+    A batch is multiplied out in float32 and summed in float64: summing in float32 would halve the memory, but then the
+    error grows with the number of batches, and the float64 inverses of `damped_gram` start from it.
+    Memory beside the parent: `statistics_bytes` a layer, and while a batch runs its activations and one float32 matrix
+    (I, I); pass fewer `layers` and come again for the rest to bound it. `progress` counts windows.
+
+    Raises ModelError if an activation is not finite, or too large to be squared in float32.
+    """
+    moments: dict[tuple[int, BlockKind], _Moments] = {}
+    windows = sum(len(source.windows) for source in split.sources.values())
+    batch = max(1, BATCH_TOKENS // split.seq_len)
+    done = 0
+    with ExitStack() as hooks, torch.inference_mode():
+        for layer in range(parent.shape.layers) if layers is None else layers:
+            for kind in BLOCK_KINDS:
+                moments[layer, kind] = block = _Moments(parent, layer, kind)
+                handle = parent.output_projection(layer, kind).register_forward_pre_hook(block)
+                hooks.callback(handle.remove)
+        for name, source in split.sources.items():
+            for block in moments.values():
+                block.token_share = split.weights[name] / source.windows.numel()
+            for ids_BT in torch.split(source.windows, batch):
+                # The decoder alone: statistics need no logits.
+                parent.model.base_model(input_ids=ids_BT.to(parent.device), use_cache=False)
+                done += len(ids_BT)
+                if progress is not None:
+                    progress(done, windows)
+    return {key: block.statistics() for key, block in moments.items()}
+
+
+def statistics_bytes(shape: ParentShape) -> int:
+    """What the statistics of one layer take: two float64 matrices (I, I), and two means."""
+    widths = (shape.kv_groups * shape.queries_per_group * shape.head_dim, shape.ffn_width)
+    return sum(8 * (width * width + width) for width in widths)
+
+
+class _Moments:
+    """Running weighted sums over the inputs of one projection, whose forward pre-hook this is."""
+
+    def __init__(self, parent: Parent, layer: int, kind: BlockKind) -> None:
+        weight_DI = parent.output_weight(layer, kind)
+        self.block = f"{kind} block of layer {layer}"
+        self.token_share = 0.0
+        self.tokens = 0
+        # Normal tensors, although the caller is in inference mode: the statistics outlive it.
+        with torch.inference_mode(False):
+            self.gram_II = torch.zeros(2 * weight_DI.shape[1:], dtype=torch.float64, device=weight_DI.device)
+            self.mean_I = torch.zeros(weight_DI.shape[1], dtype=torch.float64, device=weight_DI.device)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x_NI = args[0].reshape(-1, len(self.mean_I)).float()
+        gram_II = x_NI.mT @ x_NI
+        # A column of the batch with anything that is not finite has no finite sum of squares.
+        if not bool(gram_II.diagonal().isfinite().all()):
+            raise ModelError(
+                f"activations must be finite, but those entering the output projection of the {self.block} are not; "
+                "load the parent with model.dtype=float32, or check its weights"
+            )
+        self.gram_II.add_(gram_II, alpha=self.token_share)
+        self.mean_I.add_(x_NI.sum(dim=0), alpha=self.token_share)
+        self.tokens += len(x_NI)
+
+    def statistics(self) -> BlockStatistics:
+        return BlockStatistics(self.gram_II, self.mean_I, self.tokens)

@@ -1,0 +1,143 @@
+"""A run directory: all that a run knows, each file whole or absent, one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmprune.errors import RecipeError, RunDirectoryError
+from llmprune.files import atomic_path, read_json, write_json
+from llmprune.recipe import Recipe, load_recipe, to_yaml
+
+# Changing one of these in mid-run would mix figures that do not compare.
+FIXED_SECTIONS = ("model", "data", "workload", "importance", "space")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run, by name."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.path / "provenance.json"
+
+    @property
+    def tokens(self) -> Path:
+        return self.path / "tokens.safetensors"
+
+    @property
+    def library(self) -> Path:
+        return self.path / "library"
+
+    @property
+    def tables(self) -> Path:
+        return self.path / "tables.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "study.journal"
+
+    @property
+    def front(self) -> Path:
+        return self.path / "front.json"
+
+    @property
+    def children(self) -> Path:
+        return self.path / "children"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; the kernel lets go when the process ends, however it ends.
+
+        Raises RunDirectoryError if another process holds it or the directory cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunDirectoryError(f"cannot use {self.path} as a run directory: {error.strerror}") from None
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunDirectoryError(
+                    f"{self.path} is in use by another llmprune process; wait for it, or use another directory"
+                ) from None
+            yield
+        finally:
+            os.close(descriptor)
+
+    def stored_recipe(self) -> Recipe:
+        """The recipe that the run was made with. Raises RunDirectoryError if there is none."""
+        if not self.recipe.is_file():
+            raise RunDirectoryError(
+                f"{self.path} is not a run directory (no recipe.yaml); start one with llmprune search"
+            )
+        try:
+            return load_recipe(self.recipe)
+        except RecipeError as error:
+            raise RunDirectoryError(f"the run's recipe is damaged: {error}") from None
+
+    def adopt(self, recipe: Recipe) -> None:
+        """Store the recipe, or check that it may continue the run that is here.
+
+        Raises RunDirectoryError if a section differs on which stored figures depend, or if the directory holds
+        something that is not a run.
+        """
+        if self.recipe.is_file():
+            stored = self.stored_recipe()
+            for section in FIXED_SECTIONS:
+                old, new = (getattr(r, section).model_dump(mode="json") for r in (stored, recipe))
+                changed = [f"{section}.{key}" for key in new if old[key] != new[key]]
+                if changed:
+                    raise RunDirectoryError(
+                        f"{self.path} was made with another {', '.join(changed)}; its figures would not compare: "
+                        "use another --out, or leave these as they were"
+                    )
+        elif any(entry.name != ".lock" for entry in self.path.iterdir()):
+            raise RunDirectoryError(f"{self.path} exists and is not a run directory; use an empty or a new one")
+        with atomic_path(self.recipe) as temporary:
+            temporary.write_text(to_yaml(recipe), encoding="utf-8")
+
+    def is_done(self, stage: str, input_hash: str, *files: Path) -> bool:
+        """Whether a stage's files were made from inputs with this hash."""
+        return all(file.exists() for file in files) and self.read_provenance()["stages"].get(stage) == input_hash
+
+    def mark_done(self, stage: str, input_hash: str) -> None:
+        provenance = self.read_provenance()
+        provenance["stages"][stage] = input_hash
+        write_json(self.provenance, provenance)
+
+    def read_provenance(self) -> dict[str, Any]:
+        if not self.provenance.exists():
+            return {"stages": {}}
+        provenance = read_json(self.provenance)
+        if not isinstance(provenance, dict) or not isinstance(provenance.get("stages"), dict):
+            raise RunDirectoryError(f"{self.provenance} is damaged; delete it, and the stages check their files again")
+        return provenance
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to the run's provenance."""
+        write_json(self.provenance, {**self.read_provenance(), **facts})
+
+
+def hash_of(*inputs: Any) -> str:
+    """SHA-256, as hex, over the JSON of what a stage depends on."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

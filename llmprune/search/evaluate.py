@@ -1,0 +1,91 @@
+"""Judge one architecture: prune a real child, score it, time it beside the parent, weigh it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmprune.architecture import Architecture
+from llmprune.blocks.library import BlockLibrary
+from llmprune.data.tokens import Split
+from llmprune.measure.host import fingerprint
+from llmprune.measure.quality import Quality, score
+from llmprune.measure.throughput import Speed, Spread, Workload, measure_paired
+from llmprune.models.parent import Parent
+from llmprune.models.sizes import Size, size_of
+from llmprune.models.surgery import prune
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What every candidate of one stage is judged by; parent and children see the same tokens and workload."""
+
+    parent: Parent
+    library: BlockLibrary
+    split: Split
+    workload: Workload
+    repeats: int
+    parent_quality: Quality
+
+    @classmethod
+    def of(cls, parent: Parent, library: BlockLibrary, split: Split, workload: Workload, repeats: int) -> Judge:
+        """Scores the parent once, for the ratios."""
+        return cls(parent, library, split, workload, repeats, score(parent.model, split))
+
+    def score(self, architecture: Architecture) -> Quality:
+        """Quality alone, for baselines that draw many candidates."""
+        return score(prune(self.parent, architecture, self.library), self.split)
+
+    def judge(self, architecture: Architecture, name: str) -> Record:
+        """The whole record of a child: quality, speed paired with the parent, size."""
+        child = prune(self.parent, architecture, self.library)
+        quality = score(child, self.split)
+        _, (speed,) = measure_paired(self.parent.model, [child], self.workload, self.repeats)
+        return self._record(name, architecture, quality, speed, size_of(child, self.parent.shape, architecture))
+
+    def parent_record(self) -> Record:
+        """The parent's own record; its speed-ups are 1 by definition, its tokens per second measured."""
+        architecture = self.parent.shape.architecture
+        speed, _ = measure_paired(self.parent.model, [], self.workload, self.repeats)
+        size = size_of(self.parent.model, self.parent.shape, architecture)
+        return self._record("parent", architecture, self.parent_quality, speed, size)
+
+    def _record(self, name: str, architecture: Architecture, quality: Quality, speed: Speed, size: Size) -> Record:
+        return {
+            "name": name,
+            "hash": architecture.hash,
+            "architecture": architecture.to_json(),
+            **asdict(size),
+            "nats_per_token": quality.nats_per_token,
+            "nats_per_byte": quality.nats_per_byte,
+            "ppl": quality.ppl,
+            "ppl_ratio": quality.ppl / self.parent_quality.ppl,
+            "per_source": {name: asdict(source) for name, source in quality.per_source.items()},
+            **{figure: _spread(getattr(speed, figure)) for figure in SPEED_FIGURES},
+            "measured_on": {
+                "dataset": quality.dataset,
+                "split": quality.split,
+                "seq_len": quality.seq_len,
+                "tokens": quality.tokens,
+                "bos": quality.bos,
+                "workload": self.workload.to_json(),
+                "repeats": self.repeats,
+                "host": fingerprint(),
+            },
+        }
+
+
+SPEED_FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_speedup", "decode_speedup")
+
+
+def is_finite(record: Mapping[str, Any]) -> bool:
+    """Whether a child computes numbers at all: a broken one is no candidate."""
+    return math.isfinite(record["nats_per_token"]) and math.isfinite(record["ppl"])
+
+
+def _spread(spread: Spread) -> dict[str, float]:
+    return {"median": spread.median, "low": spread.low, "high": spread.high}

@@ -1,0 +1,42 @@
+"""The front: which trials are worth re-measuring, and which of those stay once they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+
+from llmprune.errors import BudgetError
+from llmprune.search.budgets import Pick, metric_value, pick_record
+from llmprune.search.evaluate import Record
+
+
+def non_dominated(records: Iterable[Record], speed: str) -> list[Record]:
+    """Records that no other beats in both nats per token and median `speed`; slowest first."""
+    front: list[Record] = []
+    for record in sorted(records, key=lambda r: (-metric_value(r, speed), r["nats_per_token"])):
+        if not front or record["nats_per_token"] < front[-1]["nats_per_token"]:
+            front.append(record)
+    return front[::-1]
+
+
+def candidates_for_front(children: Sequence[Record], speed: str, size: int, picks: Sequence[Pick]) -> list[Record]:
+    """At most `size` trials to re-measure, slowest first: what the picks would choose, then the non-dominated ones
+    that lie farthest in speed (on a log scale) from those chosen already."""
+    front = non_dominated(children, speed)
+    chosen: dict[str, Record] = {}
+    for pick in picks:
+        with suppress(BudgetError):
+            wanted = pick_record(front, pick)
+            chosen[wanted["hash"]] = dict(wanted)
+    while len(chosen) < min(size, len(front)):
+        left = [record for record in front if record["hash"] not in chosen]
+        farthest = max(left, key=lambda record: _distance(record, list(chosen.values()), speed))
+        chosen[farthest["hash"]] = farthest
+    return sorted(chosen.values(), key=lambda record: metric_value(record, speed))[:size]
+
+
+def _distance(record: Record, chosen: Sequence[Record], speed: str) -> float:
+    """How far a record's speed is from the nearest one chosen; with none chosen, the fastest comes first."""
+    own = math.log(metric_value(record, speed))
+    return min((abs(own - math.log(metric_value(other, speed))) for other in chosen), default=own)

@@ -1,0 +1,60 @@
+"""Architectures to start from: a cold sampler in some sixty dimensions finds nothing in a hundred trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from llmprune.architecture import Architecture, BlockKind
+from llmprune.search.allocate import allocate
+from llmprune.search.costs import CostTable
+
+# A solution right at the target measures below it half of the time.
+MARGIN = 1.02
+
+
+def warm_starts(
+    delta_nats: Mapping[tuple[int, BlockKind, int], float],
+    influence: Sequence[float],
+    costs: CostTable,
+    phase: str,
+    speedups: Sequence[float],
+) -> list[tuple[str, Architecture]]:
+    """Labelled starting points, best guesses first, without repeats: the parent, then for each speed-up the
+    allocation of least estimated loss, the uniform width, and the depth cut by block influence."""
+    starts: list[tuple[str, Architecture | None]] = [("parent", costs.space.shape.architecture)]
+    starts += [(f"allocated-{s:g}x", allocate(delta_nats, costs, phase, s * MARGIN)) for s in speedups]
+    starts += [(f"uniform-{s:g}x", uniform_width(costs, phase, s)[0]) for s in speedups]
+    starts += [(f"depth-{s:g}x", depth_by_influence(influence, costs, phase, s)) for s in speedups]
+    unique: dict[Architecture, str] = {}
+    for label, architecture in starts:
+        if architecture is not None:
+            unique.setdefault(architecture, label)
+    return [(label, architecture) for architecture, label in unique.items()]
+
+
+def uniform_width(costs: CostTable, phase: str, speedup: float) -> list[Architecture]:
+    """Architectures with one number of KV groups and one FFN width for all layers, nearest to `speedup` first."""
+    space = costs.space
+    uniform = [
+        Architecture.of([(kv_groups, ffn_width)] * space.shape.layers)
+        for kv_groups in space.kv_groups
+        for ffn_width in space.ffn_width
+        if kv_groups > 0 and ffn_width > 0
+    ]
+    return sorted(uniform, key=lambda architecture: abs(costs.speedup(architecture, phase) - speedup))
+
+
+def depth_by_influence(influence: Sequence[float], costs: CostTable, phase: str, speedup: float) -> Architecture | None:
+    """Drop whole layers, least block influence first (ShortGPT, arXiv 2403.03853), until the speed-up is reached.
+
+    None if the space has no drops, or all layers but one do not suffice.
+    """
+    space = costs.space
+    if 0 not in (*space.kv_groups, *space.ffn_width):
+        return None
+    architecture = space.shape.architecture
+    for layer in sorted(range(space.shape.layers), key=lambda layer: influence[layer])[:-1]:
+        architecture = architecture.with_units(layer, "attention", 0).with_units(layer, "ffn", 0)
+        if costs.speedup(architecture, phase) >= speedup:
+            return architecture
+    return None

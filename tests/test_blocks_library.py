@@ -1,0 +1,267 @@
+"""Statistics and the block library of a tiny parent, on disk and in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmprune.architecture import BLOCK_KINDS, BlockKind, Space
+from llmprune.blocks.library import BlockLibrary, build_library, load_library
+from llmprune.blocks.refit import flap_bias, refit, unit_columns
+from llmprune.blocks.statistics import collect_statistics, statistics_bytes
+from llmprune.data.tokens import SourceTokens, Split
+from llmprune.errors import ArchitectureError, ModelError, RecipeError, RunDirectoryError
+from llmprune.models.parent import Parent, make_parent
+from llmprune.recipe import ImportanceRecipe
+
+LAYERS, KV_GROUPS, FFN_WIDTH = 3, 4, 40
+UNIT_SIZE: dict[BlockKind, int] = {"attention": 12, "ffn": 1}
+OBS = ImportanceRecipe()
+
+
+def tiny_parent(*, bias: bool = False, dtype: torch.dtype = torch.float32) -> Parent:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=24,
+        intermediate_size=FFN_WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=KV_GROUPS,
+        head_dim=6,
+        attention_bias=bias,
+        mlp_bias=bias,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return make_parent(model.to(dtype), None)
+
+
+def tiny_split(seq_len: int = 16, **windows: int) -> Split:
+    generator = torch.Generator().manual_seed(1)
+    sources = {}
+    for name, count in windows.items():
+        ids = torch.randint(0, 64, (count, seq_len), generator=generator)
+        sources[name] = SourceTokens(ids, torch.full((count,), seq_len))
+    weights = dict(zip(sources, (0.75, 0.25) if len(sources) == 2 else (1.0,), strict=True))
+    return Split("calibration", sources, weights, seq_len, False)
+
+
+@pytest.fixture(scope="module")
+def parent() -> Parent:
+    return tiny_parent()
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return tiny_split(wiki=2, web=5)
+
+
+@pytest.fixture
+def space(parent: Parent) -> Space:
+    return Space.of(parent.shape, 1, 16)
+
+
+def inputs_of(parent: Parent, ids: Tensor, layer: int, kind: BlockKind) -> Tensor:
+    """Direct: what enters one output projection, (tokens, in) in float64."""
+    seen = []
+    hook = parent.output_projection(layer, kind).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        for window in ids:
+            parent.model(input_ids=window[None])
+    hook.remove()
+    return torch.cat([x.flatten(0, 1) for x in seen]).double()
+
+
+def test_statistics_are_the_weighted_moments_of_the_inputs(parent: Parent, split: Split) -> None:
+    steps: list[tuple[int, int]] = []
+    statistics = collect_statistics(parent, split, progress=lambda done, total: steps.append((done, total)))
+    assert steps[-1] == (7, 7)
+    assert list(statistics) == [(layer, kind) for layer in range(LAYERS) for kind in BLOCK_KINDS]
+    for (layer, kind), found in statistics.items():
+        gram, mean = torch.zeros(()), torch.zeros(())
+        for name, source in split.sources.items():
+            x = inputs_of(parent, source.windows, layer, kind)
+            gram = gram + split.weights[name] * (x.mT @ x / len(x))
+            mean = mean + split.weights[name] * x.mean(dim=0)
+        assert found.tokens == split.tokens
+        assert not found.gram_II.is_inference()
+        torch.testing.assert_close(found.gram_II, gram, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found.mean_I, mean, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found.mean_square_I, gram.diagonal(), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found.variance_I, gram.diagonal() - mean**2, rtol=1e-4, atol=1e-6)
+
+
+def test_the_batch_does_not_matter(parent: Parent, split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = collect_statistics(parent, split, layers=[1])
+    monkeypatch.setattr("llmprune.blocks.statistics.BATCH_TOKENS", 40)
+    parts = collect_statistics(parent, split, layers=[1])
+    assert list(whole) == list(parts) == [(1, "attention"), (1, "ffn")]
+    for key, found in whole.items():
+        torch.testing.assert_close(found.gram_II, parts[key].gram_II, rtol=1e-5, atol=1e-7)
+
+
+def test_statistics_leave_no_hooks_and_say_what_they_take(parent: Parent, split: Split) -> None:
+    statistics = collect_statistics(parent, split, layers=[0])
+    taken = sum(s.gram_II.nbytes + s.mean_I.nbytes for s in statistics.values())
+    assert taken == statistics_bytes(parent.shape)
+    assert not any(module._forward_pre_hooks for module in parent.model.modules())
+
+
+def test_activations_that_are_not_finite_name_their_layer(split: Split) -> None:
+    broken = tiny_parent()
+    with torch.no_grad():
+        broken.model.get_submodule("model.layers.1.mlp.up_proj").weight[3, 2] = torch.inf
+    with pytest.raises(ModelError, match="ffn block of layer 1"):
+        collect_statistics(broken, split)
+    assert not any(module._forward_pre_hooks for module in broken.model.modules())
+
+
+@pytest.mark.parametrize("method", ["obs", "magnitude", "wanda-sp", "flap"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("resolve", [False, True])
+def test_library_holds_nested_choices_and_their_outputs(split: Split, method: str, bias: bool, resolve: bool) -> None:
+    parent = tiny_parent(bias=bias)
+    space = Space.of(parent.shape, 1, 16)
+    recipe = ImportanceRecipe.model_validate({"method": method, "refit": resolve})
+    library = build_library(parent, split, recipe, space)
+    statistics = collect_statistics(parent, split)
+    for (layer, kind), block in statistics.items():
+        weight, own_bias = parent.output_weight(layer, kind), parent.output_bias(layer, kind)
+        larger = library.kept_units(layer, kind, parent.shape.units(kind)).tolist()
+        assert larger == list(range(parent.shape.units(kind)))
+        for units in reversed(space.ladder(kind)[:-1]):
+            kept = library.kept_units(layer, kind, units)
+            assert kept.tolist() == sorted(kept.tolist()) and len(kept) == units and set(kept.tolist()) < set(larger)
+            larger = kept.tolist()
+            if units == 0:
+                continue
+            columns = unit_columns(kept, UNIT_SIZE[kind])
+            mean = block.mean_I if bias else None
+            if resolve:
+                expected = refit(weight, block.gram_II, columns, 0.01, mean_I=mean, bias_D=own_bias)
+            elif method == "flap" and mean is not None:
+                expected = weight[:, columns], flap_bias(weight, mean, columns, own_bias)
+            else:
+                expected = weight[:, columns], own_bias
+            found_weight, found_bias = library.output(layer, kind, units)
+            assert found_weight.dtype == weight.dtype and found_weight.is_contiguous()
+            torch.testing.assert_close(found_weight, expected[0], rtol=1e-5, atol=1e-6)
+            assert (found_bias is None) == (not bias)
+            torch.testing.assert_close(found_bias, expected[1], rtol=1e-5, atol=1e-6)
+
+
+def test_choices_off_the_ladder_are_refused(parent: Parent, split: Split) -> None:
+    library = build_library(parent, split, OBS, Space.of(parent.shape, 2, 16, drop=False))
+    with pytest.raises(ArchitectureError, match=r"ffn block of layer 2 with \[16, 32, 40\] units, got 20"):
+        library.kept_units(2, "ffn", 20)
+    with pytest.raises(ArchitectureError, match=r"attention block of layer 0 with \[2, 4\] units, got 0"):
+        library.kept_units(0, "attention", 0)
+    with pytest.raises(ArchitectureError, match=r"ffn block of layer 2 with \[16, 32\] units, got 40"):
+        library.output(2, "ffn", 40)
+    with pytest.raises(ArchitectureError, match="layer must be from 0 to 2, got 3"):
+        library.output(3, "ffn", 16)
+
+
+def same(a: BlockLibrary, b: BlockLibrary) -> bool:
+    return a.hash == b.hash and all(
+        torch.equal(tensor, y.tensors[name])
+        for x, y in zip(a.layers, b.layers, strict=True)
+        for name, tensor in x.tensors.items()
+    )
+
+
+def test_passes_over_the_tokens_change_nothing_but_memory(parent: Parent, split: Split, space: Space) -> None:
+    steps: list[tuple[int, int]] = []
+    one_layer = statistics_bytes(parent.shape)
+    several = build_library(
+        parent, split, OBS, space, memory_bytes=2 * one_layer, progress=lambda *step: steps.append(step)
+    )
+    assert same(several, build_library(parent, split, OBS, space))
+    assert same(several, build_library(parent, split, OBS, space, memory_bytes=1))
+    assert [total for _, total in steps] == [2 * 7 + LAYERS] * len(steps)
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps) and steps[-1][0] == 2 * 7 + LAYERS
+
+
+def replace(file: Path, contents: bytes) -> None:
+    """A new file of that name: a library maps the old one, which must not change under it."""
+    file.unlink()
+    file.write_bytes(contents)
+
+
+def test_a_killed_build_resumes(parent: Parent, split: Split, space: Space, tmp_path: Path) -> None:
+    built = build_library(parent, split, OBS, space, tmp_path, input_hash="a")
+    assert same(built, build_library(parent, split, OBS, space))
+    assert same(built, load_library(tmp_path, OBS, space, input_hash="a"))
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == [f"layer_00{i}.safetensors" for i in range(LAYERS)]
+
+    files[0].unlink()
+    replace(files[2], files[2].read_bytes()[:-100])
+    written = files[1].stat().st_mtime_ns
+    totals = set[int]()
+    again = build_library(
+        parent, split, OBS, space, tmp_path, input_hash="a", progress=lambda _, total: totals.add(total)
+    )
+    assert totals == {7 + 2}
+    assert files[1].stat().st_mtime_ns == written
+    assert same(again, built)
+
+    totals.clear()
+    build_library(parent, split, OBS, space, tmp_path, input_hash="a", progress=lambda _, total: totals.add(total))
+    assert not totals
+
+
+def test_a_build_from_other_inputs_is_not_taken_over(
+    parent: Parent, split: Split, space: Space, tmp_path: Path
+) -> None:
+    built = build_library(parent, split, OBS, space, tmp_path, input_hash="a")
+    other_recipe = ImportanceRecipe(method="magnitude")
+    finer = Space.of(parent.shape, 1, 8)
+    for recipe, some_space, input_hash in ((OBS, space, "b"), (other_recipe, space, "a"), (OBS, finer, "a")):
+        with pytest.raises(RunDirectoryError, match=r"layer_000\.safetensors was built from another"):
+            load_library(tmp_path, recipe, some_space, input_hash=input_hash)
+    other = build_library(parent, split, other_recipe, space, tmp_path, input_hash="a")
+    assert other.hash != built.hash
+    assert same(other, load_library(tmp_path, other_recipe, space, input_hash="a"))
+
+
+def test_bad_files_are_named(parent: Parent, split: Split, space: Space, tmp_path: Path) -> None:
+    build_library(parent, split, OBS, space, tmp_path, input_hash="a")
+    file = tmp_path / "layer_001.safetensors"
+    whole = file.read_bytes()
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    for contents, problem in (
+        (b"", "is not a whole layer"),
+        (whole[: len(whole) // 2], "is not a whole layer"),
+        (b"\xff" * 64 + whole[64:], "is not a whole layer"),
+        (flipped, "does not have the contents it was written with"),
+        ((tmp_path / "layer_000.safetensors").read_bytes(), "was built from another"),
+    ):
+        replace(file, contents)
+        with pytest.raises(RunDirectoryError, match=rf"layer_001\.safetensors {problem}.*build the library again"):
+            load_library(tmp_path, OBS, space, input_hash="a")
+    file.unlink()
+    with pytest.raises(RunDirectoryError, match=r"cannot read .*layer_001\.safetensors"):
+        load_library(tmp_path, OBS, space, input_hash="a")
+
+
+def test_a_refit_that_the_dtype_cannot_hold_is_refused(split: Split) -> None:
+    parent = tiny_parent(dtype=torch.float16)
+    with torch.no_grad():
+        parent.output_projection(LAYERS - 1, "ffn").weight.fill_(60_000)  # type: ignore[operator, union-attr]
+    with pytest.raises(ModelError, match=r"ffn block of layer 2 does not fit into torch\.float16"):
+        build_library(parent, split, OBS, Space.of(parent.shape, 1, 16))
+
+
+def test_too_little_damping_names_the_block(parent: Parent, space: Space) -> None:
+    with pytest.raises(
+        RecipeError, match=r"importance\.damp .* got 1e-30 in the attention block of layer 0; use 1e-29"
+    ):
+        build_library(parent, tiny_split(seq_len=4, wiki=1), ImportanceRecipe(damp=1e-30), space)

@@ -1,0 +1,274 @@
+"""Token splits: disjoint, shared out by weight, with exact byte counts."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import SMALL_SPLITS, numbered_documents, small_data_recipe, tiny_tokenizer, write_jsonl
+from tokenizers.processors import TemplateProcessing
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from llmprune.data.tokens import TokenSplits, build_token_splits, divide_windows, encode_with_bytes
+from llmprune.errors import DataError
+from llmprune.recipe import SPLIT_NAMES, DataRecipe, SourceRecipe
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+def decoded(tokenizer: PreTrainedTokenizerFast, ids: torch.Tensor) -> str:
+    text = tokenizer.decode(ids.flatten().tolist())
+    assert isinstance(text, str)
+    return text
+
+
+def texts_of(splits: TokenSplits, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[str]]:
+    """Per split and source, the text of all windows in a row."""
+    return {
+        f"{name}/{source}": decoded(tokenizer, tokens.windows).split("</s>")
+        for name, split in splits.splits.items()
+        for source, tokens in split.sources.items()
+    }
+
+
+@pytest.fixture
+def two_sources(tmp_path: Path) -> tuple[SourceRecipe, SourceRecipe]:
+    return write_jsonl(tmp_path / "a.jsonl", numbered_documents("ant")), write_jsonl(
+        tmp_path / "b.jsonl", numbered_documents("bee")
+    )
+
+
+def test_no_document_is_in_two_splits(
+    two_sources: tuple[SourceRecipe, SourceRecipe], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    splits = build_token_splits(small_data_recipe(*two_sources), tokenizer)
+    words = {
+        place: {word for document in documents for word in document.split()[1:-1]}
+        for place, documents in texts_of(splits, tokenizer).items()
+    }
+    assert len(words) == 8 and all(words.values())
+    for place, here in words.items():
+        for other, there in words.items():
+            assert place == other or not here & there
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=200, max_size=240), seq_len=st.integers(8, 40), bos=st.booleans())
+def test_a_document_is_one_run_of_tokens_in_one_split(
+    lengths: list[int], seq_len: int, bos: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tokenizer = tiny_tokenizer()
+    # One character for each document, three tokens long, so that every run of it is seen.
+    documents = {chr(0x4E00 + number): length for number, length in enumerate(lengths)}
+    texts = [character * length for character, length in documents.items()]
+    source = write_jsonl(tmp_path_factory.mktemp("data") / "s.jsonl", texts)
+    splits = build_token_splits(small_data_recipe(source, seq_len=seq_len, bos=bos), tokenizer)
+    used: list[str] = []
+    for name in SPLIT_NAMES:
+        windows = splits[name].sources["s"].windows
+        assert windows.shape[1] == seq_len and windows.numel() >= SMALL_SPLITS[f"{name}_tokens"]
+        ids = windows[:, int(bos) :]
+        runs = re.findall(r"((\w)\2*)�*(</s>)?", decoded(tokenizer, ids))
+        for run, character, eos in runs:
+            assert 3 * len(run) <= max(ids.shape[1], ids.numel() // 16)
+            assert len(run) <= documents[character] and (not eos or len(run) == documents[character])
+        used += [character for _, character, _ in runs]
+    assert len(used) == len(set(used))
+
+
+def test_long_documents_are_cut_at_the_end_of_a_window(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    source = write_jsonl(tmp_path / "s.jsonl", [chr(0x4E00 + number) * 500 for number in range(40)])
+    splits = build_token_splits(small_data_recipe(source, calibration_tokens=640), tokenizer)
+    windows = splits["calibration"].sources["s"].windows
+    assert windows.shape == (40, 16) and splits.provenance["documents"]["calibration"] == {"s": 20}
+    assert all(len(set(decoded(tokenizer, pair)) - {"�"}) == 1 for pair in windows.reshape(20, 32))
+    assert tokenizer.eos_token_id not in windows
+
+
+def test_the_seed_decides_which_documents_are_where(
+    two_sources: tuple[SourceRecipe, SourceRecipe], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    one, again, other = (
+        build_token_splits(small_data_recipe(*two_sources, seed=seed), tokenizer) for seed in (1, 1, 2)
+    )
+    for name in SPLIT_NAMES:
+        assert one[name].hash == again[name].hash
+        assert one[name].hash != other[name].hash
+
+
+def test_more_calibration_text_leaves_the_scored_splits_alone(
+    two_sources: tuple[SourceRecipe, SourceRecipe], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    less, more = (
+        build_token_splits(small_data_recipe(*two_sources, calibration_tokens=n), tokenizer) for n in (256, 512)
+    )
+    assert [less[name].hash == more[name].hash for name in SPLIT_NAMES] == [False, True, True, True]
+
+
+def test_hash_covers_windows_weights_and_bytes(
+    two_sources: tuple[SourceRecipe, SourceRecipe], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def built() -> TokenSplits:
+        return build_token_splits(small_data_recipe(*two_sources), tokenizer)
+
+    one, two, three = built()["test"], built()["test"], built()["test"]
+    one.sources["a"].windows[0, 0] += 1
+    two.sources["b"].bytes[0] += 1
+    assert len({one.hash, two.hash, three.hash}) == 3
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ((1, 1), [8, 8]),
+        ((3, 1), [12, 4]),
+        ((1, 1, 1), [6, 5, 5]),
+        ((1000, 1), [15, 1]),
+        ((1000, 1, 1), [15, 1, 1]),
+    ],
+)
+def test_windows_follow_the_weights(weights: tuple[float, ...], expected: list[int]) -> None:
+    sources = tuple(SourceRecipe(name=f"s{i}", path=f"{i}.txt", weight=weight) for i, weight in enumerate(weights))
+    recipe = DataRecipe(sources=sources, seq_len=16, search_tokens=16 * 16 - 3)
+    shares = {source.name: source.weight / sum(weights) for source in sources}
+    assert list(divide_windows(recipe, "search", shares).values()) == expected
+
+
+def test_weights_are_normalised(two_sources: tuple[SourceRecipe, SourceRecipe], tokenizer: Any) -> None:
+    first, second = two_sources
+    splits = build_token_splits(small_data_recipe(first.model_copy(update={"weight": 3.0}), second), tokenizer)
+    split = splits["calibration"]
+    assert split.weights == {"a": 0.75, "b": 0.25}
+    assert [len(source.windows) for source in split.sources.values()] == [12, 4]
+    assert (split.tokens, split.dataset) == (256, "a+b")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_bytes_of_a_document_are_all_counted_once(text: str) -> None:
+    tokenizer = tiny_tokenizer()
+    ids, token_bytes = encode_with_bytes(text, tokenizer)
+    assert token_bytes.sum() == len(text.encode())
+    assert (token_bytes >= 0).all()
+    # Wherever a prefix of the tokens ends between two characters, its bytes are exact.
+    for end in range(len(ids) + 1):
+        prefix = decoded(tokenizer, torch.from_numpy(ids[:end]))
+        if text.startswith(prefix):
+            assert token_bytes[:end].sum() == len(prefix.encode())
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_bytes_of_a_window_are_those_of_its_scored_tokens(
+    bos: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    source = write_jsonl(tmp_path / "s.jsonl", [f"river {n} naïve 3 € boats 🚤 lamps" for n in range(80)])
+    splits = build_token_splits(small_data_recipe(source, bos=bos), tokenizer)
+    exact = 0
+    for split in splits.splits.values():
+        tokens = split.sources["s"]
+        for window, window_bytes in zip(tokens.windows, tokens.bytes, strict=True):
+            scored = decoded(tokenizer, window[1:]).replace("</s>", "")
+            if "�" not in scored:
+                exact += 1
+                assert window_bytes == len(scored.encode())
+    assert exact > 5
+
+
+def test_bos_opens_every_window_and_counts_towards_its_length(
+    two_sources: tuple[SourceRecipe, SourceRecipe], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    windows = build_token_splits(small_data_recipe(*two_sources, bos=True), tokenizer)["search"].sources["a"].windows
+    assert windows.shape == (2, 16) and windows.dtype == torch.int64
+    assert ((windows == tokenizer.bos_token_id) == (torch.arange(16) == 0)).all()
+
+
+def test_special_tokens_that_the_tokenizer_would_add_are_left_out(
+    two_sources: tuple[SourceRecipe, SourceRecipe], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    adding = tiny_tokenizer()
+    adding.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert adding("a")["input_ids"][0] == adding.bos_token_id
+    plain, other = (build_token_splits(small_data_recipe(*two_sources), one) for one in (tokenizer, adding))
+    assert plain["search"].hash == other["search"].hash
+
+
+def test_tokenizers_without_the_special_tokens_are_refused(
+    two_sources: tuple[SourceRecipe, SourceRecipe],
+) -> None:
+    without_bos, without_eos = tiny_tokenizer(), tiny_tokenizer()
+    without_bos.bos_token = None
+    without_eos.eos_token = None
+    with pytest.raises(DataError, match=r"set data\.bos to false"):
+        build_token_splits(small_data_recipe(*two_sources, bos=True), without_bos)
+    with pytest.raises(DataError, match="set its eos_token"):
+        build_token_splits(small_data_recipe(*two_sources), without_eos)
+
+
+def test_a_token_without_a_place_in_the_text_has_no_bytes() -> None:
+    class Placeless:
+        is_fast = True
+
+        def __call__(self, text: str, **_: Any) -> dict[str, Any]:
+            return {"input_ids": [7, 8, 9], "offset_mapping": [(0, 2), (0, 0), (2, 3)]}
+
+    assert encode_with_bytes("é€x", cast(PreTrainedTokenizerFast, Placeless()))[1].tolist() == [5, 0, 1]
+
+
+def test_slow_tokenizers_count_bytes_by_decoding(tmp_path: Path) -> None:
+    text = "Crêpes für 3 € 🚤, and more."
+    ids, token_bytes = encode_with_bytes(text, ByT5Tokenizer())
+    assert len(ids) == token_bytes.sum() == len(text.encode())
+    source = write_jsonl(tmp_path / "s.jsonl", [f"{n} {text}" for n in range(40)])
+    tokens = build_token_splits(small_data_recipe(source), ByT5Tokenizer())["test"].sources["s"]
+    assert (tokens.bytes <= 15 + 3).all() and (tokens.bytes >= 15 - 4).all()
+
+
+def test_copies_are_dropped_within_and_between_sources(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [f"ant{number}" for number in range(100)]
+    first = write_jsonl(tmp_path / "a.jsonl", [text for text in texts for _ in range(3)])
+    second = write_jsonl(tmp_path / "b.jsonl", [f"  {text}\n" for text in texts] + [f"bee{n}" for n in range(100)])
+    splits = build_token_splits(small_data_recipe(first, second), tokenizer)
+    whole = [text for texts in texts_of(splits, tokenizer).values() for text in texts[:-1]]
+    assert len(whole) == len(set(whole)) > 50
+
+
+def test_text_that_is_too_short_says_by_how_much(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    source = write_jsonl(tmp_path / "short.jsonl", ["one two", "three four"])
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in ("one two", "three four"))
+    with pytest.raises(DataError) as caught:
+        build_token_splits(small_data_recipe(source), tokenizer)
+    for part in (f"has {tokens} tokens in 2 ", "is 448 (", "calibration 256", "lower data.calibration_tokens"):
+        assert part in str(caught.value)
+
+
+def test_provenance_names_files_without_their_directory(
+    two_sources: tuple[SourceRecipe, SourceRecipe], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    provenance = build_token_splits(small_data_recipe(*two_sources), tokenizer).provenance
+    assert provenance["sources"]["a"]["file"] == "a.jsonl" and len(provenance["sources"]["a"]["sha256"]) == 64
+    assert str(Path(str(two_sources[0].path)).parent) not in json.dumps(provenance)
+    assert provenance["documents"]["search"]["a"] >= 1
+
+
+def test_no_more_documents_are_tokenised_than_are_needed(
+    two_sources: tuple[SourceRecipe, SourceRecipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def counting(text: str, tokenizer: PreTrainedTokenizerFast) -> Any:
+        calls.append(text)
+        return encode_with_bytes(text, tokenizer)
+
+    monkeypatch.setattr("llmprune.data.tokens.encode_with_bytes", counting)
+    splits = build_token_splits(small_data_recipe(*two_sources), tiny_tokenizer())
+    used = sum(n for by_source in splits.provenance["documents"].values() for n in by_source.values())
+    assert len(calls) == used < 120

@@ -1,0 +1,68 @@
+"""Small stand-ins that several test files share."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from llmprune.recipe import DataRecipe, SourceRecipe
+
+SMALL_SPLITS = {
+    "calibration_tokens": 256,
+    "search_tokens": 64,
+    "validation_tokens": 64,
+    "test_tokens": 64,
+    "seq_len": 16,
+}
+
+_SENTENCES = (
+    "The river was wide and slow, and the boats on it were older than the town.",
+    "She counted the lamps along the quay: eleven, then twelve, then none at all.",
+    "Nobody in the town remembered who had built the bridge or why it had been painted red.",
+    "In winter the ice carried carts, horses and, once, a small brass band.",
+    "A café by the naïve façade sold crêpes for 3 € and tea for 2 €.",
+)
+
+
+@cache
+def _trained(vocab_size: int) -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_SENTENCES * 4, trainer)
+    return tokenizer.to_str()
+
+
+def tiny_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, a new one each time, with `<s>` 0, `</s>` 1 and `<pad>` 2. At least 259 tokens."""
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=Tokenizer.from_str(_trained(vocab_size)),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+    )
+
+
+def write_jsonl(path: Path, texts: list[str]) -> SourceRecipe:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return SourceRecipe(name=path.stem, path=str(path))
+
+
+def numbered_documents(prefix: str, count: int = 60) -> list[str]:
+    """Documents in which every word names its document, so that any piece of one can be traced back."""
+    return [" ".join([f"{prefix}{number}é"] * 8) for number in range(count)]
+
+
+def small_data_recipe(*sources: SourceRecipe, **changes: Any) -> DataRecipe:
+    return DataRecipe(sources=sources, **{**SMALL_SPLITS, **changes})
