@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -154,16 +154,30 @@ class Recipe(_Strict):
     export: ExportRecipe = ExportRecipe()
 
 
+Section = TypeVar("Section", bound=_Strict)
+
+
 def parse_recipe(data: Any, *, origin: str) -> Recipe:
     """Validate a recipe's data; `origin` is the name that errors give it. Raises RecipeError."""
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc']) or 'recipe'}: {_explain(problem)}"
-            for problem in error.errors()
-        )
-        raise RecipeError(f"{origin}: {problems}. `llmprune schema` lists every key") from None
+        raise RecipeError(f"{origin}: {_problems(error)}. `llmprune schema` lists every key") from None
+
+
+def parse_section(section: type[Section], values: dict[str, Any]) -> Section:
+    """Validate one section that came from somewhere else than a recipe. Raises RecipeError."""
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_problems(error)) from None
+
+
+def _problems(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc']) or 'recipe'}: {_explain(problem)}"
+        for problem in error.errors()
+    )
 
 
 def _explain(problem: Any) -> str:

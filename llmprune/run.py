@@ -38,7 +38,7 @@ PACKAGES = ("llmprune", "torch", "transformers", "accelerate", "datasets", "optu
 
 @dataclass
 class Run:
-    """One run at work: its directory and recipe, and what its stages made, each loaded or computed when first asked for.
+    """One run at work: its directory, its recipe, and what its stages made, each loaded or computed when asked for.
 
     The caller holds `directory.locked()`.
     """
@@ -191,11 +191,11 @@ def front(run: Run) -> dict[str, Any]:
         with run.show("re-measuring on validation tokens") as advance:
             total = len(chosen) + len(baselines) + 1
             parent = judge.parent_record()
-            measured = []
+            measured: list[Record] = []
             for record in chosen:
                 advance(len(measured) + 1, total)
                 measured.append(judge.judge(Architecture.from_json(record["architecture"]), record["name"]))
-            beside = []
+            beside: list[Record] = []
             for name, architecture in baselines.items():
                 advance(len(measured) + len(beside) + 1, total)
                 beside.append(judge.judge(architecture, name))

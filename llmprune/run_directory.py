@@ -87,9 +87,7 @@ class RunDirectory:
     def stored_recipe(self) -> Recipe:
         """The recipe that the run was made with. Raises RunDirectoryError if there is none."""
         if not self.recipe.is_file():
-            raise RunDirectoryError(
-                f"{self.path} is not a run directory (no recipe.yaml); start one with llmprune search"
-            )
+            raise RunDirectoryError(f"{self.path} is not a run directory (no recipe.yaml); start with llmprune search")
         try:
             return load_recipe(self.recipe)
         except RecipeError as error:

@@ -131,7 +131,7 @@ def window_nats(
     if batch_tokens is None:
         batch_tokens = LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size)
     nats: list[torch.Tensor] = []
-    for batch_BT in windows.split(max(1, batch_tokens // window_tokens)):
+    for batch_BT in torch.split(windows, max(1, batch_tokens // window_tokens)):
         batch_BT = batch_BT.to(model.device)
         logits_BTV = model(input_ids=batch_BT, use_cache=False).logits
         # One window at a time: float32 copies of a whole batch would double the peak.

@@ -124,7 +124,7 @@ def measure_paired(
                 if progress is not None:
                     progress(repeat * len(candidates) + i + 1, repeats * len(candidates))
     speeds = [_speed(*pairs, workload) for pairs in zip(prefill, decode, strict=True)]
-    return _speed(*(_of_reference(pairs) for pairs in (prefill, decode)), workload), speeds
+    return _speed(_of_reference(prefill), _of_reference(decode), workload), speeds
 
 
 class _Generation:
@@ -176,8 +176,8 @@ def _warm_up(model: PreTrainedModel, ids_BT: torch.Tensor, workload: Workload) -
 def _token_ids(model: PreTrainedModel, workload: Workload) -> torch.Tensor:
     """(batch, prompt and generated tokens) int64: the same for every model, run and machine."""
     shape = (workload.batch, workload.prompt_tokens + workload.generated_tokens)
-    ids = torch.arange(shape[0] * shape[1]) * _ID_STRIDE % model.config.get_text_config().vocab_size
-    return ids.reshape(shape).to(workload.device)
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return (torch.arange(shape[0] * shape[1]) * _ID_STRIDE % vocabulary).reshape(shape).to(workload.device)
 
 
 def _speed(prefill: Sequence[Pair], decode: Sequence[Pair], workload: Workload) -> Speed:

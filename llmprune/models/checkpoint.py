@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -108,6 +109,7 @@ def prove(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, che
         finished = subprocess.run(
             [sys.executable, "-P", script, str(checkpoint), str(inputs), str(child.device)],
             env=environment,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             check=False,
@@ -181,6 +183,11 @@ def _staging(directory: Path) -> Iterator[Path]:
         yield staging
     except OSError as error:
         raise ExportError(f"writing {directory} failed: {error.strerror or error}; nothing was changed") from error
+    except SafetensorError as error:
+        # safetensors writes from Rust, and a full disk is not an OSError there.
+        if "os error" not in str(error):
+            raise
+        raise ExportError(f"writing {directory} failed: {error}; nothing was changed") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

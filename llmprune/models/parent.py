@@ -71,38 +71,50 @@ class Parent:
 
 
 def load_parent(recipe: ModelRecipe) -> Parent:
-    """Load the recipe's model and tokenizer.
+    """Load the recipe's model and tokenizer as a parent.
 
     Raises ModelError if it cannot be read, and UnsupportedModelError - before any weight is read - if its
     family, quantisation or layout cannot be pruned.
     """
+    model, tokenizer = load_model(recipe, to_prune=True)
+    source = Path(recipe.path).name if recipe.path.endswith(".gguf") else recipe.path
+    return make_parent(model, tokenizer, source=source)
+
+
+def load_model(recipe: ModelRecipe, *, to_prune: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal LM - a Hub id, a directory or a GGUF file - and its tokenizer, in eval mode on its device.
+
+    Weights are read from safetensors (or GGUF) only. Raises ModelError; with `to_prune`, UnsupportedModelError before
+    any weight is read.
+    """
     place, gguf_file = _locate(recipe.path)
-    shared = {"revision": recipe.revision} if recipe.revision else {}
-    with _readable_errors(recipe.path):
-        if gguf_file:
-            _check_gguf(Path(place) / gguf_file)
-            shared["gguf_file"] = gguf_file
-        config = AutoConfig.from_pretrained(place, trust_remote_code=recipe.trust_remote_code, **shared)
-    check_config(config, origin=recipe.path, dequantised=gguf_file is not None)
+    where: dict[str, Any] = {"revision": recipe.revision} if recipe.revision else {}
+    if gguf_file:
+        _check_gguf(Path(place) / gguf_file)
+        where["gguf_file"] = gguf_file
+    with _readable_errors(recipe.path), _quiet_loading():
+        config = AutoConfig.from_pretrained(place, trust_remote_code=recipe.trust_remote_code, **where)
+    if to_prune:
+        check_config(config, origin=recipe.path, dequantised=gguf_file is not None)
+    device = resolve_device(recipe.device)
+    spread = recipe.device == "auto" and torch.cuda.device_count() > 1
     with _readable_errors(recipe.path), _quiet_loading():
         model = AutoModelForCausalLM.from_pretrained(
             place,
             dtype=getattr(torch, recipe.dtype),
             trust_remote_code=recipe.trust_remote_code,
             use_safetensors=None if gguf_file else True,
-            device_map="auto" if recipe.device == "auto" and torch.cuda.device_count() > 1 else None,
-            **shared,
+            device_map="auto" if spread else None,
+            **where,
         )
-        tokenizer_place = recipe.tokenizer or place
-        tokenizer_extra = {} if recipe.tokenizer else shared
         tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_place, trust_remote_code=recipe.trust_remote_code, **tokenizer_extra
+            recipe.tokenizer or place,
+            trust_remote_code=recipe.trust_remote_code,
+            **({} if recipe.tokenizer else where),
         )
     if gguf_file:
         _forget_quantisation(model)
-    if getattr(model, "hf_device_map", None) is None:
-        model = model.to(resolve_device(recipe.device))  # type: ignore[arg-type]
-    return make_parent(model, tokenizer, source=recipe.path if gguf_file is None else Path(recipe.path).name)
+    return (model if spread else model.to(device)).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def make_parent(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, source: str = "") -> Parent:

@@ -54,7 +54,9 @@ def main(checkpoint: str, inputs: str, device: str) -> None:
     }
     if "text" in expected:
         text = bytes(expected["text"].tolist()).decode()
-        ids = AutoTokenizer.from_pretrained(checkpoint)(text, add_special_tokens=False)["input_ids"]
+        # The tokenizer has no code of its own, but AutoTokenizer reads the config, and asks on the terminal if that has.
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=has_code)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         result["tokenizer_equal"] = ids == expected["text_ids"].tolist()
     print(json.dumps(result))
 

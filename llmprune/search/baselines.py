@@ -36,8 +36,8 @@ def baseline_architectures(
     A method that cannot reach the speed is left out.
     """
     generator = random.Random(seed)
-    offered = {
-        "uniform": uniform_width(costs, phase, speedup)[:UNIFORM_CANDIDATES],
+    offered: dict[str, list[Architecture | None]] = {
+        "uniform": [*uniform_width(costs, phase, speedup)[:UNIFORM_CANDIDATES]],
         "shortgpt": [depth_by_influence(influence, costs, phase, speedup)],
         "random": [random_architecture(costs, phase, speedup, generator) for _ in range(draws)],
     }

@@ -50,7 +50,7 @@ class Judge:
     def parent_record(self) -> Record:
         """The parent's own record; its speed-ups are 1 by definition, its tokens per second measured."""
         architecture = self.parent.shape.architecture
-        speed, _ = measure_paired(self.parent.model, [], self.workload, self.repeats)
+        speed, _ = measure_paired(self.parent.model, [self.parent.model], self.workload, self.repeats)
         size = size_of(self.parent.model, self.parent.shape, architecture)
         return self._record("parent", architecture, self.parent_quality, speed, size)
 

@@ -1,0 +1,224 @@
+"""What a person sees: progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as TimeLeft
+from rich.table import Table
+from rich.text import Text
+
+from llmprune.progress import Advance, Show, silent
+
+# Piped output has no width of its own; a table cut at 80 columns would lose figures.
+PIPED_WIDTH = 160
+
+
+def console() -> Console:
+    """stdout, for results."""
+    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+
+
+def error_console() -> Console:
+    """stderr, for progress and errors."""
+    return Console(stderr=True, highlight=False)
+
+
+class _Rate(ProgressColumn):
+    """Steps a second, or seconds a step where one takes long."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="dim")
+
+
+def shown(*, quiet: bool) -> Show:
+    """How stages tell their progress: bars on stderr, lines where stderr is no terminal, nothing if quiet."""
+    if quiet:
+        return silent
+    target = error_console()
+    return _bars(target) if target.is_terminal else _lines(target)
+
+
+def _bars(target: Console) -> Show:
+    @contextmanager
+    def show(description: str) -> Iterator[Advance]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TimeLeft(),
+        )
+        with Progress(*columns, console=target) as progress:
+            task = progress.add_task(description, total=None)
+
+            def advance(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            yield advance
+            # A step without parts is one part.
+            if progress.tasks[0].total is None:
+                advance(1, 1)
+
+    return show
+
+
+def _lines(target: Console) -> Show:
+    @contextmanager
+    def show(description: str) -> Iterator[Advance]:
+        target.print(f"{description} ...")
+        yield lambda done, total: None
+
+    return show
+
+
+def print_trial(target: Console) -> Callable[[int, Mapping[str, Any]], None]:
+    """A line a trial."""
+
+    def report(finished: int, record: Mapping[str, Any]) -> None:
+        target.print(
+            f"  trial {finished:>3}  {record['hash']}  decode {record['decode_speedup']['median']:.2f}x  "
+            f"prefill {record['prefill_speedup']['median']:.2f}x  "
+            f"{record['nats_per_token']:.3f} nats/token ({record['ppl_ratio']:.2f} x parent PPL)",
+            style="dim",
+        )
+
+    return report
+
+
+def print_json(data: Any) -> None:
+    """One object on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def front_table(front: Mapping[str, Any]) -> Table:
+    """The measured front, and the baselines beside it."""
+    measured_on = front["parent"]["measured_on"]
+    workload = measured_on["workload"]
+    table = Table(
+        title="Front, measured" if front["children"] else "Front (empty)",
+        caption=(
+            f"{measured_on['dataset']}, {measured_on['split']} split: {measured_on['tokens']:,} tokens in windows of "
+            f"{measured_on['seq_len']}{' with' if measured_on['bos'] else ', no'} BOS. "
+            f"batch {workload['batch']}, {workload['prompt_tokens']} prompt + {workload['generated_tokens']} generated "
+            f"tokens, {workload['dtype']}, {workload['threads']} threads on {workload['device']}; speed-ups are "
+            "medians of paired ratios, with their 10th and 90th percentile"
+        ),
+        caption_justify="left",
+    )
+    for column in ("", "hash"):
+        table.add_column(column, no_wrap=True)
+    for column in (
+        "params",
+        "MB",
+        "KV B/token",
+        "nats/token",
+        "PPL",
+        "x parent",
+        "prefill tok/s",
+        "speed-up",
+        "decode tok/s",
+        "speed-up",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    _add(table, "parent", front["parent"])
+    table.add_section()
+    for record in front["children"]:
+        _add(table, "child", record)
+    table.add_section()
+    for record in front["baselines"]:
+        _add(table, record["name"], record)
+    return table
+
+
+def _add(table: Table, label: str, record: Mapping[str, Any]) -> None:
+    table.add_row(
+        label,
+        record["hash"],
+        f"{record['params'] / 1e6:.1f}M",
+        f"{record['bytes'] / 1e6:.0f}",
+        f"{record['kv_bytes_per_token']:,}",
+        f"{record['nats_per_token']:.3f}",
+        f"{record['ppl']:.2f}",
+        f"{record['ppl_ratio']:.3f}",
+        f"{record['prefill_tokens_per_s']['median']:.0f}",
+        _ratio(record["prefill_speedup"]),
+        f"{record['decode_tokens_per_s']['median']:.1f}",
+        _ratio(record["decode_speedup"]),
+    )
+
+
+def _ratio(spread: Mapping[str, float]) -> str:
+    return f"{spread['median']:.2f}x [{spread['low']:.2f}, {spread['high']:.2f}]"
+
+
+def bench_table(result: Mapping[str, Any]) -> Table:
+    """Speeds side by side; the first model is the reference."""
+    table = Table(title="Speed, measured side by side")
+    table.add_column("model", overflow="fold")
+    for column in ("params", "prefill tok/s", "speed-up", "decode tok/s", "speed-up"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in result["models"]:
+        table.add_row(
+            row["model"],
+            f"{row['params'] / 1e6:.1f}M",
+            f"{row['prefill_tokens_per_s']['median']:.0f}",
+            _ratio(row["prefill_speedup"]),
+            f"{row['decode_tokens_per_s']['median']:.1f}",
+            _ratio(row["decode_speedup"]),
+        )
+    return table
+
+
+def inspection_table(result: Mapping[str, Any]) -> Table:
+    """What every block holds, and what it takes of the time."""
+    shape = result["shape"]
+    table = Table(
+        title=f"{result['model']} ({result['model_type']}): {result['params'] / 1e6:.1f}M parameters, "
+        f"{result['bytes'] / 1e6:.0f} MB, {result['kv_bytes_per_token']:,} KV bytes a token",
+        caption=f"hidden size {shape['hidden_size']}, {shape['queries_per_group']} query heads a KV group, "
+        f"head dim {shape['head_dim']}; shares are of one pass, the rest is embeddings, output and norms",
+        caption_justify="left",
+    )
+    table.add_column("layer", justify="right")
+    for kind, units in (("attention", "KV groups"), ("FFN", "width")):
+        for column in (units, f"{kind} params", "MB", "of prefill", "of decode"):
+            table.add_column(column, justify="right", no_wrap=True)
+    for layer in result["layers"]:
+        cells = [str(layer["layer"])]
+        for kind, units in (("attention", "kv_groups"), ("ffn", "ffn_width")):
+            block = layer[kind]
+            cells += [f"{block[units]:,}", f"{block['params']:,}", f"{block['bytes'] / 1e6:.1f}"]
+            cells += [f"{100 * block[share]:.1f}%" for share in ("prefill_share", "decode_share")]
+        table.add_row(*cells)
+    return table
+
+
+def evaluation_table(result: Mapping[str, Any]) -> Table:
+    """Perplexity by source, and speed."""
+    measured_on = result["measured_on"]
+    table = Table(
+        title=f"{result['model']}: {result['params'] / 1e6:.1f}M parameters",
+        caption=f"{measured_on['dataset']}, {measured_on['split']} split, windows of {measured_on['seq_len']} tokens"
+        f"{' with' if measured_on['bos'] else ', no'} BOS; prefill {result['prefill_tokens_per_s']['median']:.0f} and "
+        f"decode {result['decode_tokens_per_s']['median']:.1f} tokens/s at batch {measured_on['workload']['batch']}",
+        caption_justify="left",
+    )
+    table.add_column("text")
+    for column in ("tokens", "nats/token", "nats/byte", "PPL"):
+        table.add_column(column, justify="right", no_wrap=True)
+    rows = {**result["per_source"], "mixture": {**result, "tokens": measured_on["tokens"]}}
+    for name, row in rows.items():
+        figures = (f"{row['nats_per_token']:.4f}", f"{row['nats_per_byte']:.4f}", f"{row['ppl']:.2f}")
+        table.add_row(name, f"{row['tokens']:,}", *figures)
+    return table

@@ -1,0 +1,364 @@
+"""Checkpoints, loaded by a process that does not know llmprune, and the guards around writing them."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import CASES, IDS, Slices, tiny_parent, tokens
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny import tiny_tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmprune.architecture import Architecture, ParentShape
+from llmprune.errors import ExportError, LlmpruneError
+from llmprune.models import checkpoint
+from llmprune.models.checkpoint import METADATA_FILE, Proof, write_checkpoint
+from llmprune.models.parent import Parent
+from llmprune.models.surgery import is_stock, prune, register_pruned_classes
+
+HETEROGENEOUS = (
+    "llama-gqa",
+    "llama-biased",
+    "mistral-sliding",
+    "qwen2-sliding",
+    "qwen3-gqa",
+    "smollm3-gqa",
+    "granite-gqa",
+    "gemma2-gqa",
+    "gemma3_text-gqa",
+    "olmo2-gqa",
+    "phi3-longrope",
+    "gpt_neox-parallel",
+    "gpt2-mha",
+    "opt-projected",
+)
+DEPTH = ("llama-gqa", "qwen2-sliding", "smollm3-gqa", "gemma3_text-gqa", "phi3-longrope", "opt-mha")
+UNIFORM_FFN = ("llama-biased", "phi3-gqa", "gpt_neox-parallel", "gpt2-mha", "opt-mha")
+CHECKPOINTS = [
+    *((case_id, "heterogeneous") for case_id in HETEROGENEOUS),
+    *((case_id, "depth") for case_id in DEPTH),
+    *((case_id, "uniform ffn") for case_id in UNIFORM_FFN),
+    ("llama-gqa", "uniform both"),
+    ("phi3-gqa", "uniform both"),
+    ("gpt2-mha", "whole"),
+]
+
+STRANGER = """
+import json, os, sys
+from pathlib import Path
+sys.modules["llmprune"] = None  # from here on, `import llmprune` is a ModuleNotFoundError
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+torch.set_num_threads(1)
+results = {}
+for name, directory, stock in json.loads(Path(sys.argv[1]).read_text()):
+    expected = load_file(directory + ".safetensors")
+
+    def gap(model):
+        with torch.inference_mode():
+            return float((model(expected["tokens"]).logits - expected["logits"]).abs().max())
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, trust_remote_code=not stock, output_loading_info=True
+    )
+    result = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    result["class"] = type(model).__name__
+    result["gap"] = gap(model)
+    generated = model.generate(
+        expected["tokens"][:1], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    result["generated"] = generated[0].tolist()
+    model.save_pretrained(directory + "-again")
+    again = AutoModelForCausalLM.from_pretrained(directory + "-again", trust_remote_code=not stock)
+    result["gap again"] = gap(again)
+    for device_map in ("cpu", "auto"):
+        placed = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=not stock, device_map=device_map)
+        result["gap " + device_map] = gap(placed)
+    result["refused"] = None
+    try:
+        AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
+    except ValueError as error:
+        result["refused"] = str(error)
+    results[name] = result
+results["llmprune"] = [name for name, module in sys.modules.items() if name.split(".")[0] == "llmprune" and module]
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tensors this small are slower on several threads, here and in the processes that are started."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(threads)
+
+
+def architecture_of(name: str, shape: ParentShape) -> Architecture:
+    groups, width = shape.kv_groups, shape.ffn_width
+    return Architecture.of(
+        {
+            "heterogeneous": [(0, width), (groups - 1, 17), (0, 0), (groups, 0)],
+            "depth": [(groups, width), (0, 0), (0, 0), (groups, width)],
+            "uniform ffn": [(groups, 13)] * 4,
+            "uniform both": [(groups - 1, 13)] * 4,
+            "whole": [(groups, width)] * 4,
+        }[name]
+    )
+
+
+def child_of(case_id: str, name: str = "heterogeneous") -> tuple[PreTrainedModel, Architecture, Parent]:
+    parent = tiny_parent(CASES[IDS.index(case_id)])
+    architecture = architecture_of(name, parent.shape)
+    return prune(parent, architecture, Slices(parent)), architecture, parent
+
+
+def greedy(child: PreTrainedModel) -> list[int]:
+    found = child.generate(tokens()[:1], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    return found[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every child of CHECKPOINTS, saved; beside each directory, a file of tokens and their logits."""
+    root = tmp_path_factory.mktemp("children")
+    directories = {}
+    for case_id, name in CHECKPOINTS:
+        child, _, _ = child_of(case_id, name)
+        directory = root / f"{case_id} {name}".replace(" ", "-")
+        child.save_pretrained(directory)
+        with torch.inference_mode():
+            logits = child(tokens()).logits
+        save_file({"tokens": tokens(), "logits": logits}, f"{directory}.safetensors")
+        (root / f"{directory.name}.json").write_text(json.dumps([is_stock(child.config), greedy(child)]))
+        directories[f"{case_id} {name}"] = directory
+    return directories
+
+
+@pytest.fixture(scope="module")
+def strangers(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one fresh process without llmprune makes of all of them."""
+    root = tmp_path_factory.mktemp("stranger")
+    jobs = [(name, str(path), json.loads(Path(f"{path}.json").read_text())[0]) for name, path in saved.items()]
+    (root / "script.py").write_text(STRANGER)
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    finished = subprocess.run(
+        [sys.executable, "-P", str(root / "script.py"), str(root / "jobs.json")],
+        env={**os.environ, "HF_MODULES_CACHE": str(root / "modules")},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", [f"{case_id} {name}" for case_id, name in CHECKPOINTS])
+def test_a_stranger_loads_the_network_that_was_saved(
+    name: str, saved: dict[str, Path], strangers: dict[str, Any]
+) -> None:
+    found, (stock, generated) = strangers[name], json.loads(Path(f"{saved[name]}.json").read_text())
+    assert strangers["llmprune"] == []
+    assert found["missing_keys"] == found["unexpected_keys"] == found["mismatched_keys"] == []
+    for load in ("gap", "gap again", "gap cpu", "gap auto"):
+        assert found[load] <= 1e-5, load
+    assert found["generated"] == generated
+    assert stock == (name.split(" ", 1)[1] != "heterogeneous" and name != "phi3-gqa uniform both")
+    assert found["class"].startswith("Pruned") != stock
+    for directory in (saved[name], Path(f"{saved[name]}-again")):
+        assert [path.name for path in directory.glob("*.py")] == ([] if stock else ["modeling_pruned.py"])
+        assert {path.suffix for path in directory.iterdir()} <= {".json", ".safetensors", ".py"}
+        config = json.loads((directory / "config.json").read_text())
+        assert ("auto_map" in config) != stock
+        assert ("per_layer_config" in config) != stock
+    assert (found["refused"] is None) == stock
+    if not stock:
+        assert "trust_remote_code" in found["refused"]
+
+
+def test_registered_classes_need_no_remote_code(saved: dict[str, Path]) -> None:
+    register_pruned_classes()
+    register_pruned_classes()  # twice is no error
+    for name, directory in saved.items():
+        expected = load_file(f"{directory}.safetensors")
+        model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=False)
+        with torch.inference_mode():
+            torch.testing.assert_close(
+                model(expected["tokens"]).logits, expected["logits"], atol=1e-5, rtol=0, msg=name
+            )
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where temporary files go, so that a test can see what is left of them."""
+    directory = tmp_path / "scratch"
+    directory.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    return directory
+
+
+@pytest.mark.parametrize(("case_id", "name"), [("llama-gqa", "heterogeneous"), ("gpt2-mha", "uniform ffn")])
+def test_written_checkpoint(case_id: str, name: str, tmp_path: Path, scratch: Path) -> None:
+    child, architecture, _ = child_of(case_id, name)
+    tokenizer = tiny_tokenizer() if name == "heterogeneous" else None
+    directory = tmp_path / "out" / "child"
+    proof = write_checkpoint(child, tokenizer, architecture, {"parent": "tiny"}, directory)
+    params = sum(parameter.numel() for parameter in set(child.parameters()))
+    assert proof.params == params and proof.stock_class == (name == "uniform ffn")
+    assert proof.max_logit_difference <= 1e-5 and proof.generation_gap <= 1e-5
+    written = json.loads((directory / METADATA_FILE).read_text())
+    assert written["hash"] == architecture.hash and written["parent"] == "tiny" and written["format"] == 1
+    assert Architecture.from_json(written["architecture"]) == architecture
+    assert written["proof"]["params"] == params and written["proof"]["stock_class"] == proof.stock_class
+    weights = [path.name for path in directory.iterdir() if path.suffix not in (".json", ".py", ".jinja")]
+    assert weights == ["model.safetensors"]
+    assert (directory / "tokenizer.json").exists() == (tokenizer is not None)
+    assert directory.stat().st_mode & 0o777 == 0o755
+    assert [path.name for path in directory.parent.iterdir()] == ["child"]
+    assert list(scratch.iterdir()) == []
+
+
+def stub_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "prove", lambda *_: Proof(0.0, 0.0, 1, False))
+
+
+def test_existing_directory_is_kept_without_force_and_replaced_with_it(
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub_proof(monkeypatch)
+    child, architecture, _ = child_of("llama-gqa")
+    directory = tmp_path / "child"
+    directory.mkdir()
+    (directory / "notes.txt").write_text("mine")
+    with pytest.raises(ExportError, match=r"exists and is not empty; use --force"):
+        write_checkpoint(child, None, architecture, {}, directory)
+    with pytest.raises(ExportError, match=r"does not look like a checkpoint .*name another"):
+        write_checkpoint(child, None, architecture, {}, directory, force=True)
+    assert [path.name for path in directory.iterdir()] == ["notes.txt"]
+    (directory / "config.json").write_text("{}")
+    write_checkpoint(child, None, architecture, {}, directory, force=True)
+    assert not (directory / "notes.txt").exists() and (directory / METADATA_FILE).exists()
+    with pytest.raises(ExportError, match="is a file; name a directory"):
+        write_checkpoint(child, None, architecture, {}, directory / "config.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["child", "scratch"]
+
+
+def test_an_old_checkpoint_survives_a_failed_proof(
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Proof:
+        raise ExportError("no proof")
+
+    monkeypatch.setattr(checkpoint, "prove", fail)
+    child, architecture, _ = child_of("llama-gqa")
+    (tmp_path / "child").mkdir()
+    (tmp_path / "child" / "config.json").write_text("old")
+    with pytest.raises(ExportError, match="no proof"):
+        write_checkpoint(child, None, architecture, {}, tmp_path / "child", force=True)
+    assert (tmp_path / "child" / "config.json").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["child", "scratch"]
+
+
+def _perturbed(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.layers.0.mlp.down_proj.weight"] += 0.01
+
+
+def _not_a_number(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.norm.weight"][0] = float("nan")
+
+
+def _deleted(weights: dict[str, torch.Tensor]) -> None:
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+
+
+def _added(weights: dict[str, torch.Tensor]) -> None:
+    weights["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(8, 48)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_perturbed, r"differs from the scored child: max_logit_difference"),
+        (_not_a_number, r"NaN or infinite logits"),
+        (_deleted, r"missing keys: model\.layers\.1\.self_attn\.q_proj\.weight"),
+        (_added, r"unexpected keys: model\.layers\.0\.self_attn\.q_proj\.weight"),
+    ],
+)
+def test_a_damaged_checkpoint_is_not_written(
+    damage: Callable[[dict[str, torch.Tensor]], None],
+    message: str,
+    tmp_path: Path,
+    scratch: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save = checkpoint._save
+
+    def damaging(child: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
+        save(child, tokenizer, directory)
+        weights = load_file(directory / "model.safetensors")
+        damage(weights)
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(checkpoint, "_save", damaging)
+    child, architecture, _ = child_of("llama-gqa")
+    with pytest.raises(ExportError, match=message):
+        write_checkpoint(child, None, architecture, {}, tmp_path / "child")
+    assert [path.name for path in tmp_path.iterdir()] == ["scratch"]
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["OSError", "SafetensorError"],
+)
+def test_a_full_disk_leaves_nothing(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "_save", full)
+    child, architecture, _ = child_of("llama-gqa")
+    with pytest.raises(ExportError, match=r"child failed: .*No space left on device"):
+        write_checkpoint(child, None, architecture, {}, tmp_path / "child")
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def largest_file(size_bytes: int) -> Iterator[None]:
+    """What a full disk does, done by the kernel: a write past this size fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_weights_that_do_not_fit_leave_nothing(tmp_path: Path) -> None:
+    child, architecture, _ = child_of("llama-gqa")
+    with largest_file(20_000), pytest.raises(LlmpruneError, match="File too large"):
+        write_checkpoint(child, None, architecture, {}, tmp_path / "child")
+    assert list(tmp_path.iterdir()) == []
