@@ -1,0 +1,54 @@
+"""llmprune: find, inside a pretrained causal LM, the smaller network that is best at a measured speed.
+
+Importing it teaches transformers' auto classes the pruned model types, so that pruned checkpoints load without
+`trust_remote_code`.
+"""
+
+from importlib.metadata import version
+
+from llmprune.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice, ParentShape, Space
+from llmprune.blocks.library import BlockLibrary, build_library
+from llmprune.data.tokens import TokenSplits, build_token_splits
+from llmprune.errors import LlmpruneError
+from llmprune.measure.quality import Quality, score
+from llmprune.measure.throughput import Speed, Workload, measure_paired
+from llmprune.models.checkpoint import write_checkpoint
+from llmprune.models.parent import Parent, load_parent, make_parent
+from llmprune.models.surgery import prune, register_pruned_classes
+from llmprune.recipe import Recipe, load_recipe
+from llmprune.run import Run, compress, export, front, search
+
+__version__ = version("llmprune")
+
+__all__ = [
+    "Architecture",
+    "AttentionChoice",
+    "BlockLibrary",
+    "FfnChoice",
+    "LayerChoice",
+    "LlmpruneError",
+    "Parent",
+    "ParentShape",
+    "Quality",
+    "Recipe",
+    "Run",
+    "Space",
+    "Speed",
+    "TokenSplits",
+    "Workload",
+    "build_library",
+    "build_token_splits",
+    "compress",
+    "export",
+    "front",
+    "load_parent",
+    "load_recipe",
+    "make_parent",
+    "measure_paired",
+    "prune",
+    "score",
+    "search",
+    "write_checkpoint",
+]
+
+register_pruned_classes()

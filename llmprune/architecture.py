@@ -114,12 +114,18 @@ class Architecture:
                 'an architecture is {"layers": [{"layer": 0, "attention": {"kv_groups": n}, '
                 f'"ffn": {{"ffn_width": n}}}}, ...]}}; got {data!r:.200} ({type(error).__name__}: {error})'
             ) from None
-        if indices != list(range(len(indices))):
+        if indices != list(range(len(indices))) or not all(type(index) is int for index in indices):
             raise ArchitectureError(f"an architecture names every parent layer 0..n-1 once; got layers {indices}")
         for i, pair in enumerate(pairs):
             if not all(type(units) is int and units >= 0 for units in pair):
                 raise ArchitectureError(f"kv_groups and ffn_width are integers >= 0; layer {i} has {pair}")
-        return cls.of(pairs)
+        architecture = cls.of(pairs)
+        if architecture.to_json() != {**data, "layers": entries}:
+            raise ArchitectureError(
+                "the layers of an architecture say kv_groups and ffn_width, and nothing else; "
+                f"this one has more, perhaps from a newer llmprune: {data!r:.200}"
+            )
+        return architecture
 
     @property
     def canonical_json(self) -> str:

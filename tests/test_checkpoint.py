@@ -102,17 +102,6 @@ print(json.dumps(results))
 """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors this small are slower on several threads, here and in the processes that are started."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(threads)
-
-
 def architecture_of(name: str, shape: ParentShape) -> Architecture:
     groups, width = shape.kv_groups, shape.ffn_width
     return Architecture.of(
@@ -283,25 +272,15 @@ def _perturbed(weights: dict[str, torch.Tensor]) -> None:
     weights["model.layers.0.mlp.down_proj.weight"] += 0.01
 
 
-def _not_a_number(weights: dict[str, torch.Tensor]) -> None:
-    weights["model.norm.weight"][0] = float("nan")
-
-
 def _deleted(weights: dict[str, torch.Tensor]) -> None:
     del weights["model.layers.1.self_attn.q_proj.weight"]
-
-
-def _added(weights: dict[str, torch.Tensor]) -> None:
-    weights["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(8, 48)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (_perturbed, r"differs from the scored child: max_logit_difference"),
-        (_not_a_number, r"NaN or infinite logits"),
         (_deleted, r"missing keys: model\.layers\.1\.self_attn\.q_proj\.weight"),
-        (_added, r"unexpected keys: model\.layers\.0\.self_attn\.q_proj\.weight"),
     ],
 )
 def test_a_damaged_checkpoint_is_not_written(
@@ -325,6 +304,46 @@ def test_a_damaged_checkpoint_is_not_written(
         write_checkpoint(child, None, architecture, {}, tmp_path / "child")
     assert [path.name for path in tmp_path.iterdir()] == ["scratch"]
     assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"unexpected": ["lm_head.bias"]}, "has unexpected keys: lm_head.bias"),
+        ({"mismatched": ["lm_head.weight"]}, "has mismatched keys: lm_head.weight"),
+        ({"finite": False}, "NaN or infinite logits"),
+        ({"max_logit_difference": float("nan")}, "max_logit_difference nan"),
+        ({"generation_gap": 0.5}, r"generation_gap 0\.5 > 0\.0001"),
+        ({"params": 1}, "has 1 parameters, the scored child 34,"),
+        ({"tokenizer_equal": False}, "the reloaded tokenizer gives other token ids"),
+    ],
+)
+def test_whatever_differs_fails_the_proof(
+    found: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child, _, _ = child_of("llama-gqa")
+    good = {
+        **{key: [] for key in ("missing", "unexpected", "mismatched")},
+        **dict.fromkeys(("max_logit_difference", "generation_gap"), 0.0),
+        "params": sum(parameter.numel() for parameter in set(child.parameters())),
+        "finite": True,
+    }
+    for answer in (good, {**good, **found}):
+        finished = subprocess.CompletedProcess([], 0, stdout=f"a line of someone else's\n{json.dumps(answer)}\n")
+        monkeypatch.setattr(subprocess, "run", lambda *_, finished=finished, **__: finished)
+        if answer is good:
+            checkpoint.prove(child, None, tmp_path)
+            continue
+        with pytest.raises(ExportError, match=message):
+            checkpoint.prove(child, None, tmp_path)
+
+
+def test_a_checkpoint_that_does_not_load_fails_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child, _, _ = child_of("llama-gqa")
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback ...\nOSError: no weights\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ExportError, match="does not load in a fresh process: OSError: no weights"):
+        checkpoint.prove(child, None, tmp_path)
 
 
 @pytest.mark.parametrize(

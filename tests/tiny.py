@@ -10,7 +10,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from llmprune.architecture import Architecture, ParentShape, Space
 from llmprune.recipe import DataRecipe, SourceRecipe
+from llmprune.search.costs import CostTable
 
 SMALL_SPLITS = {
     "calibration_tokens": 256,
@@ -66,3 +68,48 @@ def numbered_documents(prefix: str, count: int = 60) -> list[str]:
 
 def small_data_recipe(*sources: SourceRecipe, **changes: Any) -> DataRecipe:
     return DataRecipe(sources=sources, **{**SMALL_SPLITS, **changes})
+
+
+def tiny_space(layers: int = 3, kv_groups: int = 2, ffn_width: int = 32, *, ffn_step: int = 16) -> Space:
+    shape = ParentShape(
+        layers=layers, hidden_size=24, kv_groups=kv_groups, queries_per_group=2, head_dim=6, ffn_width=ffn_width
+    )
+    return Space.of(shape, 1, ffn_step)
+
+
+def linear_costs(space: Space, attention: float = 0.1, ffn: float = 0.2) -> CostTable:
+    """Savings in proportion to what leaves; a whole block saves this share of the parent's decode time.
+
+    In prefill attention and FFN change places.
+    """
+
+    def savings(kind: Any, whole: float) -> tuple[float, ...]:
+        full = space.shape.units(kind)
+        return tuple(whole * (full - units) / full for units in space.ladder(kind))
+
+    return CostTable(
+        space,
+        {
+            "decode": {"attention": savings("attention", attention), "ffn": savings("ffn", ffn)},
+            "prefill": {"attention": savings("attention", ffn), "ffn": savings("ffn", attention)},
+        },
+    )
+
+
+def spread(median: float) -> dict[str, float]:
+    return {"median": median, "low": 0.9 * median, "high": 1.1 * median}
+
+
+def record_of(architecture: Architecture, nats: float, decode: float, prefill: float = 1.0, name: str = "") -> Any:
+    """The part of a record that search looks at."""
+    return {
+        "name": name,
+        "hash": architecture.hash,
+        "architecture": architecture.to_json(),
+        "params": sum(choice.units for _, _, choice in architecture.blocks()),
+        "nats_per_token": nats,
+        "ppl": 2.0**nats,
+        "ppl_ratio": nats,
+        "decode_speedup": spread(decode),
+        "prefill_speedup": spread(prefill),
+    }

@@ -110,15 +110,15 @@ def measure_paired(
     assert candidates and repeats >= 1, "there is something to time"
     for model in (reference, *candidates):
         _check(model, workload)
-    ids_BT = _token_ids(reference, workload)
+    ids_BT = token_ids(reference, workload)
     prefill: list[list[Pair]] = [[] for _ in candidates]
     decode: list[list[Pair]] = [[] for _ in candidates]
-    with torch.inference_mode(), _steady_process(workload.threads):
+    with torch.inference_mode(), steady_process(workload.threads):
         for model in (reference, *candidates):
             _warm_up(model, ids_BT, workload)
         for repeat in range(repeats):
             for i, candidate in enumerate(candidates):
-                runs = tuple(_Generation(model, ids_BT, workload.prompt_tokens) for model in (reference, candidate))
+                runs = tuple(Generation(model, ids_BT, workload.prompt_tokens) for model in (reference, candidate))
                 prefill[i] += _in_turns(*(run.prefill for run in runs), pairs=PREFILL_PAIRS)
                 decode[i] += _in_turns(*(run.decode_step for run in runs), pairs=workload.generated_tokens)
                 if progress is not None:
@@ -127,7 +127,7 @@ def measure_paired(
     return _speed(_of_reference(prefill), _of_reference(decode), workload), speeds
 
 
-class _Generation:
+class Generation:
     """One model on its way through the workload, with its cache."""
 
     def __init__(self, model: PreTrainedModel, ids_BT: torch.Tensor, prompt_tokens: int) -> None:
@@ -167,13 +167,13 @@ def _in_turns(reference: Callable[[], float], candidate: Callable[[], float], *,
 
 
 def _warm_up(model: PreTrainedModel, ids_BT: torch.Tensor, workload: Workload) -> None:
-    run = _Generation(model, ids_BT, workload.prompt_tokens)
+    run = Generation(model, ids_BT, workload.prompt_tokens)
     run.prefill()
     for _ in range(min(_WARM_UP_STEPS, workload.generated_tokens)):
         run.decode_step()
 
 
-def _token_ids(model: PreTrainedModel, workload: Workload) -> torch.Tensor:
+def token_ids(model: PreTrainedModel, workload: Workload) -> torch.Tensor:
     """(batch, prompt and generated tokens) int64: the same for every model, run and machine."""
     shape = (workload.batch, workload.prompt_tokens + workload.generated_tokens)
     vocabulary: int = model.config.get_text_config().vocab_size
@@ -203,7 +203,7 @@ def _check(model: PreTrainedModel, workload: Workload) -> None:
 
 
 @contextmanager
-def _steady_process(threads: int) -> Iterator[None]:
+def steady_process(threads: int) -> Iterator[None]:
     """As many torch threads as the workload says, and no garbage collection; both restored afterwards."""
     threads_before, collected_before = torch.get_num_threads(), gc.isenabled()
     gc.collect()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -99,14 +101,18 @@ def load_model(recipe: ModelRecipe, *, to_prune: bool = False) -> tuple[PreTrain
     device = resolve_device(recipe.device)
     spread = recipe.device == "auto" and torch.cuda.device_count() > 1
     with _readable_errors(recipe.path), _quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             dtype=getattr(torch, recipe.dtype),
             trust_remote_code=recipe.trust_remote_code,
             use_safetensors=None if gguf_file else True,
             device_map="auto" if spread else None,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
             **where,
         )
+        model, info = loaded
+        _check_complete(info, recipe.path)
         tokenizer = AutoTokenizer.from_pretrained(
             recipe.tokenizer or place,
             trust_remote_code=recipe.trust_remote_code,
@@ -114,7 +120,7 @@ def load_model(recipe: ModelRecipe, *, to_prune: bool = False) -> tuple[PreTrain
         )
     if gguf_file:
         _forget_quantisation(model)
-    return (model if spread else model.to(device)).eval(), tokenizer  # type: ignore[arg-type]
+    return (model if spread else model.to(device)).eval(), tokenizer
 
 
 def make_parent(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, source: str = "") -> Parent:
@@ -221,18 +227,39 @@ def _locate(path: str) -> tuple[str, str | None]:
     return path, None
 
 
+def _check_complete(info: Mapping[str, Any], path: str) -> None:
+    """Where a tensor is missing or misshapen, transformers warns and goes on with random numbers."""
+    misshapen = [f"{name} {list(found)} for {list(expected)}" for name, found, expected in info["mismatched_keys"]]
+    for problem, tensors in (("lacks", sorted(info["missing_keys"])), ("misshapes", sorted(misshapen))):
+        if tensors:
+            raise ModelError(
+                f"{path} {problem} {len(tensors)} tensors that its config implies ({', '.join(tensors[:3])}, ...); "
+                "name a complete checkpoint"
+            )
+
+
 def _check_gguf(file: Path) -> None:
     from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     try:
-        field = GGUFReader(file).get_field("general.architecture")
+        reader = GGUFReader(file)
+        field = reader.get_field("general.architecture")
     except (ValueError, IndexError, OSError) as error:
         raise ModelError(f"{file} is not a readable GGUF file: {error}") from None
     architecture = str(field.contents()) if field else "none"
     if architecture not in GGUF_SUPPORTED_ARCHITECTURES:
         readable = ", ".join(sorted(GGUF_SUPPORTED_ARCHITECTURES))
         raise UnsupportedModelError(f"{file} has GGUF architecture {architecture!r}; transformers reads: {readable}")
+    scaling = reader.get_field(f"{architecture}.rope.scaling.type")
+    dropped = [tensor.name for tensor in reader.tensors if tensor.name.startswith(("rope_freqs.", "rope_factors_"))]
+    if scaling and scaling.contents() != "none":
+        dropped.append(f"rope.scaling.type={scaling.contents()}")
+    if dropped:
+        raise UnsupportedModelError(
+            f"{file} scales its rotary embedding ({', '.join(dropped)}), which transformers leaves out when it reads "
+            "GGUF: the model would be another; name the safetensors model instead"
+        )
 
 
 def _forget_quantisation(model: PreTrainedModel) -> None:
@@ -248,7 +275,7 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
 def _readable_errors(path: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         if isinstance(error, ModelError):
             raise
         cause = " ".join(str(error).split())

@@ -54,7 +54,7 @@ def main(checkpoint: str, inputs: str, device: str) -> None:
     }
     if "text" in expected:
         text = bytes(expected["text"].tolist()).decode()
-        # The tokenizer has no code of its own, but AutoTokenizer reads the config, and asks on the terminal if that has.
+        # The tokenizer has no code of its own, but AutoTokenizer reads the config, and asks on stdin if that has.
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=has_code)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         result["tokenizer_equal"] = ids == expected["text_ids"].tolist()

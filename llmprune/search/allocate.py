@@ -18,7 +18,8 @@ def allocate(
     """The architecture with the least summed estimated `delta_nats` whose estimated speed-up is at least `speedup`.
 
     One binary variable a choice; one choice a block; at least one layer keeps attention. None if no architecture
-    of the space is that fast. The constraint is checked again on the solution, since a solver's is up to a tolerance.
+    of the space is that fast. The constraint is checked again on the solution: the solver's holds up to a tolerance of
+    1e-6 of the parent's time, and estimated speed-ups end at 100.
     """
     space = costs.space
     choices = [
@@ -52,5 +53,4 @@ def allocate(
     for (layer, kind, units), chosen in zip(choices, solution.x, strict=True):
         if chosen > 0.5:
             architecture = architecture.with_units(layer, kind, units)
-    assert costs.speedup(architecture, phase) >= speedup * (1 - 1e-6), "the solver broke the budget"
-    return architecture
+    return architecture if costs.speedup(architecture, phase) >= speedup * (1 - 1e-4) else None

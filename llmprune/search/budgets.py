@@ -14,7 +14,8 @@ SPEED_METRICS = ("decode_speedup", "prefill_speedup", "decode_tokens_per_s", "pr
 SIZE_METRICS = ("params", "bytes", "kv_bytes_per_token")
 METRICS = (*QUALITY_METRICS, *SPEED_METRICS, *SIZE_METRICS)
 
-_BUDGET = re.compile(r"\s*([a-z_]+)\s*(>=|<=)\s*([0-9][0-9_.]*(?:e[+-]?[0-9]+)?)\s*", re.IGNORECASE)
+_NUMBER = r"[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?(?:e[+-]?[0-9]{1,2})?"
+_BUDGET = re.compile(rf"\s*([a-z_]+)\s*(>=|<=)\s*({_NUMBER})\s*", re.IGNORECASE)
 _HASH = re.compile(r"[0-9a-f]{16}")
 
 
@@ -77,10 +78,17 @@ def parse_pick(text: str) -> Pick:
     budgets = tuple(parse_budget(part) for part in parts if part not in ("prefill", "decode"))
     if not budgets:
         raise BudgetError(f"a pick is a hash of 16 hex digits or budgets such as decode_speedup>=1.5; got {text!r}")
+    phases = [part for part in parts if part in ("prefill", "decode")]
+    best = "nats_per_token"
     if all(budget.metric in QUALITY_METRICS for budget in budgets):
-        best = "prefill_speedup" if "prefill" in parts else "decode_speedup"
-    else:
-        best = "nats_per_token"
+        best = "prefill_speedup" if "prefill" in phases else "decode_speedup"
+    elif phases:
+        raise BudgetError(
+            f"prefill or decode says in what the fastest child is fastest; {text!r} asks for the best quality: "
+            "leave the word out, or give quality limits only"
+        )
+    if len(phases) > 1:
+        raise BudgetError(f"a pick names prefill or decode, once; got {text!r}")
     return Pick(text, None, budgets, best)
 
 
@@ -93,14 +101,14 @@ def metric_value(record: Mapping[str, Any], metric: str) -> float:
 def pick_record(records: Iterable[Mapping[str, Any]], pick: Pick) -> Mapping[str, Any]:
     """The best record that holds the pick. Raises BudgetError naming the nearest if none does."""
     records = list(records)
+    if not records:
+        raise BudgetError("the front is empty; raise search.trials and run the search again")
     if pick.hash is not None:
         for record in records:
             if record["hash"] == pick.hash:
                 return record
         known = ", ".join(str(record["hash"]) for record in records)
         raise BudgetError(f"no child has hash {pick.hash}; the front has: {known}")
-    if not records:
-        raise BudgetError("the front is empty; raise search.trials and run the search again")
 
     def worst_violation(record: Mapping[str, Any]) -> float:
         return max(budget.violation(metric_value(record, budget.metric)) for budget in pick.budgets)

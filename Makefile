@@ -1,0 +1,63 @@
+# Everything runs in .venv, which `setup` makes; name another with VENV=...
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+LLMPRUNE := $(BIN)/llmprune
+
+# make compress MODEL=org/name OUT=runs/name            (the default recipe)
+# make compress RECIPE=recipes/smollm2-135m.yaml OUT=runs/x SET="search.trials=50"
+RECIPE ?=
+MODEL ?=
+OUT ?= runs/run
+PICK ?= decode_speedup>=1.3
+TO ?= $(OUT)/export
+DIRS ?= $(TO)
+SET ?=
+TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
+
+.PHONY: setup demo compress search export bench eval test lint typecheck check clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmprune needs Python 3.11 or newer, this is %d.%d; set PYTHON=..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python scripts/fetch_demo_assets.py --to assets/demo
+	$(LLMPRUNE) compress recipes/smollm2-135m.yaml --out runs/demo $(SET)
+	$(BIN)/python scripts/sample_text.py assets/demo/SmolLM2-135M-Instruct.Q4_1.gguf runs/demo/export
+
+compress: setup
+	$(LLMPRUNE) compress '$(TARGET)' --out '$(OUT)' $(SET)
+
+search: setup
+	$(LLMPRUNE) search '$(OUT)' $(if $(or $(RECIPE),$(MODEL)),--recipe '$(TARGET)') $(SET)
+
+export: setup
+	$(LLMPRUNE) export '$(OUT)' --pick '$(PICK)' --to '$(TO)'
+
+bench: setup
+	$(LLMPRUNE) bench $(DIRS)
+
+eval: setup
+	$(LLMPRUNE) eval $(DIRS)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: setup
+	$(BIN)/mypy
+
+check: lint typecheck test
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find llmprune tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

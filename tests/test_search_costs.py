@@ -1,0 +1,88 @@
+"""The cost table: from measured probes to what each choice saves."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import linear_costs, tiny_space
+
+from llmprune.architecture import BLOCK_KINDS, Architecture, BlockKind
+from llmprune.search.costs import PROBES_PER_KIND, CostTable, cost_table, probe_architectures
+
+SPACE = tiny_space(layers=3, kv_groups=2, ffn_width=96, ffn_step=8)
+
+
+def test_probes_span_each_ladder_and_can_run() -> None:
+    probes = probe_architectures(SPACE)
+    for kind in BLOCK_KINDS:
+        units = [size for probe_kind, size in probes if probe_kind == kind]
+        assert len(units) == min(PROBES_PER_KIND, len(SPACE.ladder(kind)) - 1)
+        assert units[0] == 0 and units[-1] == SPACE.ladder(kind)[-2]
+    for (kind, units), architecture in probes.items():
+        SPACE.shape.check(architecture)
+        assert architecture in SPACE
+        changed = {(k, choice.units) for _, k, choice in architecture.blocks()} - {
+            (k, SPACE.shape.units(k)) for k in BLOCK_KINDS
+        }
+        assert changed == {(kind, units)}, "one kind of block, one choice"
+
+
+def test_a_probe_without_attention_keeps_it_in_the_first_layer() -> None:
+    without = probe_architectures(SPACE)["attention", 0]
+    assert [layer.attention.kv_groups for layer in without.layers] == [2, 0, 0]
+
+
+def test_a_space_without_drops_is_probed_at_its_lowest_rung() -> None:
+    space = tiny_space(layers=2, kv_groups=4, ffn_width=96, ffn_step=8)
+    space = type(space).of(space.shape, 1, 8, drop=False)
+    assert {("attention", 1), ("ffn", 8)} <= probe_architectures(space).keys()
+
+
+@given(st.data())
+def test_exact_probes_of_an_additive_machine_give_its_savings_back(data: st.DataObject) -> None:
+    truth = linear_costs(SPACE, *data.draw(st.tuples(st.floats(0, 0.12), st.floats(0, 0.2))))
+    speedups = {
+        probe: {phase: truth.speedup(architecture, phase) for phase in ("decode", "prefill")}
+        for probe, architecture in probe_architectures(SPACE).items()
+    }
+    found = cost_table(SPACE, speedups)
+    for phase, kind in itertools.product(("decode", "prefill"), BLOCK_KINDS):
+        assert found.saving[phase][kind] == pytest.approx(truth.saving[phase][kind], abs=1e-9)
+
+
+@given(st.lists(st.floats(0.3, 4), min_size=6, max_size=6))
+def test_whatever_was_measured_the_table_is_monotone_and_the_parent_is_itself(measured: list[float]) -> None:
+    probes = probe_architectures(SPACE)
+    assert len(probes) == len(measured)
+    costs = cost_table(
+        SPACE, {probe: {"decode": value, "prefill": 1.0} for probe, value in zip(probes, measured, strict=True)}
+    )
+    for phase, kind in itertools.product(("decode", "prefill"), BLOCK_KINDS):
+        savings = costs.saving[phase][kind]
+        assert len(savings) == len(SPACE.ladder(kind)) and savings[-1] == 0
+        assert all(smaller >= larger >= 0 for smaller, larger in itertools.pairwise(savings))
+        assert costs.speedup(SPACE.shape.architecture, phase) == 1
+
+
+def test_sizes_between_two_probes_are_interpolated() -> None:
+    saving: dict[BlockKind, tuple[float, ...]] = {"attention": (0.2, 0.1, 0.0), "ffn": (0.3, 0.1, 0.0)}
+    costs = CostTable(tiny_space(), {"decode": saving})
+    assert costs.block_saving("decode", "ffn", 16) == pytest.approx(0.1)
+    assert costs.block_saving("decode", "ffn", 8) == pytest.approx(0.2)
+    assert costs.relative_time(Architecture.of([(2, 32), (1, 16), (2, 0)]), "decode") == pytest.approx(0.5)
+    assert costs.speedup(Architecture.of([(2, 32), (1, 16), (2, 0)]), "decode") == pytest.approx(2)
+
+
+def test_an_estimate_never_reaches_no_time_at_all() -> None:
+    costs = linear_costs(tiny_space(), attention=0.5, ffn=0.5)
+    assert costs.speedup(Architecture.of([(0, 0), (0, 0), (1, 0)]), "decode") == pytest.approx(100)
+
+
+def test_json_round_trip() -> None:
+    costs = linear_costs(SPACE)
+    again = CostTable.from_json(SPACE, json.loads(json.dumps(costs.to_json())))
+    assert again == costs
