@@ -17,7 +17,7 @@ from llmprune.measure.host import fingerprint
 from llmprune.measure.quality import score
 from llmprune.measure.throughput import Workload, measure_paired
 from llmprune.models.checkpoint import METADATA_FILE
-from llmprune.models.parent import load_model
+from llmprune.models.loading import load_model
 from llmprune.progress import Show
 from llmprune.recipe import ModelRecipe, Recipe, SplitName, WorkloadRecipe, parse_recipe
 from llmprune.run_directory import RunDirectory

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from llmprune.errors import LlmpruneError, RecipeError
 from llmprune.recipe import (
@@ -250,15 +251,17 @@ def main() -> None:
     try:
         app()
     except LlmpruneError as error:
-        error_console().print(f"[red]error:[/red] {_escape(error)}", soft_wrap=True)
+        error_console().print("[red]error:[/red]", escape(_one_line(error)), soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        error_console().print("interrupted; the same command continues where this one stopped")
-        sys.exit(130)
+    except SystemExit as ended:
+        # typer catches Ctrl-C itself.
+        if ended.code == 130:
+            error_console().print("interrupted; the same command continues where this one stopped")
+        raise
 
 
-def _escape(error: Exception) -> str:
-    return str(error).replace("[", "\\[")
+def _one_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines())
 
 
 def _print(data: Any, as_json: bool, lines: Any) -> None:

@@ -261,7 +261,9 @@ def _write(run: Run, record: Record, to: Path, *, force: bool) -> dict[str, Any]
     provenance = {key: value for key, value in run.directory.read_provenance().items() if key != "stages"}
     recipe = run.recipe.model_dump(mode="json")
     # A checkpoint travels: it names files, not the places they had on this machine.
-    recipe["model"]["path"] = run.parent.source
+    recipe["model"]["path"], recipe["export"]["to"] = run.parent.source, None
+    if (tokenizer := recipe["model"]["tokenizer"]) and Path(tokenizer).expanduser().exists():
+        recipe["model"]["tokenizer"] = Path(tokenizer).name
     for source in recipe["data"]["sources"]:
         source["path"] = source["path"] and Path(source["path"]).name
     metadata = {"figures": record, "provenance": provenance, "recipe": recipe}

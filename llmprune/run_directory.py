@@ -66,8 +66,9 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the run for this process; the kernel lets go when the process ends, however it ends.
 
-        Raises RunDirectoryError if another process holds it or the directory cannot be made.
+        Raises RunDirectoryError if another process holds it, or the directory holds something else or cannot be made.
         """
+        self._refuse_what_is_no_run()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -109,10 +110,17 @@ class RunDirectory:
                         f"{self.path} was made with another {', '.join(changed)}; its figures would not compare: "
                         "use another --out, or leave these as they were"
                     )
-        elif any(entry.name != ".lock" for entry in self.path.iterdir()):
-            raise RunDirectoryError(f"{self.path} exists and is not a run directory; use an empty or a new one")
+        self._refuse_what_is_no_run()
         with atomic_path(self.recipe) as temporary:
             temporary.write_text(to_yaml(recipe), encoding="utf-8")
+
+    def _refuse_what_is_no_run(self) -> None:
+        if not self.path.is_dir() or self.recipe.is_file():
+            return
+        # A run that was killed before it had a recipe leaves these two.
+        others = [entry for entry in self.path.iterdir() if entry.name != ".lock" and entry.suffix != ".tmp"]
+        if others:
+            raise RunDirectoryError(f"{self.path} exists and is not a run directory; use an empty or a new one")
 
     def is_done(self, stage: str, input_hash: str, *files: Path) -> bool:
         """Whether a stage's files were made from inputs with this hash."""
@@ -127,13 +135,17 @@ class RunDirectory:
         if not self.provenance.exists():
             return {"stages": {}}
         provenance = read_json(self.provenance)
-        if not isinstance(provenance, dict) or not isinstance(provenance.get("stages"), dict):
+        if not isinstance(provenance, dict) or "stages" not in provenance or not _all_mappings(provenance):
             raise RunDirectoryError(f"{self.provenance} is damaged; delete it, and the stages check their files again")
         return provenance
 
     def note(self, **facts: Any) -> None:
         """Add facts to the run's provenance."""
         write_json(self.provenance, {**self.read_provenance(), **facts})
+
+
+def _all_mappings(provenance: dict[str, Any]) -> bool:
+    return all(isinstance(facts, dict) for facts in provenance.values())
 
 
 def hash_of(*inputs: Any) -> str:

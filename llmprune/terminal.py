@@ -17,7 +17,7 @@ from rich.text import Text
 from llmprune.progress import Advance, Show, silent
 
 # Piped output has no width of its own; a table cut at 80 columns would lose figures.
-PIPED_WIDTH = 160
+PIPED_WIDTH = 140
 
 
 def console() -> Console:
@@ -91,6 +91,7 @@ def print_trial(target: Console) -> Callable[[int, Mapping[str, Any]], None]:
             f"prefill {record['prefill_speedup']['median']:.2f}x  "
             f"{record['nats_per_token']:.3f} nats/token ({record['ppl_ratio']:.2f} x parent PPL)",
             style="dim",
+            soft_wrap=True,
         )
 
     return report
@@ -106,30 +107,20 @@ def front_table(front: Mapping[str, Any]) -> Table:
     measured_on = front["parent"]["measured_on"]
     workload = measured_on["workload"]
     table = Table(
-        title="Front, measured" if front["children"] else "Front (empty)",
+        title="Front, measured",
         caption=(
             f"{measured_on['dataset']}, {measured_on['split']} split: {measured_on['tokens']:,} tokens in windows of "
-            f"{measured_on['seq_len']}{' with' if measured_on['bos'] else ', no'} BOS. "
-            f"batch {workload['batch']}, {workload['prompt_tokens']} prompt + {workload['generated_tokens']} generated "
-            f"tokens, {workload['dtype']}, {workload['threads']} threads on {workload['device']}; speed-ups are "
-            "medians of paired ratios, with their 10th and 90th percentile"
+            f"{measured_on['seq_len']}, {'with' if measured_on['bos'] else 'no'} BOS. Batch {workload['batch']}, "
+            f"{workload['prompt_tokens']} prompt + {workload['generated_tokens']} generated tokens, "
+            f"{workload['dtype']}, {workload['threads']} threads on {workload['device']}. Speed-ups are medians of "
+            "paired ratios (10th-90th percentile)."
         ),
         caption_justify="left",
     )
-    for column in ("", "hash"):
-        table.add_column(column, no_wrap=True)
-    for column in (
-        "params",
-        "MB",
-        "KV B/token",
-        "nats/token",
-        "PPL",
-        "x parent",
-        "prefill tok/s",
-        "speed-up",
-        "decode tok/s",
-        "speed-up",
-    ):
+    table.add_column("", no_wrap=True)
+    for column in ("params", "bytes", "KV bytes\na token", "nats\na token", "PPL\n(x parent)"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("prefill tokens/s\nspeed-up", "decode tokens/s\nspeed-up"):
         table.add_column(column, justify="right", no_wrap=True)
     _add(table, "parent", front["parent"])
     table.add_section()
@@ -143,23 +134,19 @@ def front_table(front: Mapping[str, Any]) -> Table:
 
 def _add(table: Table, label: str, record: Mapping[str, Any]) -> None:
     table.add_row(
-        label,
-        record["hash"],
+        f"{label}\n[dim]{record['hash']}[/dim]",
         f"{record['params'] / 1e6:.1f}M",
-        f"{record['bytes'] / 1e6:.0f}",
+        f"{record['bytes'] / 1e6:.0f}M",
         f"{record['kv_bytes_per_token']:,}",
         f"{record['nats_per_token']:.3f}",
-        f"{record['ppl']:.2f}",
-        f"{record['ppl_ratio']:.3f}",
-        f"{record['prefill_tokens_per_s']['median']:.0f}",
-        _ratio(record["prefill_speedup"]),
-        f"{record['decode_tokens_per_s']['median']:.1f}",
-        _ratio(record["decode_speedup"]),
+        f"{record['ppl']:.2f}\n({record['ppl_ratio']:.2f}x)",
+        f"{record['prefill_tokens_per_s']['median']:.0f}\n{_ratio(record['prefill_speedup'])}",
+        f"{record['decode_tokens_per_s']['median']:.1f}\n{_ratio(record['decode_speedup'])}",
     )
 
 
 def _ratio(spread: Mapping[str, float]) -> str:
-    return f"{spread['median']:.2f}x [{spread['low']:.2f}, {spread['high']:.2f}]"
+    return f"{spread['median']:.2f}x ({spread['low']:.2f}-{spread['high']:.2f})"
 
 
 def bench_table(result: Mapping[str, Any]) -> Table:

@@ -1,6 +1,6 @@
 """Let checkpoints continue the same prompt, so that a person sees what pruning did to the text.
 
-    python scripts/sample_text.py PARENT CHILD [--prompt TEXT]
+python scripts/sample_text.py PARENT CHILD [--prompt TEXT]
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from llmprune.models.parent import load_model
+from llmprune.models.loading import load_model
 from llmprune.recipe import ModelRecipe
 
 PROMPT = "The city of Venice is built on"

@@ -1,8 +1,49 @@
-"""What must stand before torch and huggingface_hub are imported."""
+"""What must stand before torch and huggingface_hub are imported, and a run that several test files read."""
+
+from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
 
 # No test reaches the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tensors of tests are slower on several threads; and processes that tests start must make the same host fingerprint.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+from tiny import tiny_recipe
+
+from llmprune.models import checkpoint
+from llmprune.recipe import Recipe
+from llmprune.run import Run, export, front, search, write_children
+from llmprune.run_directory import RunDirectory
+from llmprune.search.budgets import parse_pick
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that went through every stage. Tests that change it work on a copy."""
+
+    recipe: Recipe
+    path: Path
+    """The run directory."""
+    export: Path
+    """The exported child, outside of the run."""
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The tiny recipe, searched, re-measured and exported; only the export is proven in a fresh process."""
+    root = tmp_path_factory.mktemp("finished")
+    finished = Finished(tiny_recipe(root), root / "run", root / "exported" / "child")
+    with RunDirectory(finished.path).locked():
+        run = Run.start(finished.path, finished.recipe)
+        search(run)
+        front(run)
+        with patch.object(checkpoint, "prove", return_value=checkpoint.Proof(0.0, 0.0, 1, False)):
+            write_children(run)
+        export(run, parse_pick(finished.recipe.export.pick), finished.export)
+    return finished

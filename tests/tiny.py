@@ -7,11 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmprune.architecture import Architecture, ParentShape, Space
-from llmprune.recipe import DataRecipe, SourceRecipe
+from llmprune.recipe import DataRecipe, Recipe, SourceRecipe, parse_recipe
 from llmprune.search.costs import CostTable
 
 SMALL_SPLITS = {
@@ -113,3 +114,45 @@ def record_of(architecture: Architecture, nats: float, decode: float, prefill: f
         "decode_speedup": spread(decode),
         "prefill_speedup": spread(prefill),
     }
+
+
+def save_tiny_llama(directory: Path) -> Path:
+    """A random Llama of three layers, and a tokenizer, as a checkpoint."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def tiny_recipe(root: Path) -> Recipe:
+    """A recipe whose model and texts are written into `root`; a whole run of it takes seconds."""
+    sources = [write_jsonl(root / f"{name}.jsonl", numbered_documents(name)) for name in ("ant", "bee")]
+    return parse_recipe(
+        {
+            "model": {"path": str(save_tiny_llama(root / "parent")), "device": "cpu"},
+            "data": small_data_recipe(*sources).model_dump(),
+            "workload": {"prompt_tokens": 8, "generated_tokens": 4, "repeats": 1},
+            "space": {"ffn_step": 16},
+            "search": {"population": 4, "trials": 5, "warm_starts": [1.2]},
+            "front": {"size": 2, "repeats": 1, "baselines_at": 1.2, "random_draws": 2},
+            "export": {"pick": "ppl_ratio<=1000"},
+        },
+        origin="tiny",
+    )

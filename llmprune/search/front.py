@@ -21,19 +21,20 @@ def non_dominated(records: Iterable[Record], speed: str) -> list[Record]:
 
 
 def candidates_for_front(children: Sequence[Record], speed: str, size: int, picks: Sequence[Pick]) -> list[Record]:
-    """At most `size` trials to re-measure, slowest first: what the picks would choose, then the non-dominated ones
-    that lie farthest in speed (on a log scale) from those chosen already."""
+    """At most `size` trials to re-measure, slowest first: what the picks would choose (earlier ones first, if not all
+    fit), then the non-dominated ones that lie farthest in speed (on a log scale) from those chosen already."""
     front = non_dominated(children, speed)
     chosen: dict[str, Record] = {}
     for pick in picks:
         with suppress(BudgetError):
-            wanted = pick_record(front, pick)
-            chosen[wanted["hash"]] = dict(wanted)
-    while len(chosen) < min(size, len(front)):
-        left = [record for record in front if record["hash"] not in chosen]
+            # A child that is named is wanted, though another may beat it.
+            wanted = pick_record(children if pick.hash else front, pick)
+            if len(chosen) < size:
+                chosen[wanted["hash"]] = dict(wanted)
+    while len(chosen) < size and (left := [record for record in front if record["hash"] not in chosen]):
         farthest = max(left, key=lambda record: _distance(record, list(chosen.values()), speed))
         chosen[farthest["hash"]] = farthest
-    return sorted(chosen.values(), key=lambda record: metric_value(record, speed))[:size]
+    return sorted(chosen.values(), key=lambda record: metric_value(record, speed))
 
 
 def _distance(record: Record, chosen: Sequence[Record], speed: str) -> float:

@@ -18,7 +18,7 @@ from llmprune.recipe import SearchRecipe
 from llmprune.search.budgets import metric_value, parse_budget
 from llmprune.search.evaluate import Judge, Record, is_finite
 from llmprune.search.space import suggest, to_params
-from llmprune.search.storage import reap_dead_trials
+from llmprune.search.storage import WARM_START, reap_dead_trials
 
 # A sampler that proposes known architectures only must not spin for ever.
 PROPOSALS_PER_TRIAL = 20
@@ -39,9 +39,11 @@ class SearchOutcome:
 def open_study(storage: optuna.storages.BaseStorage, name: str, recipe: SearchRecipe) -> optuna.Study:
     """Create or load the study called `name`: minimise nats per token, maximise the measured speed-up."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=storage, study_name=name, directions=["minimize", "maximize"], load_if_exists=True
-    )
+    # `load_if_exists` would add a line to the journal each time.
+    if name in optuna.get_all_study_names(storage):
+        study = optuna.load_study(storage=storage, study_name=name)
+    else:
+        study = optuna.create_study(storage=storage, study_name=name, directions=["minimize", "maximize"])
     # A resumed sampler must not repeat the draws of the session before.
     study.sampler = make_sampler(recipe, seed=recipe.seed + len(study.get_trials(deepcopy=False)))
     return study
@@ -158,6 +160,6 @@ def _enqueue_once(study: optuna.Study, space: Space, starts: Sequence[tuple[str,
     if study.user_attrs.get("warm_starts_queued"):
         return
     for label, architecture in starts:
-        attributes: dict[str, Any] = {"warm_start": label}
+        attributes: dict[str, Any] = {WARM_START: label}
         study.enqueue_trial(to_params(architecture, space), user_attrs=attributes, skip_if_exists=True)
     study.set_user_attr("warm_starts_queued", True)

@@ -10,6 +10,7 @@ from llmprune.architecture import BLOCK_KINDS, BlockKind, Space
 from llmprune.blocks.library import BlockLibrary
 from llmprune.blocks.sensitivity import block_influence, estimate_delta_nats
 from llmprune.data.tokens import Split
+from llmprune.errors import RunDirectoryError
 from llmprune.measure.throughput import Workload, measure_paired
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import prune
@@ -37,14 +38,23 @@ class BlockTables:
         }
 
     @classmethod
-    def from_json(cls, space: Space, data: Mapping[str, Any]) -> BlockTables:
-        delta_nats = {
-            (layer, kind, units): value
-            for layer, row in enumerate(data["estimated_delta_nats"])
-            for kind in BLOCK_KINDS
-            for units, value in zip(space.ladder(kind), row[kind], strict=True)
-        }
-        return cls(delta_nats, data["block_influence"], CostTable.from_json(space, data["time_saved_per_block"]))
+    def from_json(cls, space: Space, data: Any) -> BlockTables:
+        """Inverse of `to_json`. Raises RunDirectoryError on anything else."""
+        try:
+            delta_nats = {
+                (layer, kind, units): float(value)
+                for layer, row in enumerate(data["estimated_delta_nats"])
+                for kind in BLOCK_KINDS
+                for units, value in zip(space.ladder(kind), row[kind], strict=True)
+            }
+            influence = [float(value) for value in data["block_influence"]]
+            costs = CostTable.from_json(space, data["time_saved_per_block"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RunDirectoryError(
+                f"tables.json does not hold the tables of this run's space ({type(error).__name__}: {error}); "
+                "delete it and start again"
+            ) from error
+        return cls(delta_nats, influence, costs)
 
 
 def build_tables(

@@ -1,0 +1,179 @@
+"""Read models from the Hub, a directory or a GGUF file: complete, or not at all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
+from transformers.utils import logging as transformers_logging
+
+from llmprune.errors import ModelError, UnsupportedModelError
+from llmprune.recipe import ModelRecipe
+
+
+def load_model(
+    recipe: ModelRecipe, *, check: Callable[[Any], None] = lambda config: None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal LM - a Hub id, a directory or a GGUF file - and its tokenizer, in eval mode on its device.
+
+    Weights are read from safetensors (or GGUF, dequantised) only. `check` sees the config before any weight is read,
+    and may refuse it. Raises ModelError.
+    """
+    place, gguf_file = _locate(recipe.path)
+    where: dict[str, Any] = {"revision": recipe.revision} if recipe.revision else {}
+    if gguf_file:
+        _check_gguf(Path(place) / gguf_file)
+        where["gguf_file"] = gguf_file
+    with _readable_errors(recipe.path), _quiet_loading():
+        config = AutoConfig.from_pretrained(place, trust_remote_code=recipe.trust_remote_code, **where)
+    check(config)
+    device = resolve_device(recipe.device)
+    spread = recipe.device == "auto" and torch.cuda.device_count() > 1
+    with _readable_errors(recipe.path), _quiet_loading():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=getattr(torch, recipe.dtype),
+            trust_remote_code=recipe.trust_remote_code,
+            use_safetensors=None if gguf_file else True,
+            device_map="auto" if spread else None,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **where,
+        )
+        model, info = loaded
+        _check_complete(info, recipe.path)
+        tokenizer = AutoTokenizer.from_pretrained(
+            recipe.tokenizer or place,
+            trust_remote_code=recipe.trust_remote_code,
+            **({} if recipe.tokenizer else where),
+        )
+    if gguf_file:
+        _forget_quantisation(model)
+    return (model if spread else model.to(device)).eval(), tokenizer
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a recipe names. Raises ModelError if torch cannot use it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ModelError(f"model.device {name!r} cannot be used here ({first_line}); use cpu or auto") from None
+    return device
+
+
+def _locate(path: str) -> tuple[str, str | None]:
+    """A place for from_pretrained, and the GGUF file in it if the path names one."""
+    if path.endswith(".gguf"):
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise ModelError(f"model.path {path} is not a file")
+        return str(file.parent), file.name
+    local = Path(path).expanduser()
+    if path.startswith((".", "/", "~")) or local.exists():
+        if not local.is_dir():
+            raise ModelError(f"model.path {path} is not a directory with a config.json, nor a .gguf file")
+        if not (local / "config.json").is_file():
+            raise ModelError(f"model.path {path} holds no config.json; name a transformers checkpoint or a .gguf file")
+        return str(local), None
+    return path, None
+
+
+def _check_complete(info: Mapping[str, Any], path: str) -> None:
+    """Where a tensor is missing or misshapen, transformers warns and goes on with random numbers."""
+    misshapen = [f"{name} {list(found)} for {list(expected)}" for name, found, expected in info["mismatched_keys"]]
+    for problem, tensors in (("lacks", sorted(info["missing_keys"])), ("misshapes", sorted(misshapen))):
+        if tensors:
+            raise ModelError(
+                f"{path} {problem} {len(tensors)} tensors that its config implies ({', '.join(tensors[:3])}, ...); "
+                "name a complete checkpoint"
+            )
+
+
+def _check_gguf(file: Path) -> None:
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    try:
+        reader = GGUFReader(file)
+        field = reader.get_field("general.architecture")
+    except (ValueError, IndexError, OSError) as error:
+        raise ModelError(f"{file} is not a readable GGUF file: {error}") from None
+    architecture = str(field.contents()) if field else "none"
+    if architecture not in GGUF_SUPPORTED_ARCHITECTURES:
+        readable = ", ".join(sorted(GGUF_SUPPORTED_ARCHITECTURES))
+        raise UnsupportedModelError(f"{file} has GGUF architecture {architecture!r}; transformers reads: {readable}")
+    scaling = reader.get_field(f"{architecture}.rope.scaling.type")
+    dropped = [tensor.name for tensor in reader.tensors if tensor.name.startswith(("rope_freqs.", "rope_factors_"))]
+    if scaling and scaling.contents() != "none":
+        dropped.append(f"rope.scaling.type={scaling.contents()}")
+    if dropped:
+        raise UnsupportedModelError(
+            f"{file} scales its rotary embedding ({', '.join(dropped)}), which transformers leaves out when it reads "
+            "GGUF: the model would be another; name the safetensors model instead"
+        )
+
+
+def _forget_quantisation(model: PreTrainedModel) -> None:
+    # transformers dequantises a GGUF file and still calls the model quantised, which forbids saving and casting.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if name in model.__dict__:
+            delattr(model, name)
+
+
+@contextmanager
+def _readable_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        if isinstance(error, ModelError):
+            raise
+        cause = " ".join(str(error).split())
+        if "trust_remote_code" in cause:
+            raise ModelError(
+                f"{path} brings code of its own; set model.trust_remote_code=true only if you trust it"
+            ) from None
+        raise ModelError(
+            f"cannot load model {path}: {cause:.400}. Give a Hub id, a directory with config.json and safetensors "
+            "weights (convert .bin files first), or a .gguf file"
+        ) from error
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """transformers draws its own bars on stderr while loading; ours are the only ones a run shows."""
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    gguf_logger = logging.getLogger(modeling_gguf_pytorch_utils.__name__)
+    gguf_reader: Any = modeling_gguf_pytorch_utils
+    level, bar = gguf_logger.level, gguf_reader.tqdm
+    # The GGUF reader's bar does not ask transformers' setting.
+    gguf_reader.tqdm = partial(bar, disable=True)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    gguf_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        gguf_reader.tqdm = bar
+        gguf_logger.setLevel(level)
+        if was_shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

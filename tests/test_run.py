@@ -1,0 +1,412 @@
+"""A whole run of a tiny model: its files, what a second session leaves alone, and what kills and damage cost."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Finished
+from safetensors.torch import load
+
+from llmprune.architecture import Architecture
+from llmprune.errors import BudgetError, ExportError, LlmpruneError, RunDirectoryError
+from llmprune.models import checkpoint
+from llmprune.models.parent import load_parent
+from llmprune.recipe import Recipe, apply_overrides, parse_recipe
+from llmprune.run import Run, compress, export, front, search, write_children
+from llmprune.run_directory import RunDirectory
+from llmprune.search.budgets import parse_pick
+from llmprune.search.evaluate import Judge
+from llmprune.search.storage import open_journal
+from llmprune.search.study import finished_trials, open_study
+
+CONTRACT = {
+    *("name", "hash", "architecture", "params", "bytes", "kv_bytes_per_token", "measured_on"),
+    *("nats_per_token", "nats_per_byte", "ppl", "ppl_ratio", "per_source"),
+    *("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_speedup", "decode_speedup"),
+}
+SEARCH = "import sys; sys.argv[0] = 'llmprune'; from llmprune.cli import main; main()"
+
+
+@pytest.fixture
+def copied(finished_run: Finished, tmp_path: Path) -> Path:
+    """A copy of the finished run's directory, to change."""
+    return Path(shutil.copytree(finished_run.path, tmp_path / "run"))
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Fills with the hash of every architecture that is judged or scored, and with the checkpoints proven."""
+    calls: list[str] = []
+
+    def counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: Judge, architecture: Architecture, *args: Any) -> Any:
+            calls.append(f"{name} {architecture.hash}")
+            return method(self, architecture, *args)
+
+        return wrapper
+
+    def prove(child: Any, tokenizer: Any, directory: Path) -> checkpoint.Proof:
+        calls.append("prove")
+        return checkpoint.Proof(0.0, 0.0, 1, False)
+
+    for name in ("judge", "score"):
+        monkeypatch.setattr(Judge, name, counted(name, getattr(Judge, name)))
+    monkeypatch.setattr(checkpoint, "prove", prove)
+    return calls
+
+
+def changed(recipe: Recipe, *overrides: str) -> Recipe:
+    return parse_recipe(apply_overrides(recipe.model_dump(mode="json"), list(overrides)), origin="changed")
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
+    }
+
+
+def finished_hashes(run: Path) -> list[str]:
+    """Of the trials in a run's journal; the journal itself is left as it is."""
+    copy = run.parent / "journal-to-read"
+    shutil.copyfile(run / "study.journal", copy)
+    opened = Run.open(run)
+    study = open_study(open_journal(copy), opened.study_name, opened.recipe.search)
+    return [str(trial.user_attrs["hash"]) for trial in finished_trials(study)]
+
+
+def strict_json(path: Path) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{path} holds {constant}")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def test_the_front_is_what_scripts_rely_on(finished_run: Finished) -> None:
+    measured = strict_json(finished_run.path / "front.json")
+    assert list(measured) == ["parent", "children", "baselines"]
+    assert 1 <= len(measured["children"]) <= finished_run.recipe.front.size
+    assert {record["name"] for record in measured["baselines"]} <= {"uniform", "shortgpt", "random"}
+    for record in (measured["parent"], *measured["children"], *measured["baselines"]):
+        assert record.keys() >= CONTRACT
+        assert Architecture.from_json(record["architecture"]).hash == record["hash"]
+        assert record["ppl"] == pytest.approx(math.exp(record["nats_per_token"]))
+        assert record["ppl_ratio"] == pytest.approx(record["ppl"] / measured["parent"]["ppl"])
+        assert set(record["per_source"]) == {"ant", "bee"}
+        for figure in ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_speedup", "decode_speedup"):
+            speed = record[figure]
+            assert speed.keys() == {"median", "low", "high"}
+            assert 0 < speed["low"] <= speed["median"] <= speed["high"]
+        on = record["measured_on"]
+        assert (on["dataset"], on["split"], on["seq_len"], on["tokens"]) == ("ant+bee", "validation", 16, 60)
+        assert on["workload"]["generated_tokens"] == 4 and on["host"]["cpu"]
+    assert measured["parent"]["hash"] == Architecture.of([(2, 32)] * 3).hash
+    assert measured["parent"]["decode_speedup"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_a_run_directory_holds_what_the_design_says(finished_run: Finished) -> None:
+    names = {path.name for path in finished_run.path.iterdir()}
+    expected = {"recipe.yaml", "provenance.json", "tokens.safetensors", "library", "tables.json", "study.journal"}
+    assert names == {*expected, "front.json", "children", ".lock"}
+    children = strict_json(finished_run.path / "front.json")["children"]
+    assert {path.name for path in (finished_run.path / "children").iterdir()} == {child["hash"] for child in children}
+    assert len(finished_hashes(finished_run.path)) == finished_run.recipe.search.trials
+
+
+def test_an_exported_checkpoint_says_what_it_is_and_not_where_it_was_made(finished_run: Finished) -> None:
+    metadata = strict_json(finished_run.export / "llmprune.json")
+    assert {"format", "hash", "architecture", "proof", "figures", "provenance", "recipe"} == metadata.keys()
+    assert Architecture.from_json(metadata["architecture"]).hash == metadata["hash"] == metadata["figures"]["hash"]
+    assert metadata["proof"]["params"] == metadata["figures"]["params"]
+    assert metadata["provenance"]["parent"]["hash"] and metadata["provenance"]["versions"]["torch"]
+    for path in finished_run.export.rglob("*.json"):
+        assert str(finished_run.path.parent) not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_a_machine_path_in_the_recipe_does_not_travel(
+    finished_run: Finished, judged: list[str], tmp_path: Path
+) -> None:
+    tokenizer, to = finished_run.recipe.model.path, tmp_path / "made-here" / "child"
+    recipe = changed(finished_run.recipe, f"export.to={to}")
+    run = Run.start(
+        tmp_path / "another", changed(recipe, f"model.tokenizer={tokenizer}", "search.trials=2", "front.random_draws=0")
+    )
+    search(run)
+    front(run)
+    export(run, parse_pick("ppl_ratio<=1000"), to)
+    text = (to / "llmprune.json").read_text()
+    assert str(tmp_path) not in text and str(finished_run.path.parent) not in text
+
+
+def test_a_second_compress_does_nothing_new(finished_run: Finished, copied: Path, judged: list[str]) -> None:
+    shutil.copytree(finished_run.export, copied / "export")
+    before = contents(copied)
+    times = {name: (copied / name).stat().st_mtime_ns for name in before}
+    result = compress(Run.start(copied, finished_run.recipe), copied / "export")
+    assert judged == []
+    assert contents(copied) == before
+    rewritten = {name for name, then in times.items() if (copied / name).stat().st_mtime_ns != then}
+    assert rewritten <= {"recipe.yaml", "provenance.json"}
+    assert result["exported"] == {"directory": str(copied / "export"), "hash": result["children"][0]["hash"]}
+
+
+def test_raising_the_trials_goes_on(finished_run: Finished, copied: Path, judged: list[str]) -> None:
+    before = finished_hashes(copied)
+    run = Run.start(copied, changed(finished_run.recipe, "search.trials=7"))
+    outcome = search(run)
+    assert (outcome.finished_trials, outcome.new_trials, outcome.stopped_by) == (7, 2, "trials")
+    assert finished_hashes(copied)[:5] == before
+    assert len(judged) == 2
+    old = (copied / "front.json").read_bytes()
+    front(run)
+    assert (copied / "front.json").read_bytes() != old, "new trials, new front"
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["data.seq_len=32", "workload.batch=2", "importance.method=flap", "space.drop=false", "model.dtype=bfloat16"],
+)
+def test_what_figures_depend_on_is_fixed(override: str, finished_run: Finished, copied: Path) -> None:
+    before, key = contents(copied), override.partition("=")[0]
+    with pytest.raises(RunDirectoryError, match=rf"was made with another {key}; .*use another --out"):
+        Run.start(copied, changed(finished_run.recipe, override))
+    assert contents(copied) == before
+
+
+def test_a_parent_that_changed_is_refused(finished_run: Finished, copied: Path, tmp_path: Path) -> None:
+    run = Run.open(copied)
+    run.directory.note(parent={**run.directory.read_provenance()["parent"], "hash": "0" * 64})
+    with pytest.raises(RunDirectoryError, match=r"is not the model this run was made with"):
+        search(run)
+
+
+def test_a_parent_may_move(finished_run: Finished, tmp_path: Path) -> None:
+    moved = shutil.copytree(finished_run.recipe.model.path, tmp_path / "elsewhere")
+    recipes = (finished_run.recipe, changed(finished_run.recipe, f"model.path={moved}"))
+    assert len({load_parent(recipe.model).hash for recipe in recipes}) == 1
+
+
+def test_a_directory_that_is_no_run_is_refused_and_left_as_it_was(finished_run: Finished, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with (
+        pytest.raises(RunDirectoryError, match="exists and is not a run directory; use an empty or a new one"),
+        RunDirectory(tmp_path).locked(),
+    ):
+        Run.start(tmp_path, finished_run.recipe)
+    assert contents(tmp_path) == {"thesis.txt": b"years of work"}
+    with pytest.raises(RunDirectoryError, match=r"is not a run directory \(no recipe.yaml\)"):
+        Run.open(tmp_path)
+
+
+def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    locked = pytest.raises(RunDirectoryError, match=r"cannot use .*run as a run directory")
+    with locked, RunDirectory(tmp_path / "run").locked():
+        pass
+
+
+def test_what_a_kill_leaves_of_the_first_moment_is_no_obstacle(finished_run: Finished, tmp_path: Path) -> None:
+    for name in (".lock", ".recipe.yaml.0123abcd.tmp"):
+        (tmp_path / name).touch()
+    with RunDirectory(tmp_path).locked():
+        assert Run.start(tmp_path, finished_run.recipe).recipe == finished_run.recipe
+
+
+def test_a_run_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    refused = pytest.raises(RunDirectoryError, match="is in use by another llmprune process")
+    with directory.locked(), refused, directory.locked():
+        pass
+    with directory.locked():
+        pass
+
+
+def search_again(run: Path) -> None:
+    search(Run.open(run))
+
+
+def front_again(run: Path) -> None:
+    front(Run.open(run))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "stage"),
+    [
+        ("recipe.yaml", b"model: [", search_again),
+        ("recipe.yaml", b"model: {}", search_again),
+        ("recipe.yaml", b"", search_again),
+        ("provenance.json", b"{", search_again),
+        ("provenance.json", b"[]", search_again),
+        ("provenance.json", b'{"stages": {}, "parent": 7}', search_again),
+        ("tokens.safetensors", b"", search_again),
+        ("tokens.safetensors", b"\x08" + b"\0" * 30, search_again),
+        ("tables.json", b"{", search_again),
+        ("tables.json", b"{}", search_again),
+        ("tables.json", b"[1]", search_again),
+        ("study.journal", b"{}\n{}\n", search_again),
+        ("front.json", b"\xff", front_again),
+        ("front.json", b"[]", front_again),
+        ("front.json", b'{"parent": {}}', front_again),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_error(
+    name: str, content: bytes, stage: Callable[[Path], None], copied: Path
+) -> None:
+    (copied / name).write_bytes(content)
+    with pytest.raises(RunDirectoryError) as caught:
+        stage(copied)
+    assert name in str(caught.value)
+    assert (copied / name).read_bytes() == content, "damage is for a person to look at"
+
+
+@pytest.mark.parametrize("name", ["tokens.safetensors", "tables.json", "provenance.json", "library"])
+def test_a_missing_file_is_made_again(name: str, copied: Path) -> None:
+    before = Run.open(copied)
+    hashes = before.library.hash, before.tokens["search"].hash, before.study_name
+    path = copied / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    after = Run.open(copied)
+    assert search(after).new_trials == 0
+    assert (after.library.hash, after.tokens["search"].hash, after.study_name) == hashes
+    assert path.exists()
+
+
+def test_a_damaged_layer_of_the_library_is_built_again(copied: Path) -> None:
+    layer = next((copied / "library").iterdir())
+    whole = layer.read_bytes()
+    tensors = load(whole)
+    layer.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert search(Run.open(copied)).new_trials == 0
+    again = load(layer.read_bytes())
+    assert again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)
+
+
+def test_a_front_needs_trials(finished_run: Finished, copied: Path) -> None:
+    (copied / "study.journal").unlink()
+    with pytest.raises(RunDirectoryError, match=r"has no finished trial; run llmprune search first"):
+        front(Run.open(copied))
+
+
+def test_an_export_needs_a_front(copied: Path, tmp_path: Path) -> None:
+    (copied / "front.json").unlink()
+    with pytest.raises(RunDirectoryError, match=r"has no front yet; run llmprune front first"):
+        export(Run.open(copied), parse_pick("ppl<=9"), tmp_path / "child")
+
+
+def test_what_cannot_be_exported_is_said_before_anything_is_loaded(
+    finished_run: Finished, copied: Path, judged: list[str], tmp_path: Path
+) -> None:
+    run = Run.open(copied)
+    with pytest.raises(BudgetError, match=r"no child on the front holds 'decode_speedup>=99'; the nearest is"):
+        export(run, parse_pick("decode_speedup>=99"), tmp_path / "child")
+    before = contents(finished_run.export)
+    with pytest.raises(ExportError, match="exists and is not empty; use --force"):
+        export(run, parse_pick("ppl_ratio<=1000"), finished_run.export)
+    assert contents(finished_run.export) == before
+    assert not (tmp_path / "child").exists() and "parent" not in run.__dict__
+
+
+def test_a_baseline_is_exported_by_its_hash(copied: Path, judged: list[str], tmp_path: Path) -> None:
+    baseline = strict_json(copied / "front.json")["baselines"][0]
+    written = export(Run.open(copied), parse_pick(baseline["hash"]), tmp_path / "child")
+    assert written["hash"] == baseline["hash"] and written["directory"] == str(tmp_path / "child")
+    assert checkpoint_hash(tmp_path / "child") == baseline["hash"]
+
+
+def test_children_that_are_there_are_not_written_again(copied: Path, judged: list[str]) -> None:
+    run = Run.open(copied)
+    paths = write_children(run)
+    assert judged == [] and all(checkpoint_hash(path) == path.name for path in paths)
+    shutil.rmtree(paths[0])
+    assert write_children(run) == paths
+    assert judged == ["prove"] and checkpoint_hash(paths[0]) == paths[0].name
+
+
+def checkpoint_hash(directory: Path) -> str:
+    return str(strict_json(directory / "llmprune.json")["hash"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("export.pick=fast", "a budget is METRIC>=NUMBER"),
+        ("search.budgets=['speed>=2']", "unknown metric 'speed'"),
+    ],
+)
+def test_limits_are_read_before_a_run_begins(
+    override: str, message: str, finished_run: Finished, tmp_path: Path
+) -> None:
+    with pytest.raises(BudgetError, match=message):
+        Run.start(tmp_path / "run", changed(finished_run.recipe, override))
+    assert not (tmp_path / "run").exists()
+
+
+@contextmanager
+def searching(run: Path) -> Iterator[subprocess.Popen[str]]:
+    """`llmprune search` in a process of its own, with more trials than anyone waits for."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SEARCH, "search", str(run), "search.trials=500"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_trials(run: Path, more: int, process: subprocess.Popen[str]) -> None:
+    journal = run / "study.journal"
+    wanted = journal.read_bytes().count(b'"record"') + more
+    deadline = time.monotonic() + 60
+    while journal.read_bytes().count(b'"record"') < wanted:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "the search does not get on"
+        time.sleep(0.02)
+
+
+def test_interrupts_and_kills_cost_the_trial_in_flight_and_nothing_else(copied: Path) -> None:
+    hashes = finished_hashes(copied)
+
+    with searching(copied) as process:
+        wait_for_trials(copied, 3, process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == "" and "Traceback" not in err
+    assert err.splitlines()[-1] == "interrupted; the same command continues where this one stopped"
+    interrupted = finished_hashes(copied)
+    assert interrupted[: len(hashes)] == hashes and len(interrupted) >= len(hashes) + 2
+
+    with searching(copied) as process:
+        wait_for_trials(copied, 2, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=60)
+    killed = finished_hashes(copied)
+    assert killed[: len(interrupted)] == interrupted and len(killed) >= len(interrupted) + 1
+
+    with (copied / "study.journal").open("ab") as file:
+        file.write(b'{"op_code":6,"worker_id":"torn')
+    run = Run.start(copied, changed(Run.open(copied).recipe, f"search.trials={len(killed) + 2}"))
+    outcome = search(run)
+    assert (outcome.finished_trials, outcome.new_trials) == (len(killed) + 2, 2)
+    resumed = finished_hashes(copied)
+    assert resumed[: len(killed)] == killed and len(set(resumed)) == len(resumed) == len(killed) + 2
+
+
+def test_all_errors_of_a_user_are_of_one_family() -> None:
+    assert issubclass(LlmpruneError, ValueError)

@@ -1,0 +1,165 @@
+"""The journal after a kill: at most the trial in flight is lost, and damage is never papered over."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from llmprune.errors import RunDirectoryError
+from llmprune.search.storage import cut_torn_line, open_journal, reap_dead_trials
+
+FINISHED = 3
+
+
+def open_study(path: Path) -> optuna.Study:
+    return optuna.load_study(study_name="s", storage=open_journal(path), sampler=optuna.samplers.RandomSampler(seed=0))
+
+
+def judge_one(study: optuna.Study) -> None:
+    trial = study.ask()
+    trial.set_user_attr("é", trial.suggest_int("x", 0, 9))
+    study.tell(trial, 1.0)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    path = tmp_path / "study.journal"
+    optuna.create_study(study_name="s", storage=open_journal(path))
+    study = open_study(path)
+    for _ in range(FINISHED):
+        judge_one(study)
+    return path
+
+
+def states(path: Path) -> list[str]:
+    return [trial.state.name for trial in open_study(path).get_trials(deepcopy=False)]
+
+
+def test_every_cut_through_the_last_line_costs_that_line_only(journal: Path) -> None:
+    whole = journal.read_bytes()
+    start = whole.rstrip(b"\n").rfind(b"\n") + 1
+    assert len(whole) - start > 40
+    for end in range(start, len(whole)):
+        journal.write_bytes(whole[:end])
+        assert states(journal) == ["COMPLETE"] * (FINISHED - 1) + ["RUNNING"]
+        assert journal.read_bytes() == whole[:start]
+
+
+@pytest.mark.parametrize("left", [1, 30])
+def test_a_journal_that_was_cut_goes_on(journal: Path, left: int) -> None:
+    with journal.open("ab") as file:
+        file.write(b'{"op_code":4,"worker_id":"x","study_id":0,"datetime_start"'[:left])
+    for _ in range(2):
+        judge_one(open_study(journal))
+    assert states(journal) == ["COMPLETE"] * (FINISHED + 2)
+
+
+def test_a_last_line_that_is_whole_and_not_json_is_cut(journal: Path) -> None:
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code": 6, \n')
+    assert cut_torn_line(journal) == 16
+    assert journal.read_bytes() == whole
+
+
+def test_a_whole_journal_is_left_alone(journal: Path) -> None:
+    whole = journal.read_bytes()
+    assert cut_torn_line(journal) == 0
+    assert states(journal) == ["COMPLETE"] * FINISHED
+    assert journal.read_bytes() == whole
+
+
+@pytest.mark.parametrize("content", [b"", b'{"op_co'])
+def test_a_journal_that_never_began_begins(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "study.journal"
+    path.write_bytes(content)
+    optuna.create_study(study_name="s", storage=open_journal(path))
+    assert states(path) == []
+
+
+@pytest.mark.parametrize("line", range(4))
+@pytest.mark.parametrize("damage", [b"\x00\xff", b"\n", b"{}}", b"[1]", b"{}"])
+def test_damage_before_the_end_is_refused_and_nothing_is_lost(journal: Path, line: int, damage: bytes) -> None:
+    lines = journal.read_bytes().splitlines()
+    lines[line] = damage.rstrip(b"\n")
+    damaged = b"\n".join(lines) + b"\n"
+    journal.write_bytes(damaged)
+    with pytest.raises(RunDirectoryError, match=rf"study\.journal is damaged at line {line + 1}, before its end"):
+        open_study(journal)
+    assert journal.read_bytes() == damaged
+
+
+def test_a_lock_that_a_killed_process_left_is_no_obstacle(journal: Path) -> None:
+    journal.with_name(journal.name + ".lock").symlink_to(journal)
+    judge_one(open_study(journal))
+    assert states(journal) == ["COMPLETE"] * (FINISHED + 1)
+
+
+def test_writers_wait_for_each_other(journal: Path) -> None:
+    study = open_study(journal)
+    with journal.open("rb") as file, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writing = pool.submit(judge_one, study)
+        with pytest.raises(TimeoutError):
+            writing.result(timeout=0.2)
+        fcntl.flock(file, fcntl.LOCK_UN)
+        writing.result(timeout=10)
+    assert states(journal) == ["COMPLETE"] * (FINISHED + 1)
+
+
+@pytest.mark.parametrize("method", ["open", "close"])
+def test_ctrl_c_stays_ctrl_c_wherever_it_comes(method: str, journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, lock = open_study(journal), getattr(os, method)
+
+    def interrupted(*args: Any) -> None:
+        lock(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, method, interrupted)
+        judge_one(study)
+    judge_one(open_study(journal))
+
+
+def test_a_journal_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "study.journal").mkdir()
+    with pytest.raises(RunDirectoryError, match=r"cannot open the study .*study\.journal: Is a directory"):
+        open_journal(tmp_path / "study.journal")
+
+
+def test_a_trial_in_flight_is_failed_and_proposed_again(journal: Path) -> None:
+    in_flight = open_study(journal).ask()
+    in_flight.suggest_int("x", 0, 9)
+    in_flight.suggest_int("y", 0, 9)
+    study = open_study(journal)
+    assert reap_dead_trials(study) == 1
+    assert reap_dead_trials(study) == 0
+    assert study.trials[in_flight.number].state == TrialState.FAIL
+    again = study.ask()
+    assert {"x": again.suggest_int("x", 0, 9), "y": again.suggest_int("y", 0, 9)} == in_flight.params
+
+
+@pytest.mark.parametrize("suggested", [0, 1, 2])
+def test_a_queued_trial_in_flight_keeps_all_its_parameters(journal: Path, suggested: int) -> None:
+    study, queued = open_study(journal), {"x": 3, "y": 7}
+    study.enqueue_trial(queued, user_attrs={"warm_start": "parent"})
+    in_flight = study.ask()
+    for name in list(queued)[:suggested]:
+        in_flight.suggest_int(name, 0, 9)
+    study = open_study(journal)
+    reap_dead_trials(study)
+    again = study.ask()
+    assert {name: again.suggest_int(name, 0, 9) for name in queued} == queued
+    assert again.user_attrs["warm_start"] == "parent"
+
+
+def test_a_trial_that_proposed_nothing_is_failed_only(journal: Path) -> None:
+    open_study(journal).ask()
+    assert reap_dead_trials(open_study(journal)) == 1
+    assert states(journal) == ["COMPLETE"] * FINISHED + ["FAIL"]
