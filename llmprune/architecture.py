@@ -188,7 +188,7 @@ class Space:
     def of(cls, shape: ParentShape, kv_groups_step: int, ffn_step: int, *, drop: bool = True) -> Space:
         """Multiples of each step up to the parent's size, the parent's own size, and 0 if `drop`.
 
-        Raises ArchitectureError on a step that is not between 1 and the parent's size.
+        Raises ArchitectureError on a step that is not between 1 and the parent's size, or if nothing can be pruned.
         """
 
         def ladder(kind: BlockKind, name: str, step: int) -> tuple[int, ...]:
@@ -197,11 +197,17 @@ class Space:
                 raise ArchitectureError(f"{name} must be from 1 to the parent's {full}; got {step}")
             return tuple(sorted({*range(0 if drop else step, full, step), full}))
 
-        return cls(
+        space = cls(
             shape,
             ladder("attention", "space.kv_groups_step", kv_groups_step),
             ladder("ffn", "space.ffn_step", ffn_step),
         )
+        if len(space.kv_groups) == len(space.ffn_width) == 1:
+            raise ArchitectureError(
+                "the space holds the parent alone; allow space.drop, or lower space.kv_groups_step from "
+                f"{kv_groups_step} or space.ffn_step from {ffn_step}"
+            )
+        return space
 
     def ladder(self, kind: BlockKind) -> tuple[int, ...]:
         return self.kv_groups if kind == "attention" else self.ffn_width

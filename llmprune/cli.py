@@ -281,7 +281,8 @@ def _recipe(model_or_recipe: str, overrides: list[str] | None) -> Recipe:
 
     path = recipe_path(DEFAULT_RECIPE)
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    data = apply_overrides(data, [f"model.path={model_or_recipe}", *(overrides or [])])
+    data["model"]["path"] = model_or_recipe
+    data = apply_overrides(data, overrides or [])
     return with_absolute_paths(parse_recipe(data, origin=f"the default recipe for {model_or_recipe}"))
 
 

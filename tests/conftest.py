@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -14,12 +15,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tensors of tests are slower on several threads; and processes that tests start must make the same host fingerprint.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from tiny import tiny_recipe
+from tiny import paired_by_bytes, tiny_recipe
 
 from llmprune.models import checkpoint
 from llmprune.recipe import Recipe
 from llmprune.run import Run, export, front, search, write_children
 from llmprune.run_directory import RunDirectory
+from llmprune.search import evaluate, tables
 from llmprune.search.budgets import parse_pick
 
 
@@ -36,10 +38,17 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The tiny recipe, searched, re-measured and exported; only the export is proven in a fresh process."""
+    """The tiny recipe, searched, re-measured and exported: the same run each time, since no clock is read.
+
+    Only the export is proven in a fresh process.
+    """
     root = tmp_path_factory.mktemp("finished")
     finished = Finished(tiny_recipe(root), root / "run", root / "exported" / "child")
-    with RunDirectory(finished.path).locked():
+    with (
+        RunDirectory(finished.path).locked(),
+        patch.object(evaluate, "measure_paired", paired_by_bytes),
+        patch.object(tables, "measure_paired", paired_by_bytes),
+    ):
         run = Run.start(finished.path, finished.recipe)
         search(run)
         front(run)
@@ -47,3 +56,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
             write_children(run)
         export(run, parse_pick(finished.recipe.export.pick), finished.export)
     return finished
+
+
+@pytest.fixture
+def copied(finished_run: Finished, tmp_path: Path) -> Path:
+    """A copy of the finished run's directory, to change."""
+    return Path(shutil.copytree(finished_run.path, tmp_path / "run"))

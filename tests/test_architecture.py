@@ -118,6 +118,12 @@ def test_a_step_outside_the_parent_is_refused(kv_groups_step: int, ffn_step: int
         Space.of(SHAPE, kv_groups_step, ffn_step)
 
 
+def test_a_space_of_the_parent_alone_is_refused() -> None:
+    with pytest.raises(ArchitectureError, match=r"the space holds the parent alone; allow space\.drop, or lower"):
+        Space.of(SHAPE, 4, 40, drop=False)
+    assert Space.of(SHAPE, 4, 40).ffn_width == (0, 40)
+
+
 def test_a_space_holds_what_its_ladders_hold() -> None:
     space = Space.of(SHAPE, 2, 16)
     assert (space.kv_groups, space.ffn_width) == ((0, 2, 4), (0, 16, 32, 40))

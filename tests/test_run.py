@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import Finished
 from safetensors.torch import load
+from tiny import contents
 
 from llmprune.architecture import Architecture
 from llmprune.errors import BudgetError, ExportError, LlmpruneError, RunDirectoryError
@@ -38,12 +39,6 @@ CONTRACT = {
     *("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_speedup", "decode_speedup"),
 }
 SEARCH = "import sys; sys.argv[0] = 'llmprune'; from llmprune.cli import main; main()"
-
-
-@pytest.fixture
-def copied(finished_run: Finished, tmp_path: Path) -> Path:
-    """A copy of the finished run's directory, to change."""
-    return Path(shutil.copytree(finished_run.path, tmp_path / "run"))
 
 
 @pytest.fixture
@@ -70,12 +65,6 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def changed(recipe: Recipe, *overrides: str) -> Recipe:
     return parse_recipe(apply_overrides(recipe.model_dump(mode="json"), list(overrides)), origin="changed")
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
-    }
 
 
 def finished_hashes(run: Path) -> list[str]:
@@ -159,7 +148,7 @@ def test_a_second_compress_does_nothing_new(finished_run: Finished, copied: Path
     assert contents(copied) == before
     rewritten = {name for name, then in times.items() if (copied / name).stat().st_mtime_ns != then}
     assert rewritten <= {"recipe.yaml", "provenance.json"}
-    assert result["exported"] == {"directory": str(copied / "export"), "hash": result["children"][0]["hash"]}
+    assert result["exported"] == {"directory": str(copied / "export"), "hash": checkpoint_hash(finished_run.export)}
 
 
 def test_raising_the_trials_goes_on(finished_run: Finished, copied: Path, judged: list[str]) -> None:

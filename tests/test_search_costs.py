@@ -36,6 +36,14 @@ def test_a_probe_without_attention_keeps_it_in_the_first_layer() -> None:
     assert [layer.attention.kv_groups for layer in without.layers] == [2, 0, 0]
 
 
+def test_a_parent_of_one_layer_can_be_probed() -> None:
+    space = tiny_space(layers=1)
+    probes = probe_architectures(space)
+    assert space.shape.architecture not in probes.values() and ("attention", 0) not in probes
+    costs = cost_table(space, {probe: {"decode": 1.25} for probe in probes})
+    assert costs.block_saving("decode", "ffn", 0) == pytest.approx(0.2)
+
+
 def test_a_space_without_drops_is_probed_at_its_lowest_rung() -> None:
     space = tiny_space(layers=2, kv_groups=4, ffn_width=96, ffn_step=8)
     space = type(space).of(space.shape, 1, 8, drop=False)

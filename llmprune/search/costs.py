@@ -47,7 +47,8 @@ def probe_architectures(space: Space) -> dict[tuple[BlockKind, int], Architectur
     """Children that differ from the parent in one kind of block, by the same choice in all layers.
 
     A few rungs of the ladder, 0 (or the lowest) among them; the rest is interpolated, since time is close to linear
-    in width. Dropping every attention would leave no model: there the first layer stays whole.
+    in width. Dropping every attention would leave no model: there the first layer stays whole (and with one layer,
+    there is nothing to probe).
     """
     probes = {}
     for kind in BLOCK_KINDS:
@@ -55,6 +56,8 @@ def probe_architectures(space: Space) -> dict[tuple[BlockKind, int], Architectur
         count = min(PROBES_PER_KIND, len(ladder))
         for position in np.linspace(0, len(ladder) - 1, count).round().astype(int):
             units = ladder[position]
+            if _first_changed(kind, units) == space.shape.layers:
+                continue
             architecture = space.shape.architecture
             for layer in range(_first_changed(kind, units), space.shape.layers):
                 architecture = architecture.with_units(layer, kind, units)
