@@ -16,7 +16,8 @@ from llmprune.models.checkpoint import write_checkpoint
 from llmprune.models.parent import Parent, load_parent, make_parent
 from llmprune.models.surgery import prune, register_pruned_classes
 from llmprune.recipe import Recipe, load_recipe
-from llmprune.run import Run, compress, export, front, search
+from llmprune.run import compress
+from llmprune.workspace import Run
 
 __version__ = version("llmprune")
 
@@ -39,15 +40,12 @@ __all__ = [
     "build_library",
     "build_token_splits",
     "compress",
-    "export",
-    "front",
     "load_parent",
     "load_recipe",
     "make_parent",
     "measure_paired",
     "prune",
     "score",
-    "search",
     "write_checkpoint",
 ]
 

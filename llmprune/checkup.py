@@ -18,6 +18,7 @@ from llmprune.measure.quality import score
 from llmprune.measure.throughput import Workload, measure_paired
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.loading import load_model
+from llmprune.models.sizes import parameter_count
 from llmprune.progress import Show
 from llmprune.recipe import ModelRecipe, Recipe, SplitName, WorkloadRecipe, parse_recipe
 from llmprune.run_directory import RunDirectory
@@ -30,6 +31,9 @@ def bench(models: Sequence[ModelRecipe], workload: WorkloadRecipe, show: Show) -
         for done, recipe in enumerate(models, start=1):
             loaded.append(load_model(recipe)[0])
             advance(done, len(models))
+    vocabulary = loaded[0].config.get_text_config().vocab_size
+    for recipe, model in zip(models, loaded, strict=True):
+        _check_vocabulary(model, recipe.path, vocabulary - 1)
     timed = Workload.from_recipe(workload, models[0].dtype, str(loaded[0].device))
     with show("timing") as advance:
         # A lone checkpoint is timed against itself: its tokens per second are what is asked for.
@@ -37,7 +41,7 @@ def bench(models: Sequence[ModelRecipe], workload: WorkloadRecipe, show: Show) -
     speeds = [reference, *others][: len(loaded)]
     return {
         "models": [
-            {"model": recipe.path, "params": _params(model), **speed.to_json()}
+            {"model": recipe.path, "params": parameter_count(model), **speed.to_json()}
             for recipe, model, speed in zip(models, loaded, speeds, strict=True)
         ],
         "measured_on": {"workload": timed.to_json(), "repeats": workload.repeats, "host": fingerprint()},
@@ -56,25 +60,19 @@ def evaluate(
         model, tokenizer = load_model(model_recipe)
         tokens = _split(Path(model_recipe.path), tokenizer, data, split)
     with show("scoring") as advance:
-        quality = score(model, tokens, advance)
+        _check_vocabulary(model, model_recipe.path, max(int(s.windows.max()) for s in tokens.sources.values()))
+        figures = score(model, tokens, advance).to_json()
     timed = Workload.from_recipe(workload, model_recipe.dtype, str(model.device))
     with show("timing") as advance:
         speed, _ = measure_paired(model, [model], timed, workload.repeats, advance)
     return {
         "model": model_recipe.path,
-        "params": _params(model),
-        "nats_per_token": quality.nats_per_token,
-        "nats_per_byte": quality.nats_per_byte,
-        "ppl": quality.ppl,
-        "per_source": {name: asdict(source) for name, source in quality.per_source.items()},
+        "params": parameter_count(model),
+        **{key: figures[key] for key in ("nats_per_token", "nats_per_byte", "ppl", "per_source")},
         "prefill_tokens_per_s": asdict(speed.prefill_tokens_per_s),
         "decode_tokens_per_s": asdict(speed.decode_tokens_per_s),
         "measured_on": {
-            "dataset": quality.dataset,
-            "split": quality.split,
-            "seq_len": quality.seq_len,
-            "tokens": quality.tokens,
-            "bos": quality.bos,
+            **{key: figures[key] for key in ("dataset", "split", "seq_len", "tokens", "bos")},
             "workload": timed.to_json(),
             "repeats": workload.repeats,
             "host": fingerprint(),
@@ -106,5 +104,10 @@ def _recipe(checkpoint: Path, data: Path | None) -> Recipe:
     return parse_recipe(read_json(metadata)["recipe"], origin=str(metadata))
 
 
-def _params(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())
+def _check_vocabulary(model: PreTrainedModel, path: str, largest_id: int) -> None:
+    size = model.config.get_text_config().vocab_size
+    if largest_id >= size:
+        raise DataError(
+            f"{path} has a vocabulary of {size:,} and would be given token id {largest_id:,}: the text was cut, or the "
+            "reference made, for another tokenizer"
+        )

@@ -301,8 +301,8 @@ def _recipe_of_run(run: Path, recipe: str | None, overrides: list[str] | None) -
 @contextmanager
 def _run(path: Path, recipe: Recipe, quiet: bool) -> Iterator[tuple[Any, Any]]:
     """A locked run, and the callback that tells of its trials."""
-    from llmprune.run import Run
     from llmprune.run_directory import RunDirectory
+    from llmprune.workspace import Run
 
     with RunDirectory(path).locked():
         yield Run.start(path, recipe, shown(quiet=quiet)), None if quiet else print_trial(error_console())

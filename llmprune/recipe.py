@@ -114,7 +114,9 @@ class SearchRecipe(_Strict):
     warm_starts: tuple[Annotated[float, Field(gt=1)], ...] = Field(
         (1.15, 1.3, 1.5, 2.0), description="speed-ups that the first trials aim at"
     )
-    population: int = Field(16, ge=2, description="population of the evolutionary samplers")
+    population: int = Field(
+        12, ge=2, description="population of the evolutionary samplers; seeds fill the first one before chance does"
+    )
     trials: int = Field(100, ge=1, description="stop after this many finished trials")
     minutes: float | None = Field(None, gt=0, description="or after this many minutes, whichever comes first")
     seed: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from llmprune.progress import Advance, Show, silent
 
 # Piped output has no width of its own; a table cut at 80 columns would lose figures.
 PIPED_WIDTH = 140
+SECONDS_BETWEEN_LINES = 30
 
 
 def console() -> Console:
@@ -74,10 +76,23 @@ def _bars(target: Console) -> Show:
 
 
 def _lines(target: Console) -> Show:
+    """Where no bar can be drawn (a log, CI): a line at the start, every half minute, and at the end."""
+
     @contextmanager
     def show(description: str) -> Iterator[Advance]:
-        target.print(f"{description} ...")
-        yield lambda done, total: None
+        started = last = time.monotonic()
+        target.print(f"{description} ...", soft_wrap=True)
+
+        def advance(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= SECONDS_BETWEEN_LINES and 0 < done < total:
+                last = now
+                left = (now - started) / done * (total - done)
+                target.print(f"  {description}: {done}/{total}, about {left:.0f} s left", soft_wrap=True)
+
+        yield advance
+        target.print(f"  {description}: done in {time.monotonic() - started:.0f} s", soft_wrap=True)
 
     return show
 

@@ -19,10 +19,11 @@ from tiny import paired_by_bytes, tiny_recipe
 
 from llmprune.models import checkpoint
 from llmprune.recipe import Recipe
-from llmprune.run import Run, export, front, search, write_children
+from llmprune.run import export, front, search, write_children
 from llmprune.run_directory import RunDirectory
 from llmprune.search import evaluate, tables
 from llmprune.search.budgets import parse_pick
+from llmprune.workspace import Run
 
 
 @dataclass(frozen=True)

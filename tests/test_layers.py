@@ -18,6 +18,7 @@ FLOORS = [
     ["cli.py"],
     ["__init__.py"],
     ["terminal.py", "run.py", "checkup.py", "inspection.py", "recipe_files.py"],
+    ["workspace.py"],
     ["run_directory.py"],
     ["search/"],
     ["blocks/"],

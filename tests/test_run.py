@@ -26,12 +26,13 @@ from llmprune.errors import BudgetError, ExportError, LlmpruneError, RunDirector
 from llmprune.models import checkpoint
 from llmprune.models.parent import load_parent
 from llmprune.recipe import Recipe, apply_overrides, parse_recipe
-from llmprune.run import Run, compress, export, front, search, write_children
+from llmprune.run import compress, export, front, search, write_children
 from llmprune.run_directory import RunDirectory
 from llmprune.search.budgets import parse_pick
 from llmprune.search.evaluate import Judge
 from llmprune.search.storage import open_journal
 from llmprune.search.study import finished_trials, open_study
+from llmprune.workspace import Run
 
 CONTRACT = {
     *("name", "hash", "architecture", "params", "bytes", "kv_bytes_per_token", "measured_on"),

@@ -25,6 +25,7 @@ from llmprune.architecture import Architecture
 from llmprune.errors import ExportError
 from llmprune.files import write_json
 from llmprune.models.modeling_pruned import PRUNED_PREFIX
+from llmprune.models.sizes import parameter_count
 
 METADATA_FILE = "llmprune.json"
 PROOF_TEXT = "The quick brown fox, 3.14 — naïve façade; 漢字.\n\tdef f(x): return x ** 2"
@@ -145,7 +146,7 @@ def _judge(found: Mapping[str, Any], child: PreTrainedModel) -> Proof:
             raise ExportError(
                 f"the reloaded checkpoint differs from the scored child: {figure} {found[figure]:.3g} > {tolerance}"
             )
-    params = sum(parameter.numel() for parameter in {id(p): p for p in child.parameters()}.values())
+    params = parameter_count(child)
     if found["params"] != params:
         raise ExportError(f"the reloaded checkpoint has {found['params']:,} parameters, the scored child {params:,}")
     if not found.get("tokenizer_equal", True):

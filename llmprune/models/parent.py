@@ -14,10 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.architecture import BlockKind, ParentShape
-from llmprune.errors import UnsupportedModelError
+from llmprune.errors import RecipeError, UnsupportedModelError
 from llmprune.models.loading import load_model
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, BlockNames, Family, input_axis
-from llmprune.recipe import ModelRecipe
+from llmprune.recipe import ModelRecipe, Recipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +126,19 @@ def check_config(config: Any, *, origin: str) -> None:
         raise UnsupportedModelError(
             f"{origin} scales attention by layer index or has cross-attention; plain GPT-2 models can be pruned"
         )
+
+
+def check_lengths(parent: Parent, recipe: Recipe) -> None:
+    """Raises RecipeError if the recipe's windows or workload are longer than the model's positions."""
+    limit = getattr(parent.model.config, "max_position_embeddings", None)
+    lengths = {
+        "data.seq_len": recipe.data.seq_len,
+        "workload.prompt_tokens + workload.generated_tokens": recipe.workload.prompt_tokens
+        + recipe.workload.generated_tokens,
+    }
+    for name, length in lengths.items():
+        if limit is not None and length > limit:
+            raise RecipeError(f"{name} must be at most {parent.source}'s {limit} positions; got {length}")
 
 
 def _quantisation(config: Any) -> str | None:

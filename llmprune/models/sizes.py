@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from llmprune.architecture import Architecture, ParentShape
@@ -14,8 +15,7 @@ class Size:
     """Counts of one model.
 
     params: parameters, tied ones once. bytes: theirs. kv_bytes_per_token: what the cache grows by for each token of
-    one sequence. decode_bytes: weights read to decode one token (an input embedding that is not tied to the output
-    is a row lookup, and not counted).
+    one sequence. decode_bytes: weights read to decode one token (see `decode_bytes`).
     """
 
     params: int
@@ -26,16 +26,30 @@ class Size:
 
 def size_of(model: PreTrainedModel, shape: ParentShape, architecture: Architecture) -> Size:
     """Sizes of a parent (with its own architecture) or child."""
-    parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
-    total = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    groups = sum(layer.attention.kv_groups for layer in architecture.layers)
+    return Size(
+        params=parameter_count(model),
+        bytes=_bytes_of(model),
+        kv_bytes_per_token=2 * groups * shape.head_dim * model.dtype.itemsize,
+        decode_bytes=decode_bytes(model),
+    )
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    # `parameters()` gives a shared parameter once.
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def decode_bytes(model: PreTrainedModel) -> int:
+    """Bytes of weights read to decode one token: all, but for an input embedding that is not tied to the output -
+    that one is a row lookup."""
     embedding = model.get_input_embeddings().weight
     output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     tied = output is not None and output.weight is embedding
     lookup = 0 if tied else embedding.numel() * embedding.element_size()  # type: ignore[operator]
-    groups = sum(layer.attention.kv_groups for layer in architecture.layers)
-    return Size(
-        params=sum(parameter.numel() for parameter in parameters),
-        bytes=total,
-        kv_bytes_per_token=2 * groups * shape.head_dim * model.dtype.itemsize,
-        decode_bytes=total - int(lookup),
-    )
+    return _bytes_of(model) - int(lookup)
+
+
+def _bytes_of(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

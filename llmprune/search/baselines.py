@@ -12,9 +12,7 @@ from llmprune.search.costs import CostTable
 from llmprune.search.evaluate import Judge
 from llmprune.search.warm_starts import depth_by_influence, uniform_width
 
-# Uniform widths are few; the best of the nearest stands for the method.
-UNIFORM_CANDIDATES = 3
-RANDOM_TOLERANCE = 0.02
+SPEED_TOLERANCE = 0.02
 RANDOM_ATTEMPTS = 2000
 
 
@@ -31,13 +29,13 @@ def baseline_architectures(
 ) -> dict[str, Architecture]:
     """One architecture a method at an estimated `speedup`; where a method offers several, the best on `judge`'s tokens.
 
-    uniform: one KV group count and FFN width for all layers. shortgpt: whole layers dropped, least block influence
-    first. random: the best of `draws` random architectures whose estimated speed-up is within 2%.
-    A method that cannot reach the speed is left out.
+    uniform: one KV group count and FFN width for all layers, the best of those within 2% of the speed, or the nearest.
+    shortgpt: whole layers dropped, least block influence first. random: the best of `draws` random architectures
+    within 2% of the speed. A method that cannot reach the speed is left out.
     """
     generator = random.Random(seed)
     offered: dict[str, list[Architecture | None]] = {
-        "uniform": [*uniform_width(costs, phase, speedup)[:UNIFORM_CANDIDATES]],
+        "uniform": _nearest(uniform_width(costs, phase, speedup), costs, phase, speedup),
         "shortgpt": [depth_by_influence(influence, costs, phase, speedup)],
         "random": [random_architecture(costs, phase, speedup, generator) for _ in range(draws)],
     }
@@ -53,6 +51,13 @@ def baseline_architectures(
         if losses:
             chosen[name] = min(losses, key=losses.__getitem__)
     return chosen
+
+
+def _nearest(
+    uniform: Sequence[Architecture], costs: CostTable, phase: str, speedup: float
+) -> list[Architecture | None]:
+    within = [a for a in uniform if abs(costs.speedup(a, phase) / speedup - 1.0) <= SPEED_TOLERANCE]
+    return [*(within or uniform[:1])]
 
 
 def random_architecture(costs: CostTable, phase: str, speedup: float, generator: random.Random) -> Architecture | None:
@@ -72,7 +77,7 @@ def random_architecture(costs: CostTable, phase: str, speedup: float, generator:
             )
             for _ in range(space.shape.layers)
         )
-        near = abs(costs.speedup(architecture, phase) / speedup - 1.0) <= RANDOM_TOLERANCE
+        near = abs(costs.speedup(architecture, phase) / speedup - 1.0) <= SPEED_TOLERANCE
         if near and any(layer.attention.kv_groups for layer in architecture.layers):
             return architecture
     return None

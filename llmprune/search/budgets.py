@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmprune.errors import BudgetError
@@ -44,6 +44,11 @@ class Pick:
     hash: str | None
     budgets: tuple[Budget, ...]
     best: str
+
+    def stricter(self, factor: float) -> Pick:
+        """This pick with every limit moved by `factor` (above 1) to its strict side."""
+        moved = (replace(b, limit=b.limit * factor if b.relation == ">=" else b.limit / factor) for b in self.budgets)
+        return replace(self, budgets=tuple(moved))
 
     def value_of(self, record: Mapping[str, Any]) -> float:
         """How good a record is, higher is better."""

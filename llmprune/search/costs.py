@@ -35,6 +35,14 @@ class CostTable:
         """Estimated speed-up of a child over the parent."""
         return 1.0 / self.relative_time(architecture, phase)
 
+    def scaled(self, factors: Mapping[str, float]) -> CostTable:
+        """The table with every saving of a phase multiplied by that phase's factor."""
+        saving = {
+            phase: {kind: tuple(factors[phase] * value for value in self.saving[phase][kind]) for kind in BLOCK_KINDS}
+            for phase in self.saving
+        }
+        return CostTable(self.space, saving)
+
     def to_json(self) -> dict[str, Any]:
         return {phase: {kind: list(self.saving[phase][kind]) for kind in BLOCK_KINDS} for phase in self.saving}
 

@@ -81,6 +81,15 @@ class Judge:
 
 SPEED_FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_speedup", "decode_speedup")
 
+RECORD_KEYS = frozenset(
+    {
+        *("name", "hash", "architecture", "params", "bytes", "kv_bytes_per_token"),
+        *("nats_per_token", "nats_per_byte", "ppl", "ppl_ratio", "per_source"),
+        *(*SPEED_FIGURES, "measured_on"),
+    }
+)
+"""What a record of `front.json` holds at least: scripts rely on these names."""
+
 
 def is_finite(record: Mapping[str, Any]) -> bool:
     """Whether a child computes numbers at all: a broken one is no candidate."""

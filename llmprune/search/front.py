@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from llmprune.errors import BudgetError
-from llmprune.search.budgets import Pick, metric_value, pick_record
+from llmprune.search.budgets import Budget, Pick, metric_value, pick_record
 from llmprune.search.evaluate import Record
 
 
@@ -18,6 +18,15 @@ def non_dominated(records: Iterable[Record], speed: str) -> list[Record]:
         if not front or record["nats_per_token"] < front[-1]["nats_per_token"]:
             front.append(record)
     return front[::-1]
+
+
+def holding_budgets(records: Sequence[Record], budgets: Sequence[Budget]) -> list[Record]:
+    """The records that hold every budget. Raises BudgetError if there is none."""
+    holding = [r for r in records if all(b.violation(metric_value(r, b.metric)) <= 0 for b in budgets)]
+    if not holding:
+        stated = ", ".join(str(budget) for budget in budgets)
+        raise BudgetError(f"none of {len(records)} trials holds the budgets {stated}; loosen them, or search on")
+    return holding
 
 
 def candidates_for_front(children: Sequence[Record], speed: str, size: int, picks: Sequence[Pick]) -> list[Record]:
