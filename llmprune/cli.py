@@ -211,7 +211,10 @@ def evaluate(
 
 @app.command()
 def validate(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file.")], overrides: Overrides = None, json: Json = False
+    recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
+    overrides: Overrides = None,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check a recipe without running it; prints it with every default."""
     from llmprune.recipe import to_yaml
@@ -225,13 +228,13 @@ def validate(
 
 
 @app.command()
-def schema() -> None:
+def schema(json: Json = True, quiet: Quiet = False) -> None:
     """Print the JSON schema of a recipe."""
     print_json(Recipe.model_json_schema())
 
 
 @recipes.command("ls")
-def recipes_ls(json: Json = False) -> None:
+def recipes_ls(json: Json = False, quiet: Quiet = False) -> None:
     """List the recipes."""
     names = recipe_names()
     _print({"recipes": names}, json, lambda: list(names))

@@ -137,3 +137,9 @@ def test_what_is_no_pick_is_refused(text: str) -> None:
 def test_a_word_that_would_not_count_is_refused(text: str) -> None:
     with pytest.raises(BudgetError, match="prefill or decode"):
         parse_pick(text)
+
+
+def test_a_stricter_pick_moves_every_limit_to_its_strict_side() -> None:
+    stricter = parse_pick("decode_speedup>=1.5,params<=100").stricter(1.25)
+    assert stricter.budgets == (Budget("decode_speedup", ">=", 1.875), Budget("params", "<=", 80))
+    assert parse_pick("0" * 16).stricter(2).hash == "0" * 16

@@ -94,3 +94,13 @@ def test_json_round_trip() -> None:
     costs = linear_costs(SPACE)
     again = CostTable.from_json(SPACE, json.loads(json.dumps(costs.to_json())))
     assert again == costs
+
+
+def test_a_scaled_table_scales_the_savings_of_each_phase() -> None:
+    costs = linear_costs(SPACE)
+    scaled = costs.scaled({"decode": 0.5, "prefill": 1.0})
+    architecture = SPACE.shape.architecture.with_units(0, "ffn", 0).with_units(1, "attention", 1)
+    assert 1 - scaled.relative_time(architecture, "decode") == pytest.approx(
+        0.5 * (1 - costs.relative_time(architecture, "decode"))
+    )
+    assert scaled.relative_time(architecture, "prefill") == costs.relative_time(architecture, "prefill")

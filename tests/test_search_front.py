@@ -12,8 +12,8 @@ from tiny import record_of
 
 from llmprune.architecture import Architecture
 from llmprune.errors import BudgetError
-from llmprune.search.budgets import parse_pick, pick_record
-from llmprune.search.front import candidates_for_front, non_dominated
+from llmprune.search.budgets import parse_budget, parse_pick, pick_record
+from llmprune.search.front import candidates_for_front, holding_budgets, non_dominated
 
 SPEED = "decode_speedup"
 # Few values, so that ties happen.
@@ -77,3 +77,13 @@ def test_a_child_that_is_named_by_hash_is_re_measured_though_another_beats_it() 
     beaten, best = records([(4, 3), (2, 6)])
     chosen = candidates_for_front([beaten, best], SPEED, 2, [parse_pick(beaten["hash"])])
     assert {record["hash"] for record in chosen} == {beaten["hash"], best["hash"]}
+
+
+def test_only_trials_that_hold_the_budgets_reach_the_front() -> None:
+    all_three = records([(1, 3), (2, 6), (3, 9)])
+    assert holding_budgets(all_three, []) == all_three
+    assert holding_budgets(all_three, [parse_budget("decode_speedup>=2"), parse_budget("nats_per_token<=1")]) == [
+        all_three[1]
+    ]
+    with pytest.raises(BudgetError, match=r"none of 3 trials holds the budgets decode_speedup>=9"):
+        holding_budgets(all_three, [parse_budget("decode_speedup>=9")])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
+from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 from tiny import linear_costs, record_of, tiny_space
 
@@ -19,7 +22,7 @@ from llmprune.architecture import Architecture, Space
 from llmprune.recipe import SearchRecipe
 from llmprune.search.space import from_params
 from llmprune.search.storage import open_journal
-from llmprune.search.study import SearchOutcome, finished_trials, open_study, records, run_study
+from llmprune.search.study import OneRung, SearchOutcome, finished_trials, make_sampler, open_study, records, run_study
 
 SPACE = tiny_space(layers=3)
 STARTS = [
@@ -229,3 +232,33 @@ def test_a_killed_session_costs_the_trial_in_flight_and_that_is_judged_again(jud
     assert lost.user_attrs["hash"] in judge.seen
     assert len(set(judge.seen)) == len(judge.seen) == 8
     assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
+
+
+def test_mutation_moves_one_rung_and_stays_on_the_ladder() -> None:
+    sampler = make_sampler(SearchRecipe(sampler="nsga2"), seed=0)
+    assert isinstance(sampler, optuna.samplers.NSGAIISampler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        mutation = OneRung()
+    study, bounds, random = optuna.create_study(), np.array([0.0, 3.0]), np.random.RandomState(0)
+    for value in (0.0, 1.0, 3.0):
+        found = {mutation.mutation(value, random, study, bounds) for _ in range(40)}
+        assert found == {max(value - 1, 0.0), min(value + 1, 3.0)}
+
+
+def test_children_of_the_evolutionary_sampler_stay_near_their_seeds(tmp_path: Path) -> None:
+    space = tiny_space(layers=6, kv_groups=4, ffn_width=96, ffn_step=8)
+    whole = space.shape.architecture
+    starts = [(str(i), whole.with_units(i, "ffn", 88)) for i in range(4)]
+    judge = FakeJudge(space)
+    rules = SearchRecipe(sampler="nsga2", population=4, trials=12)
+    study = open_study(open_journal(tmp_path / "journal"), "near", rules)
+    run_study(study, judge, rules, space, starts)  # type: ignore[arg-type]
+    assert len(records(study)) == 12
+    for record in records(study):
+        architecture = Architecture.from_json(record["architecture"])
+        rungs = [
+            space.ladder(kind).index(space.shape.units(kind)) - space.ladder(kind).index(choice.units)
+            for _, kind, choice in architecture.blocks()
+        ]
+        assert max(rungs) <= 4, "a block far from every seed: chance chose its size"

@@ -110,6 +110,9 @@ def run_study(
             break
         proposals_left -= 1
         trial = study.ask()
+        if isinstance(study.sampler, optuna.samplers.BaseGASampler):
+            # A queued trial gets no generation by itself, and then never becomes a parent.
+            study.sampler.get_trial_generation(study, study.get_trials(deepcopy=False)[trial.number])
         architecture = suggest(trial, space)
         if architecture.hash in known:
             _tell_again(study, trial, known[architecture.hash])
