@@ -164,7 +164,8 @@ def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = 
     """
     written = exported_hash(to)
     replaces_own = written is not None and to == run.directory.export
-    check_destination(to, force=force or replaces_own)
+    # Found out now rather than after the search; whether a checkpoint that is there is the pick, only then.
+    check_destination(to, force=force or written is not None)
     search(run, report)
     measured = front(run)
     if run.recipe.front.checkpoints == "all":

@@ -223,6 +223,8 @@ def test_written_checkpoint(case_id: str, name: str, tmp_path: Path, scratch: Pa
     assert weights == ["model.safetensors"]
     assert (directory / "tokenizer.json").exists() == (tokenizer is not None)
     assert directory.stat().st_mode & 0o777 == 0o755
+    modes = {path.stat().st_mode & 0o777 for path in directory.iterdir()}
+    assert len(modes) == 1, "whoever may read one file of a checkpoint may read all"
     assert [path.name for path in directory.parent.iterdir()] == ["child"]
     assert list(scratch.iterdir()) == []
 
@@ -315,6 +317,7 @@ def test_a_damaged_checkpoint_is_not_written(
         ({"max_logit_difference": float("nan")}, "max_logit_difference nan"),
         ({"generation_gap": 0.5}, r"generation_gap 0\.5 > 0\.0001"),
         ({"params": 1}, "has 1 parameters, the scored child 34,"),
+        ({"llmprune_imported": True}, "imported llmprune"),
         ({"tokenizer_equal": False}, "the reloaded tokenizer gives other token ids"),
     ],
 )
@@ -327,6 +330,7 @@ def test_whatever_differs_fails_the_proof(
         **dict.fromkeys(("max_logit_difference", "generation_gap"), 0.0),
         "params": sum(parameter.numel() for parameter in set(child.parameters())),
         "finite": True,
+        "llmprune_imported": False,
     }
     for answer in (good, {**good, **found}):
         finished = subprocess.CompletedProcess([], 0, stdout=f"a line of someone else's\n{json.dumps(answer)}\n")

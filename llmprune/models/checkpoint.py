@@ -138,6 +138,8 @@ def _judge(found: Mapping[str, Any], child: PreTrainedModel) -> Proof:
     for rule in ("missing", "unexpected", "mismatched"):
         if found[rule]:
             raise ExportError(f"the reloaded checkpoint has {rule} keys: {', '.join(found[rule][:5])}")
+    if found["llmprune_imported"]:
+        raise ExportError("the reloaded checkpoint imported llmprune, so it would not load elsewhere")
     if not found["finite"]:
         raise ExportError("the reloaded checkpoint gives NaN or infinite logits; export another child")
     tolerance = MAX_LOGIT_DIFFERENCE[child.dtype]
@@ -166,6 +168,10 @@ def _save(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dir
         child.save_pretrained(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+        # safetensors makes files that nobody else may read; a server often runs as somebody else.
+        mode = (directory / "config.json").stat().st_mode
+        for file in directory.iterdir():
+            file.chmod(mode)
     finally:
         if was_shown:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

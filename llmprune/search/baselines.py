@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 
 from llmprune.architecture import BLOCK_KINDS, Architecture, BlockKind
+from llmprune.errors import ModelError
 from llmprune.progress import Advance
 from llmprune.search.costs import CostTable
 from llmprune.search.evaluate import Judge
@@ -47,7 +49,9 @@ def baseline_architectures(
             done += 1
             progress(done, total)
             if architecture is not None:
-                losses[architecture] = judge.score(architecture).nats_per_token
+                # A child whose logits are NaN is no baseline.
+                with suppress(ModelError):
+                    losses[architecture] = judge.score(architecture).nats_per_token
         if losses:
             chosen[name] = min(losses, key=losses.__getitem__)
     return chosen

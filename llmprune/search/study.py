@@ -16,7 +16,7 @@ from optuna.samplers.nsgaii import BaseMutation
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from llmprune.architecture import Architecture, Space
-from llmprune.errors import ArchitectureError
+from llmprune.errors import ArchitectureError, ModelError
 from llmprune.recipe import SearchRecipe
 from llmprune.search.budgets import metric_value, parse_budget
 from llmprune.search.evaluate import Judge, Record, is_finite
@@ -139,12 +139,12 @@ def records(study: optuna.Study) -> list[Record]:
 def _judge(
     study: optuna.Study, trial: Trial, architecture: Architecture, judge: Judge, recipe: SearchRecipe
 ) -> Record | None:
-    """Judge, store and tell one trial; None (and a failed trial) if the architecture cannot run."""
+    """Judge, store and tell one trial; None (and a failed trial) if the child cannot run or gives NaN."""
     trial.set_user_attr("hash", architecture.hash)
     trial.set_user_attr("architecture", architecture.to_json())
     try:
         record = judge.judge(architecture, f"trial-{trial.number}")
-    except ArchitectureError as error:
+    except (ArchitectureError, ModelError) as error:
         _fail(study, trial, str(error))
         return None
     if not is_finite(record):
