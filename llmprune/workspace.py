@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ from llmprune.data.tokens import TokenSplits, build_token_splits
 from llmprune.errors import RunDirectoryError
 from llmprune.files import read_json, write_json
 from llmprune.measure.host import fingerprint
+from llmprune.measure.quality import Quality, score
 from llmprune.measure.throughput import Workload
 from llmprune.models.parent import Parent, check_lengths, load_parent
 from llmprune.progress import Show, silent
@@ -37,6 +38,7 @@ class Run:
     directory: RunDirectory
     recipe: Recipe
     show: Show = silent
+    _parent_qualities: dict[SplitName, Quality] = field(default_factory=dict)
 
     @classmethod
     def start(cls, path: Path, recipe: Recipe, show: Show = silent) -> Run:
@@ -145,4 +147,8 @@ class Run:
         return f"{self.recipe.search.objective}_speedup"
 
     def judge(self, split: SplitName, repeats: int) -> Judge:
-        return Judge.of(self.parent, self.library, self.tokens[split], self.workload, repeats)
+        """What judges candidates on a split; the parent is scored once for each."""
+        if split not in self._parent_qualities:
+            self._parent_qualities[split] = score(self.parent.model, self.tokens[split])
+        quality = self._parent_qualities[split]
+        return Judge(self.parent, self.library, self.tokens[split], self.workload, repeats, quality)

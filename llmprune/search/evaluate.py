@@ -31,11 +31,6 @@ class Judge:
     repeats: int
     parent_quality: Quality
 
-    @classmethod
-    def of(cls, parent: Parent, library: BlockLibrary, split: Split, workload: Workload, repeats: int) -> Judge:
-        """Scores the parent once, for the ratios."""
-        return cls(parent, library, split, workload, repeats, score(parent.model, split))
-
     def score(self, architecture: Architecture) -> Quality:
         """Quality alone, for baselines that draw many candidates."""
         return score(prune(self.parent, architecture, self.library), self.split)
