@@ -190,10 +190,10 @@ def _explain(problem: Any) -> str:
     return f"{problem['msg']}, got {problem['input']!r}"
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
     """Read a YAML recipe and apply `key.sub=value` overrides. Raises RecipeError."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:

@@ -148,7 +148,7 @@ def _readable_errors(path: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         if isinstance(error, ModelError):
             raise
-        cause = " ".join(str(error).split())
+        cause = " ".join(str(error).split()).rstrip(".")
         if "trust_remote_code" in cause:
             raise ModelError(
                 f"{path} brings code of its own; set model.trust_remote_code=true only if you trust it"
