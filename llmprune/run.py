@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 from llmprune.architecture import Architecture
 from llmprune.errors import RunDirectoryError
 from llmprune.files import read_json, write_json
-from llmprune.models.checkpoint import check_destination, write_checkpoint
+from llmprune.models.checkpoint import METADATA_FILE, check_destination, write_checkpoint
 from llmprune.models.surgery import prune
 from llmprune.run_directory import RunDirectory, hash_of
 from llmprune.search.baselines import baseline_architectures
@@ -180,5 +180,5 @@ def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = 
 
 def exported_hash(directory: Path) -> str | None:
     """Hash of the child in a checkpoint directory of ours, if it is one."""
-    metadata = directory / "llmprune.json"
+    metadata = directory / METADATA_FILE
     return str(read_json(metadata).get("hash")) if metadata.is_file() else None

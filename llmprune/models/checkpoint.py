@@ -24,8 +24,8 @@ import llmprune.models.proof
 from llmprune.architecture import Architecture
 from llmprune.errors import ExportError
 from llmprune.files import write_json
-from llmprune.models.modeling_pruned import PRUNED_PREFIX
 from llmprune.models.sizes import parameter_count
+from llmprune.models.surgery import is_stock
 
 METADATA_FILE = "llmprune.json"
 PROOF_TEXT = "The quick brown fox, 3.14 — naïve façade; 漢字.\n\tdef f(x): return x ** 2"
@@ -157,7 +157,7 @@ def _judge(found: Mapping[str, Any], child: PreTrainedModel) -> Proof:
         max_logit_difference=found["max_logit_difference"],
         generation_gap=found["generation_gap"],
         params=params,
-        stock_class=not child.config.model_type.startswith(PRUNED_PREFIX),
+        stock_class=is_stock(child.config),
     )
 
 

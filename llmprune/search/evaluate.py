@@ -12,7 +12,7 @@ from llmprune.blocks.library import BlockLibrary
 from llmprune.data.tokens import Split
 from llmprune.measure.host import fingerprint
 from llmprune.measure.quality import Quality, score
-from llmprune.measure.throughput import Speed, Spread, Workload, measure_paired
+from llmprune.measure.throughput import Speed, Workload, measure_paired
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import Size, size_of
 from llmprune.models.surgery import prune
@@ -60,7 +60,7 @@ class Judge:
             "ppl": quality.ppl,
             "ppl_ratio": quality.ppl / self.parent_quality.ppl,
             "per_source": {name: asdict(source) for name, source in quality.per_source.items()},
-            **{figure: _spread(getattr(speed, figure)) for figure in SPEED_FIGURES},
+            **speed.to_json(),
             "measured_on": {
                 "dataset": quality.dataset,
                 "split": quality.split,
@@ -89,7 +89,3 @@ RECORD_KEYS = frozenset(
 def is_finite(record: Mapping[str, Any]) -> bool:
     """Whether a child computes numbers at all: a broken one is no candidate."""
     return math.isfinite(record["nats_per_token"]) and math.isfinite(record["ppl"])
-
-
-def _spread(spread: Spread) -> dict[str, float]:
-    return {"median": spread.median, "low": spread.low, "high": spread.high}
