@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
-from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -31,12 +28,6 @@ def fingerprint() -> dict[str, str | int]:
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         facts["cuda_devices"] = ", ".join(names)
     return facts
-
-
-def fingerprint_hash(facts: Mapping[str, str | int]) -> str:
-    """First 16 hex digits of the SHA-256 of a fingerprint: where it differs, speeds were measured differently."""
-    text = json.dumps(dict(facts), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _cpu_model() -> str:
