@@ -6,7 +6,7 @@ Importing it teaches transformers' auto classes the pruned model types, so that 
 
 from importlib.metadata import version
 
-from llmprune.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice, ParentShape, Space
+from llmprune.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice, ParentShape
 from llmprune.blocks.library import BlockLibrary, build_library
 from llmprune.data.tokens import TokenSplits, build_token_splits
 from llmprune.errors import LlmpruneError
@@ -17,6 +17,7 @@ from llmprune.models.parent import Parent, load_parent, make_parent
 from llmprune.models.surgery import prune, register_pruned_classes
 from llmprune.recipe import Recipe, load_recipe
 from llmprune.run import compress
+from llmprune.space import Space
 from llmprune.workspace import Run
 
 __version__ = version("llmprune")

@@ -14,32 +14,53 @@ BlockKind = Literal["attention", "ffn"]
 BLOCK_KINDS: tuple[BlockKind, BlockKind] = ("attention", "ffn")
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class AttentionChoice:
-    """What an attention block keeps, in KV groups (a KV head with the query heads that read it); 0 drops it."""
+    """What an attention block keeps: KV groups (a KV head with the query heads that read it; 0 drops the block).
+
+    `queries_per_group`: how many query heads stay of each kept group, the same number in all, so that the kernel stays
+    legal; None keeps the parent's.
+    """
 
     kv_groups: int
+    queries_per_group: int | None = None
+
+    @property
+    def kind(self) -> BlockKind:
+        return "attention"
 
     @property
     def units(self) -> int:
         return self.kv_groups
 
+    def to_json(self) -> dict[str, int]:
+        queries = {} if self.queries_per_group is None else {"queries_per_group": self.queries_per_group}
+        return {"kv_groups": self.kv_groups, **queries}
 
-@dataclass(frozen=True, slots=True, order=True)
+
+@dataclass(frozen=True, slots=True)
 class FfnChoice:
     """What an FFN block keeps, in channels; 0 drops it."""
 
     ffn_width: int
 
     @property
+    def kind(self) -> BlockKind:
+        return "ffn"
+
+    @property
     def units(self) -> int:
         return self.ffn_width
 
+    def to_json(self) -> dict[str, int]:
+        return {"ffn_width": self.ffn_width}
+
 
 BlockChoice = AttentionChoice | FfnChoice
+DROPPED: dict[BlockKind, BlockChoice] = {"attention": AttentionChoice(0), "ffn": FfnChoice(0)}
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class LayerChoice:
     """The choices of a layer's two blocks; with both dropped, the layer is gone."""
 
@@ -57,10 +78,10 @@ class LayerChoice:
     def block(self, kind: BlockKind) -> BlockChoice:
         return self.attention if kind == "attention" else self.ffn
 
-    def with_units(self, kind: BlockKind, units: int) -> LayerChoice:
-        if kind == "attention":
-            return replace(self, attention=AttentionChoice(units))
-        return replace(self, ffn=FfnChoice(units))
+    def with_choice(self, choice: BlockChoice) -> LayerChoice:
+        if isinstance(choice, AttentionChoice):
+            return replace(self, attention=choice)
+        return replace(self, ffn=choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +100,32 @@ class Architecture:
         """Parent indices of the layers that keep at least one block: the child's layers, in order."""
         return tuple(i for i, layer in enumerate(self.layers) if not layer.is_gone)
 
-    def blocks(self) -> Iterator[tuple[int, BlockKind, BlockChoice]]:
-        """Every block as `(parent layer, kind, choice)`, attention before FFN."""
+    def blocks(self) -> Iterator[tuple[int, BlockChoice]]:
+        """Every block as `(parent layer, choice)`, attention before FFN."""
         for i, layer in enumerate(self.layers):
-            yield i, "attention", layer.attention
-            yield i, "ffn", layer.ffn
+            yield i, layer.attention
+            yield i, layer.ffn
 
-    def with_units(self, layer: int, kind: BlockKind, units: int) -> Architecture:
+    def with_choices(self, changes: Iterable[tuple[int, BlockChoice]]) -> Architecture:
+        """This architecture with some blocks changed, named by their layer."""
+        layers = list(self.layers)
+        for layer, choice in changes:
+            layers[layer] = layers[layer].with_choice(choice)
+        return Architecture(tuple(layers))
+
+    def with_choice(self, layer: int, choice: BlockChoice) -> Architecture:
         """This architecture with one block changed."""
-        changed = self.layers[layer].with_units(kind, units)
-        return Architecture((*self.layers[:layer], changed, *self.layers[layer + 1 :]))
+        return self.with_choices([(layer, choice)])
+
+    def without_layers(self, layers: Iterable[int]) -> Architecture:
+        """This architecture with both blocks of some layers dropped."""
+        return self.with_choices((layer, choice) for layer in layers for choice in DROPPED.values())
 
     def to_json(self) -> dict[str, Any]:
         return {
             "layers": [
-                {
-                    "layer": i,
-                    "attention": {"kv_groups": choice.attention.kv_groups},
-                    "ffn": {"ffn_width": choice.ffn.ffn_width},
-                }
-                for i, choice in enumerate(self.layers)
+                {"layer": i, "attention": layer.attention.to_json(), "ffn": layer.ffn.to_json()}
+                for i, layer in enumerate(self.layers)
             ]
         }
 
@@ -108,21 +135,29 @@ class Architecture:
         try:
             entries = sorted(data["layers"], key=lambda entry: entry["layer"])
             indices = [entry["layer"] for entry in entries]
-            pairs = [(entry["attention"]["kv_groups"], entry["ffn"]["ffn_width"]) for entry in entries]
-        except (TypeError, KeyError) as error:
+            architecture = cls(
+                tuple(
+                    LayerChoice(
+                        AttentionChoice(entry["attention"]["kv_groups"], entry["attention"].get("queries_per_group")),
+                        FfnChoice(entry["ffn"]["ffn_width"]),
+                    )
+                    for entry in entries
+                )
+            )
+        except (TypeError, KeyError, AttributeError) as error:
             raise ArchitectureError(
                 'an architecture is {"layers": [{"layer": 0, "attention": {"kv_groups": n}, '
                 f'"ffn": {{"ffn_width": n}}}}, ...]}}; got {data!r:.200} ({type(error).__name__}: {error})'
             ) from None
         if indices != list(range(len(indices))) or not all(type(index) is int for index in indices):
             raise ArchitectureError(f"an architecture names every parent layer 0..n-1 once; got layers {indices}")
-        for i, pair in enumerate(pairs):
-            if not all(type(units) is int and units >= 0 for units in pair):
-                raise ArchitectureError(f"kv_groups and ffn_width are integers >= 0; layer {i} has {pair}")
-        architecture = cls.of(pairs)
+        for i, choice in architecture.blocks():
+            for name, number in choice.to_json().items():
+                if type(number) is not int or number < 0:
+                    raise ArchitectureError(f"{name} is an integer >= 0; layer {i} has {number!r}")
         if architecture.to_json() != {**data, "layers": entries}:
             raise ArchitectureError(
-                "the layers of an architecture say kv_groups and ffn_width, and nothing else; "
+                "the layers of an architecture say kv_groups, queries_per_group and ffn_width, and nothing else; "
                 f"this one has more, perhaps from a newer llmprune: {data!r:.200}"
             )
         return architecture
@@ -158,6 +193,26 @@ class ParentShape:
         """How many units the parent's blocks of this kind have."""
         return self.kv_groups if kind == "attention" else self.ffn_width
 
+    def full(self, kind: BlockKind) -> BlockChoice:
+        """The choice that keeps a whole block."""
+        return AttentionChoice(self.kv_groups) if kind == "attention" else FfnChoice(self.ffn_width)
+
+    def queries(self, choice: AttentionChoice) -> int:
+        """Query heads that each kept KV group has."""
+        return self.queries_per_group if choice.queries_per_group is None else choice.queries_per_group
+
+    def inputs(self, choice: BlockChoice) -> int:
+        """Inputs of the output projection that a choice keeps."""
+        if isinstance(choice, AttentionChoice):
+            return choice.kv_groups * self.queries(choice) * self.head_dim
+        return choice.ffn_width
+
+    def rows(self, choice: BlockChoice) -> int:
+        """Rows and columns of the projections that a choice keeps: what its size goes by."""
+        if isinstance(choice, AttentionChoice):
+            return 2 * self.inputs(choice) + 2 * choice.kv_groups * self.head_dim
+        return choice.ffn_width
+
     def check(self, architecture: Architecture) -> None:
         """Raises ArchitectureError unless `architecture` is a sub-network of this parent that can run."""
         if len(architecture.layers) != self.layers:
@@ -165,54 +220,20 @@ class ParentShape:
                 f"an architecture has one entry per parent layer: the parent has {self.layers}, "
                 f"the architecture {len(architecture.layers)}"
             )
-        for i, kind, choice in architecture.blocks():
-            if not 0 <= choice.units <= self.units(kind):
+        for i, choice in architecture.blocks():
+            if not 0 <= choice.units <= self.units(choice.kind):
                 raise ArchitectureError(
-                    f"layer {i} keeps {choice} of a parent with {self.units(kind)} units in its {kind} block"
+                    f"layer {i} keeps {choice} of a parent with {self.units(choice.kind)} units in its "
+                    f"{choice.kind} block"
                 )
+            if isinstance(choice, AttentionChoice) and choice.queries_per_group is not None:
+                most = self.queries_per_group - 1 if choice.kv_groups else 0
+                if not 1 <= choice.queries_per_group <= most:
+                    raise ArchitectureError(
+                        f"layer {i} keeps {choice} of a parent with {self.queries_per_group} query heads a KV group: "
+                        f"queries_per_group is from 1 to {most}, and left out where all stay or the block is dropped"
+                    )
         if all(layer.attention.kv_groups == 0 for layer in architecture.layers):
             raise ArchitectureError(
                 "a child keeps attention in at least one layer (without it no token sees another); all kv_groups are 0"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Space:
-    """Which choices a search may make: for each kind an ascending ladder of units that ends at the parent's."""
-
-    shape: ParentShape
-    kv_groups: tuple[int, ...]
-    ffn_width: tuple[int, ...]
-
-    @classmethod
-    def of(cls, shape: ParentShape, kv_groups_step: int, ffn_step: int, *, drop: bool = True) -> Space:
-        """Multiples of each step up to the parent's size, the parent's own size, and 0 if `drop`.
-
-        Raises ArchitectureError on a step that is not between 1 and the parent's size, or if nothing can be pruned.
-        """
-
-        def ladder(kind: BlockKind, name: str, step: int) -> tuple[int, ...]:
-            full = shape.units(kind)
-            if not 1 <= step <= full:
-                raise ArchitectureError(f"{name} must be from 1 to the parent's {full}; got {step}")
-            return tuple(sorted({*range(0 if drop else step, full, step), full}))
-
-        space = cls(
-            shape,
-            ladder("attention", "space.kv_groups_step", kv_groups_step),
-            ladder("ffn", "space.ffn_step", ffn_step),
-        )
-        if len(space.kv_groups) == len(space.ffn_width) == 1:
-            raise ArchitectureError(
-                "the space holds the parent alone; allow space.drop, or lower space.kv_groups_step from "
-                f"{kv_groups_step} or space.ffn_step from {ffn_step}"
-            )
-        return space
-
-    def ladder(self, kind: BlockKind) -> tuple[int, ...]:
-        return self.kv_groups if kind == "attention" else self.ffn_width
-
-    def __contains__(self, architecture: Architecture) -> bool:
-        return len(architecture.layers) == self.shape.layers and all(
-            choice.units in self.ladder(kind) for _, kind, choice in architecture.blocks()
-        )

@@ -13,6 +13,7 @@ from llmprune.errors import RecipeError
 SplitName = Literal["calibration", "search", "validation", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("calibration", "search", "validation", "test")
 Objective = Literal["decode", "prefill"]
+SpaceSize = Literal["small", "layer", "medium", "large"]
 
 
 class _Strict(BaseModel):
@@ -96,6 +97,11 @@ class ImportanceRecipe(_Strict):
 class SpaceRecipe(_Strict):
     """Which choices a search may make."""
 
+    size: SpaceSize = Field(
+        "medium",
+        description="small: one KV group count and FFN width for all layers; layer: each layer whole or gone; "
+        "medium: KV groups and FFN width block by block; large: query heads a KV group besides",
+    )
     kv_groups_step: int = Field(1, ge=1)
     ffn_step: int = Field(256, ge=1)
     drop: bool = Field(True, description="may whole blocks be dropped")

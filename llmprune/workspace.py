@@ -8,7 +8,6 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-from llmprune.architecture import Space
 from llmprune.blocks.library import BlockLibrary, build_library
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import TokenSplits, build_token_splits
@@ -24,6 +23,7 @@ from llmprune.run_directory import RunDirectory, hash_of
 from llmprune.search.budgets import parse_budget, parse_pick
 from llmprune.search.evaluate import Judge
 from llmprune.search.tables import BlockTables, build_tables
+from llmprune.space import Space
 
 PACKAGES = ("llmprune", "torch", "transformers", "accelerate", "datasets", "optuna", "numpy")
 
@@ -78,7 +78,7 @@ class Run:
     @cached_property
     def space(self) -> Space:
         rules = self.recipe.space
-        return Space.of(self.parent.shape, rules.kv_groups_step, rules.ffn_step, drop=rules.drop)
+        return Space.of(self.parent.shape, rules.kv_groups_step, rules.ffn_step, drop=rules.drop, size=rules.size)
 
     @cached_property
     def workload(self) -> Workload:

@@ -14,23 +14,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmprune.architecture import BLOCK_KINDS, BlockKind, Space
+from llmprune.architecture import BLOCK_KINDS, AttentionChoice, BlockChoice, BlockKind, ParentShape
 from llmprune.blocks.importance import removal_order
-from llmprune.blocks.refit import flap_bias, refit_nested, unit_columns
+from llmprune.blocks.refit import flap_bias, refit_nested
 from llmprune.blocks.statistics import BlockStatistics, collect_statistics, statistics_bytes
 from llmprune.data.tokens import Split
 from llmprune.errors import ArchitectureError, ModelError, RecipeError, RunDirectoryError
 from llmprune.files import atomic_path
 from llmprune.models.parent import Parent
+from llmprune.models.rows import input_columns
 from llmprune.progress import Advance
 from llmprune.recipe import ImportanceRecipe
+from llmprune.space import Space
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
 class LayerRepairs:
-    """One layer of the library: `KIND/order`, `KIND/UNITS/weight` and, where the parent has one, `KIND/UNITS/bias`."""
+    """One layer of the library: `KIND/order`, `attention/query_order` where query heads can leave, and for every choice
+    `KIND/CHOICE/weight` and, where the parent has one, `KIND/CHOICE/bias`."""
 
     tensors: Mapping[str, Tensor]
 
@@ -51,39 +54,50 @@ class BlockLibrary:
     space: Space
     layers: tuple[LayerRepairs, ...]
 
-    def kept_units(self, layer: int, kind: BlockKind, units: int) -> Tensor:
+    def kept_units(self, layer: int, choice: BlockChoice) -> Tensor:
         """Indices of the units that a choice keeps, ascending: (units,) int64. Smaller choices keep subsets.
 
-        Raises ArchitectureError if `units` is not on the ladder.
+        Raises ArchitectureError if the choice is not on the ladder.
         """
-        self._check(layer, kind, units, self.space.ladder(kind))
-        order = self.layers[layer].tensors[f"{kind}/order"]
-        return order[len(order) - units :].sort().values
+        order = self._tensors(layer, choice)[f"{choice.kind}/order"]
+        return order[len(order) - choice.units :].sort().values
 
-    def output(self, layer: int, kind: BlockKind, units: int) -> tuple[Tensor, Tensor | None]:
+    def kept_queries(self, layer: int, choice: BlockChoice) -> Tensor | None:
+        """Query heads that a choice keeps of each kept KV group, counted within it, ascending: (kv_groups,
+        queries_per_group) int64; None if all stay. Raises ArchitectureError if the choice is not on the ladder."""
+        if not isinstance(choice, AttentionChoice) or choice.queries_per_group is None:
+            return None
+        order_KQ = self._tensors(layer, choice)["attention/query_order"]
+        kept_KQ = order_KQ[:, order_KQ.shape[1] - choice.queries_per_group :].sort(dim=1).values
+        return kept_KQ[self.kept_units(layer, choice)]
+
+    def output(self, layer: int, choice: BlockChoice) -> tuple[Tensor, Tensor | None]:
         """Weight (D, inputs of the kept units) and bias (D,) of the output projection, in the parent's dtype.
 
         The bias is None where the parent has none. Do not write into either: they may be views of a mapped file.
-        Raises ArchitectureError unless `units` is on the ladder, and more than 0 and less than the parent's.
+        Raises ArchitectureError unless the choice is on the ladder; it is neither a drop nor the parent's.
         """
-        self._check(layer, kind, units, _refitted(self.space, kind))
-        tensors = self.layers[layer].tensors
-        return tensors[f"{kind}/{units}/weight"], tensors.get(f"{kind}/{units}/bias")
+        tensors = self._tensors(layer, choice)
+        assert choice in _refitted(self.space, choice.kind), f"{choice} has no output projection of its own"
+        name = f"{choice.kind}/{_label(choice)}"
+        return tensors[f"{name}/weight"], tensors.get(f"{name}/bias")
 
     @cached_property
     def hash(self) -> str:
         """SHA-256, as hex, over all contents."""
-        ladders = [self.space.ladder(kind) for kind in BLOCK_KINDS]
+        ladders = [[choice.to_json() for choice in self.space.ladder(kind)] for kind in BLOCK_KINDS]
         return hashlib.sha256(json.dumps([ladders, [layer.hash for layer in self.layers]]).encode()).hexdigest()
 
-    def _check(self, layer: int, kind: BlockKind, units: int, choices: Sequence[int]) -> None:
+    def _tensors(self, layer: int, choice: BlockChoice) -> Mapping[str, Tensor]:
         if not 0 <= layer < len(self.layers):
             raise ArchitectureError(f"layer must be from 0 to {len(self.layers) - 1}, got {layer}")
-        if units not in choices:
+        ladder = self.space.ladder(choice.kind)
+        if choice not in ladder:
             raise ArchitectureError(
-                f"the library knows the {kind} block of layer {layer} with {list(choices)} units, got {units}; "
-                "use one of these, or build a library with a finer space"
+                f"the library knows the {choice.kind} block of layer {layer} with {', '.join(map(_label, ladder))} "
+                f"units, got {_label(choice)}; use one of these, or build a library with a finer or larger space"
             )
+        return self.layers[layer].tensors
 
 
 def build_library(
@@ -142,32 +156,72 @@ def solve_block(
     weight_DI: Tensor,
     bias_D: Tensor | None,
     statistics: BlockStatistics,
-    unit_size: int,
+    shape: ParentShape,
     recipe: ImportanceRecipe,
-    choices: Sequence[int],
+    choices: Sequence[BlockChoice],
+    kind: BlockKind,
 ) -> dict[str, Tensor]:
-    """Order of removal, and output weight and bias of each choice (units kept, ascending): names without the kind.
+    """Orders of removal, and output weight and bias of each choice: names without the kind.
 
     Without `recipe.refit` the weights are the parent's own columns; its bias changes for "flap" alone.
     """
     fits_bias = recipe.refit and bias_D is not None
-    order = removal_order(recipe.method, weight_DI, statistics, unit_size, recipe.damp, centred=fits_bias)
-    tensors = {"order": order}
-    columns = unit_columns(order.flip(0), unit_size)[: choices[-1] * unit_size if choices else 0]
-    counts = [units * unit_size for units in choices]
-    if recipe.refit:
-        mean_I = statistics.mean_I if fits_bias else None
-        fits = refit_nested(weight_DI, statistics.gram_II, columns, counts, recipe.damp, mean_I=mean_I, bias_D=bias_D)
-    elif recipe.method == "flap" and bias_D is not None:
-        kept = [columns[:count] for count in counts]
-        fits = [(weight_DI[:, some], flap_bias(weight_DI, statistics.mean_I, some, bias_D)) for some in kept]
-    else:
-        fits = [(weight_DI[:, columns[:count]], bias_D) for count in counts]
-    for units, count, (weight, bias) in zip(choices, counts, fits, strict=True):
-        tensors[f"{units}/weight"] = weight[:, columns[:count].argsort()]
-        if bias is not None:
-            tensors[f"{units}/bias"] = bias
+
+    def ordered(unit_size: int) -> Tensor:
+        return removal_order(recipe.method, weight_DI, statistics, unit_size, recipe.damp, centred=fits_bias)
+
+    tensors = {"order": ordered(weight_DI.shape[1] // shape.units(kind))}
+    if any(_queries(choice) for choice in choices):
+        tensors["query_order"] = _query_order(ordered(shape.head_dim), shape)
+    for queries in sorted({_queries(choice) for choice in choices}):
+        # Choices with as many query heads a group are nested, and solved from one factor.
+        chain = sorted((c for c in choices if _queries(c) == queries), key=lambda choice: choice.units)
+        units_U = tensors["order"].flip(0)[: chain[-1].units]
+        queries_UQ = tensors["query_order"][:, -queries:][units_U] if queries else None
+        columns = input_columns(units_U, shape, kind, queries_UQ)
+        counts = [shape.inputs(choice) for choice in chain]
+        for choice, count, (weight, bias) in zip(
+            chain, counts, _outputs(weight_DI, bias_D, statistics, recipe, columns, counts), strict=True
+        ):
+            tensors[f"{_label(choice)}/weight"] = weight[:, columns[:count].argsort()]
+            if bias is not None:
+                tensors[f"{_label(choice)}/bias"] = bias
     return tensors
+
+
+def _outputs(
+    weight_DI: Tensor,
+    bias_D: Tensor | None,
+    statistics: BlockStatistics,
+    recipe: ImportanceRecipe,
+    columns: Tensor,
+    counts: Sequence[int],
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Weight and bias for the first `count` of `columns`, for each count."""
+    if recipe.refit:
+        mean_I = None if bias_D is None else statistics.mean_I
+        return refit_nested(weight_DI, statistics.gram_II, columns, counts, recipe.damp, mean_I=mean_I, bias_D=bias_D)
+    kept = [columns[:count] for count in counts]
+    if recipe.method == "flap" and bias_D is not None:
+        return [(weight_DI[:, some], flap_bias(weight_DI, statistics.mean_I, some, bias_D)) for some in kept]
+    return [(weight_DI[:, some], bias_D) for some in kept]
+
+
+def _queries(choice: BlockChoice) -> int:
+    """Query heads a group where a choice leaves some out, else 0."""
+    return (choice.queries_per_group or 0) if isinstance(choice, AttentionChoice) else 0
+
+
+def _query_order(order_H: Tensor, shape: ParentShape) -> Tensor:
+    """From the order in which single query heads (H,) leave to the order within each KV group: (kv_groups, queries)."""
+    group_H = order_H // shape.queries_per_group
+    groups = range(shape.kv_groups)
+    return torch.stack([order_H[group_H == group] % shape.queries_per_group for group in groups])
+
+
+def _label(choice: BlockChoice) -> str:
+    """How a choice is named in a layer's file: `512`, or `2x1` for two KV groups with one query head each."""
+    return f"{choice.units}" + (f"x{_queries(choice)}" if _queries(choice) else "")
 
 
 class _Steps:
@@ -190,9 +244,9 @@ def _solve_layer(
     tensors: dict[str, Tensor] = {}
     for kind, statistics in blocks.items():
         weight_DI, bias_D = parent.output_weight(layer, kind), parent.output_bias(layer, kind)
-        unit_size = weight_DI.shape[1] // parent.shape.units(kind)
+        choices = _refitted(space, kind)
         try:
-            solved = solve_block(weight_DI, bias_D, statistics, unit_size, recipe, _refitted(space, kind))
+            solved = solve_block(weight_DI, bias_D, statistics, parent.shape, recipe, choices, kind)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise RecipeError(
                 "importance.damp must make X^T X + damp * mean(diag) positive definite, got "
@@ -209,14 +263,14 @@ def _solve_layer(
     return LayerRepairs(tensors)
 
 
-def _refitted(space: Space, kind: BlockKind) -> list[int]:
+def _refitted(space: Space, kind: BlockKind) -> list[BlockChoice]:
     """Choices that keep something, but not everything."""
-    return [units for units in space.ladder(kind) if 0 < units < space.shape.units(kind)]
+    return [choice for choice in space.ladder(kind) if choice.units and choice != space.shape.full(kind)]
 
 
 def _layer_keys(input_hash: str, recipe: ImportanceRecipe, space: Space) -> list[str]:
     """For each layer a hash of all that its file depends on."""
-    ladders = [space.ladder(kind) for kind in BLOCK_KINDS]
+    ladders = [[choice.to_json() for choice in space.ladder(kind)] for kind in BLOCK_KINDS]
     inputs = [_VERSION, input_hash, recipe.model_dump(mode="json"), ladders]
     return [hashlib.sha256(json.dumps([*inputs, i]).encode()).hexdigest() for i in range(space.shape.layers)]
 

@@ -1,4 +1,4 @@
-"""What leaving units out of one block costs in quality, estimated for every choice from one backward pass."""
+"""What changing one block costs in quality, estimated for every choice of every block from one backward pass."""
 
 from __future__ import annotations
 
@@ -9,25 +9,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmprune.architecture import BLOCK_KINDS, BlockKind, Space
+from llmprune.architecture import Architecture, BlockChoice, BlockKind
 from llmprune.blocks.library import BlockLibrary
 from llmprune.data.tokens import Split
-from llmprune.models.modeling_pruned import part_rows, unit_rows
 from llmprune.models.parent import Parent
+from llmprune.models.rows import input_columns
 
 WINDOWS_A_BATCH = 2
 
-DeltaNats = dict[tuple[int, BlockKind, int], float]
+DeltaNats = dict[tuple[int, BlockChoice], float]
+"""Nats a token that each choice of each layer costs."""
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One choice of one block: the inputs it keeps, its output projection, and bias (None: the parent's)."""
+    """One choice of one block: the inputs it keeps, its output projection and bias."""
 
-    units: int
+    choice: BlockChoice
     columns_S: torch.Tensor
     weight_DS: torch.Tensor
     bias_D: torch.Tensor
+
+    def output(self, inputs_BTI: torch.Tensor) -> torch.Tensor:
+        """The block's output for the parent's inputs of the output projection: (B, T, I) to (B, T, D)."""
+        if self.choice.units == 0:
+            # A leaf of its own, so that the gradient at a block that is not there is known as well.
+            shape = (*inputs_BTI.shape[:-1], len(self.bias_D))
+            return torch.zeros(shape, dtype=inputs_BTI.dtype, device=inputs_BTI.device, requires_grad=True)
+        return nn.functional.linear(inputs_BTI[..., self.columns_S], self.weight_DS, self.bias_D)
 
 
 def estimate_delta_nats(
@@ -36,31 +45,30 @@ def estimate_delta_nats(
     library: BlockLibrary,
     *,
     tokens: int,
+    at: Architecture | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DeltaNats:
-    """Estimated nats per token that each choice costs, put alone into the parent: {(layer, kind, units): delta}.
+    """Estimated nats per token that each choice costs, put alone into the architecture `at` (default: the parent).
 
     With `delta_t` the change of the block's output at token t and `g_t` the gradient of the summed NLL with respect
     to that output: mean_t g_t.delta_t + 1/2 mean_t (g_t.delta_t)^2, the first-order term and the Fisher form of the
-    second. It sees no interaction between blocks: what is built on it is re-measured as whole models.
+    second. It sees no interaction between the blocks that change: what is built on it is measured as a whole model.
 
     About `tokens` tokens of `split` are used, shared over its sources by weight. Cost: one forward and one backward
-    pass over activations (the parent's weights are frozen), and local matrix products. The parent's own choice is 0.
+    pass over activations (the parent's weights are frozen), and local matrix products. `at` is computed by the parent's
+    modules with the output projections of `at` in place of its own, so that blocks may grow back too. What
+    `at` has costs 0.
     """
-    candidates = _all_candidates(parent, library)
-    totals: DeltaNats = dict.fromkeys(
-        ((layer, kind, c.units) for (layer, kind), cs in candidates.items() for c in cs), 0.0
-    )
+    at = at or parent.shape.architecture
+    own = {(layer, choice.kind): choice for layer, choice in at.blocks()}
+    totals: DeltaNats = {(i, c): 0.0 for i, kind in library.space.blocks() for c in library.space.ladder(kind)}
     plan = _batches(split, tokens)
     for done, (windows, share) in enumerate(plan):
-        sums, count = _batch_scores(parent, candidates, windows)
+        sums, count = _batch_scores(parent, library, own, windows)
         for key, value in sums.items():
             totals[key] += share * value / count
         if progress:
             progress(done + 1, len(plan))
-    for layer in range(parent.shape.layers):
-        for kind in BLOCK_KINDS:
-            totals[layer, kind, parent.shape.units(kind)] = 0.0
     return totals
 
 
@@ -75,56 +83,53 @@ def _batches(split: Split, tokens: int) -> list[tuple[torch.Tensor, float]]:
     return plan
 
 
-def _all_candidates(parent: Parent, library: BlockLibrary) -> dict[tuple[int, BlockKind], list[_Candidate]]:
-    space: Space = library.space
-    parts = part_rows(parent.shape.queries_per_group, parent.shape.head_dim)
-    candidates: dict[tuple[int, BlockKind], list[_Candidate]] = {}
-    for layer in range(parent.shape.layers):
-        for kind in BLOCK_KINDS:
-            full, layout = parent.shape.units(kind), "q" if kind == "attention" else "c"
-            weight, bias = parent.output_weight(layer, kind), parent.output_bias(layer, kind)
-            own_bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-            entries = candidates.setdefault((layer, kind), [])
-            for units in space.ladder(kind)[:-1]:
-                if units == 0:
-                    empty = weight.new_empty(weight.shape[0], 0)
-                    entries.append(_Candidate(0, torch.empty(0, dtype=torch.int64), empty, torch.zeros_like(own_bias)))
-                    continue
-                new_weight, new_bias = library.output(layer, kind, units)
-                columns = unit_rows(layout, library.kept_units(layer, kind, units), full, parts)
-                bias_D = own_bias if new_bias is None else new_bias.to(own_bias)
-                entries.append(_Candidate(units, columns.to(weight.device), new_weight.to(weight), bias_D))
-    return candidates
+def _candidate(parent: Parent, library: BlockLibrary, layer: int, choice: BlockChoice) -> _Candidate:
+    weight_DI, bias = parent.output_weight(layer, choice.kind), parent.output_bias(layer, choice.kind)
+    own_bias = weight_DI.new_zeros(weight_DI.shape[0]) if bias is None else bias
+    if choice.units == 0:
+        nothing = torch.empty(0, dtype=torch.int64, device=weight_DI.device)
+        return _Candidate(choice, nothing, weight_DI[:, nothing], torch.zeros_like(own_bias))
+    if choice == parent.shape.full(choice.kind):
+        return _Candidate(choice, torch.arange(weight_DI.shape[1], device=weight_DI.device), weight_DI, own_bias)
+    kept_U, queries_UQ = library.kept_units(layer, choice), library.kept_queries(layer, choice)
+    columns_S = input_columns(kept_U, parent.shape, choice.kind, queries_UQ)
+    new_weight, new_bias = library.output(layer, choice)
+    bias_D = own_bias if new_bias is None else new_bias.to(own_bias)
+    return _Candidate(choice, columns_S.to(weight_DI.device), new_weight.to(weight_DI), bias_D)
 
 
 def _batch_scores(
-    parent: Parent, candidates: Mapping[tuple[int, BlockKind], list[_Candidate]], windows: torch.Tensor
+    parent: Parent,
+    library: BlockLibrary,
+    own: Mapping[tuple[int, BlockKind], BlockChoice],
+    windows: torch.Tensor,
 ) -> tuple[DeltaNats, int]:
     """Sums over the batch's tokens of g.delta + (g.delta)^2 / 2 for every candidate, and the number of tokens."""
     sums: DeltaNats = {}
 
     def watch(layer: int, kind: BlockKind) -> Any:
-        def forward_hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        def forward_hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            mine = own[layer, kind]
+            if mine != parent.shape.full(kind):
+                output = _candidate(parent, library, layer, mine).output(args[0])
             inputs_NI = args[0].detach().reshape(-1, args[0].shape[-1])
             output_ND = output.detach().reshape(-1, output.shape[-1])
 
             def backward_hook(gradient: torch.Tensor) -> None:
                 gradient_ND = gradient.detach().reshape(output_ND.shape)
-                # g.(W'x + b' - y) without forming the change: project the gradient once per candidate.
-                parent_part_N = (gradient_ND * output_ND).sum(1)
-                for candidate in candidates[layer, kind]:
-                    projected_NS = gradient_ND @ candidate.weight_DS
-                    change_N = (projected_NS * inputs_NI[:, candidate.columns_S]).sum(1)
-                    change_N = change_N + gradient_ND @ candidate.bias_D - parent_part_N
-                    sums[layer, kind, candidate.units] = float((change_N + 0.5 * change_N.square()).double().sum())
+                own_part_N = (gradient_ND * output_ND).sum(1)
+                for choice in library.space.ladder(kind):
+                    if choice != mine:
+                        candidate = _candidate(parent, library, layer, choice)
+                        change_N = _projected(gradient_ND, inputs_NI, candidate) - own_part_N
+                        sums[layer, choice] = float((change_N + 0.5 * change_N.square()).double().sum())
 
             output.register_hook(backward_hook)  # type: ignore[no-untyped-call]
+            return output
 
         return forward_hook
 
-    handles = [
-        parent.output_projection(layer, kind).register_forward_hook(watch(layer, kind)) for layer, kind in candidates
-    ]
+    handles = [parent.output_projection(layer, kind).register_forward_hook(watch(layer, kind)) for layer, kind in own]
     try:
         with torch.enable_grad():
             embedded = parent.model.get_input_embeddings()(windows.to(parent.device)).detach().requires_grad_()
@@ -138,6 +143,12 @@ def _batch_scores(
         for handle in handles:
             handle.remove()
     return sums, int(targets.numel())
+
+
+def _projected(gradient_ND: torch.Tensor, inputs_NI: torch.Tensor, candidate: _Candidate) -> torch.Tensor:
+    """g.(W'x + b') at every token without forming W'x: the gradient is projected instead, (N,)."""
+    projected_NS = gradient_ND @ candidate.weight_DS
+    return (projected_NS * inputs_NI[:, candidate.columns_S]).sum(1) + gradient_ND @ candidate.bias_D
 
 
 def block_influence(parent: Parent, split: Split, *, tokens: int) -> list[float]:

@@ -138,17 +138,6 @@ def part_rows(queries_per_group: int, head_dim: int) -> dict[str, int]:
     return {"q": queries_per_group * head_dim, "k": head_dim, "v": head_dim, "c": 1}
 
 
-def unit_rows(layout: str, kept_units: torch.Tensor, units: int, parts: Mapping[str, int]) -> torch.Tensor:
-    """Row indices of `kept_units` (1-D, of `units` in all) in a projection with this layout, in the layout's order."""
-    segments, offset = [], 0
-    for segment in layout.split("|"):
-        size = sum(parts[letter] for letter in segment)
-        within = torch.arange(size, device=kept_units.device)
-        segments.append((offset + kept_units[:, None] * size + within).reshape(-1))
-        offset += units * size
-    return torch.cat(segments)
-
-
 def input_axis(module: nn.Module) -> int:
     """Axis of a projection's weight that runs over its inputs: 1 for nn.Linear, 0 for GPT-2's Conv1D."""
     return 0 if isinstance(module, transformers.pytorch_utils.Conv1D) else 1

@@ -10,20 +10,26 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.architecture import Architecture, BlockKind, LayerChoice, ParentShape
+from llmprune.architecture import Architecture, BlockChoice, LayerChoice, ParentShape
 from llmprune.models import modeling_pruned
-from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, Family, input_axis, part_rows, unit_rows
+from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, Family, input_axis
 from llmprune.models.parent import Parent
+from llmprune.models.rows import unit_rows
 
 
 class Repairs(Protocol):
     """What a block library tells surgery: which units a choice keeps, and the output projection after the rest left."""
 
-    def kept_units(self, layer: int, kind: BlockKind, units: int) -> torch.Tensor:
+    def kept_units(self, layer: int, choice: BlockChoice) -> torch.Tensor:
         """Indices of the kept units, ascending: (units,) int64."""
         ...
 
-    def output(self, layer: int, kind: BlockKind, units: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def kept_queries(self, layer: int, choice: BlockChoice) -> torch.Tensor | None:
+        """Query heads kept of each kept KV group, counted within it, ascending: (kv_groups, queries_per_group) int64.
+        None if the choice leaves them all (as every FFN choice does)."""
+        ...
+
+    def output(self, layer: int, choice: BlockChoice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight (D, kept inputs) and bias (D,) of the output projection."""
         ...
 
@@ -97,9 +103,9 @@ def is_stock(config: Any) -> bool:
 def _stock_can_say(family: Family, shape: ParentShape, choices: list[LayerChoice]) -> bool:
     if len(set(choices)) != 1 or 0 in (choices[0].attention.kv_groups, choices[0].ffn.ffn_width):
         return False
-    if choices[0].attention.kv_groups == shape.kv_groups:
+    if choices[0].attention == shape.full("attention"):
         return True
-    heads = choices[0].attention.kv_groups * shape.queries_per_group
+    heads = choices[0].attention.kv_groups * shape.queries(choices[0].attention)
     return not family.derives_head_dim and shape.hidden_size % heads == 0
 
 
@@ -107,7 +113,7 @@ def _own_attributes(family: Family, shape: ParentShape, choice: LayerChoice) -> 
     """A layer's dimensions under the family's own attribute names; a dropped block keeps the parent's values."""
     own = {}
     if groups := choice.attention.kv_groups:
-        own[family.heads] = groups * shape.queries_per_group
+        own[family.heads] = groups * shape.queries(choice.attention)
         if family.kv_heads:
             own[family.kv_heads] = groups
         if not family.derives_head_dim:
@@ -159,22 +165,20 @@ def _child_tensors(
 
 def _changed_tensors(parent: Parent, layer: int, choice: LayerChoice, library: Repairs) -> dict[str, torch.Tensor]:
     """The tensors of a layer whose block keeps some units only, by their name within the layer."""
-    shape = parent.shape
-    parts = part_rows(shape.queries_per_group, shape.head_dim)
     tensors: dict[str, torch.Tensor] = {}
-    for kind in ("attention", "ffn"):
-        units, full = choice.block(kind).units, shape.units(kind)
-        if units in (0, full):
+    for own in (choice.attention, choice.ffn):
+        kind = own.kind
+        if own.units == 0 or own == parent.shape.full(kind):
             continue
         names, block = parent.names(kind), parent.block(layer, kind)
         prefix = f"{names.module}." if names.module else ""
-        kept = library.kept_units(layer, kind, units)
+        kept_U, queries_UQ = library.kept_units(layer, own), library.kept_queries(layer, own)
         for name, layout in names.rows.items():
             module = block.get_submodule(name)
-            rows = unit_rows(layout, kept, full, parts)
+            rows = unit_rows(layout, kept_U, parent.shape, kind, queries_UQ)
             for parameter, value in module.named_parameters():
                 tensors[f"{prefix}{name}.{parameter}"] = _take_rows(module, value.detach(), rows)
-        weight, bias = library.output(layer, kind, units)
+        weight, bias = library.output(layer, own)
         output = parent.output_projection(layer, kind)
         weight = weight if input_axis(output) == 1 else weight.T
         tensors[f"{prefix}{names.output}.weight"] = _like(parent.output_weight(layer, kind), weight)

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from contextlib import suppress
 
-from llmprune.architecture import BLOCK_KINDS, Architecture, BlockKind
+from llmprune.architecture import Architecture
 from llmprune.errors import ModelError
 from llmprune.progress import Advance
 from llmprune.search.costs import CostTable
@@ -67,43 +67,36 @@ def _nearest(
 def random_architecture(costs: CostTable, phase: str, speedup: float, generator: random.Random) -> Architecture | None:
     """An architecture drawn uniformly from those of the space within 2% of an estimated speed-up.
 
-    Blocks are drawn independently, each choice weighted by exp(-tilt * saving) with the tilt that makes the expected
+    Decisions are drawn independently, each option weighted by exp(-tilt * saving) with the tilt that makes the expected
     time right (which leaves architectures of equal time equally likely), and a draw outside the 2% is rejected.
     None if no draw of many fits: the ladders' steps are too coarse.
     """
-    space, tilt = costs.space, _tilt(costs, phase, 1.0 - 1.0 / speedup)
-    weights = {kind: _weights(costs, phase, kind, tilt) for kind in BLOCK_KINDS}
+    space = costs.space
+    savings = [[costs.option_saving(phase, option) for option in decision.options] for decision in space.decisions]
+    tilt = _tilt(savings, 1.0 - 1.0 / speedup)
+    weights = [_weights(row, tilt) for row in savings]
     for _ in range(RANDOM_ATTEMPTS):
-        architecture = Architecture.of(
-            (
-                generator.choices(space.kv_groups, weights["attention"])[0],
-                generator.choices(space.ffn_width, weights["ffn"])[0],
-            )
-            for _ in range(space.shape.layers)
-        )
+        architecture = space.architecture([generator.choices(range(len(row)), row)[0] for row in weights])
         near = abs(costs.speedup(architecture, phase) / speedup - 1.0) <= SPEED_TOLERANCE
         if near and any(layer.attention.kv_groups for layer in architecture.layers):
             return architecture
     return None
 
 
-def _weights(costs: CostTable, phase: str, kind: BlockKind, tilt: float) -> list[float]:
-    savings = [costs.block_saving(phase, kind, units) for units in costs.space.ladder(kind)]
-    return [math.exp(-tilt * costs.space.shape.layers * (saving - max(savings))) for saving in savings]
+def _weights(savings: Sequence[float], tilt: float) -> list[float]:
+    top = max(savings, key=lambda saving: -tilt * saving)
+    return [math.exp(-tilt * (saving - top)) for saving in savings]
 
 
-def _tilt(costs: CostTable, phase: str, needed: float) -> float:
+def _tilt(savings: Sequence[Sequence[float]], needed: float) -> float:
     """The tilt at which the expected saving of a draw is `needed` (a share of the parent's time), by bisection."""
 
     def expected_saving(tilt: float) -> float:
-        total = 0.0
-        for kind in BLOCK_KINDS:
-            weights = _weights(costs, phase, kind, tilt)
-            savings = [costs.block_saving(phase, kind, units) for units in costs.space.ladder(kind)]
-            total += sum(w * s for w, s in zip(weights, savings, strict=True)) / sum(weights)
-        return total * costs.space.shape.layers
+        rows = [(_weights(row, tilt), row) for row in savings]
+        return sum(sum(w * s for w, s in zip(*row, strict=True)) / sum(row[0]) for row in rows)
 
-    low, high = -100.0, 100.0
+    # Savings are shares of the parent's time over all decisions: the steepest tilt must tell single blocks apart.
+    low, high = -100.0 * len(savings), 100.0 * len(savings)
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if expected_saving(middle) > needed else (low, middle)

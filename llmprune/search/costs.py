@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from llmprune.architecture import BLOCK_KINDS, Architecture, BlockKind, Space
+from llmprune.architecture import BLOCK_KINDS, Architecture, BlockChoice
+from llmprune.space import Assignment, Space
 
-PROBES_PER_KIND = 4
+PROBES_PER_KIND = 6
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """Share of the parent's time that one block of each size takes off, relative to a full block.
+    """Share of the parent's time that one block takes off with each choice, relative to a full block.
 
-    `saving[phase][kind]` is aligned with `space.ladder(kind)`: 0 at the parent's size, largest at 0.
+    `saving[phase][choice]`: 0 for the parent's own, most for a drop.
     """
 
     space: Space
-    saving: Mapping[str, Mapping[BlockKind, Sequence[float]]]
+    saving: Mapping[str, Mapping[BlockChoice, float]]
 
-    def block_saving(self, phase: str, kind: BlockKind, units: int) -> float:
-        return float(np.interp(units, self.space.ladder(kind), self.saving[phase][kind]))
+    def option_saving(self, column: str, option: Iterable[Assignment]) -> float:
+        """Share of the parent that an option of a decision saves, in one column of the table."""
+        return sum(self.saving[column][choice] for _, choice in option)
 
     def relative_time(self, architecture: Architecture, phase: str) -> float:
         """Estimated time of a child, as a share of the parent's."""
-        saved = sum(self.block_saving(phase, kind, choice.units) for _, kind, choice in architecture.blocks())
+        saved = sum(self.saving[phase][choice] for _, choice in architecture.blocks())
         return max(1.0 - saved, 0.01)
 
     def speedup(self, architecture: Architecture, phase: str) -> float:
@@ -37,25 +39,38 @@ class CostTable:
 
     def scaled(self, factors: Mapping[str, float]) -> CostTable:
         """The table with every saving of a phase multiplied by that phase's factor."""
-        saving = {
-            phase: {kind: tuple(factors[phase] * value for value in self.saving[phase][kind]) for kind in BLOCK_KINDS}
-            for phase in self.saving
-        }
-        return CostTable(self.space, saving)
+        return CostTable(
+            self.space,
+            {phase: {c: factors[phase] * value for c, value in row.items()} for phase, row in self.saving.items()},
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return {phase: {kind: list(self.saving[phase][kind]) for kind in BLOCK_KINDS} for phase in self.saving}
+        """By phase and kind, the savings in the order of the ladder."""
+        return {
+            phase: {kind: [row[choice] for choice in self.space.ladder(kind)] for kind in BLOCK_KINDS}
+            for phase, row in self.saving.items()
+        }
 
     @classmethod
     def from_json(cls, space: Space, data: Mapping[str, Any]) -> CostTable:
-        return cls(space, {phase: {kind: tuple(data[phase][kind]) for kind in BLOCK_KINDS} for phase in data})
+        return cls(
+            space,
+            {
+                phase: {
+                    choice: float(value)
+                    for kind in BLOCK_KINDS
+                    for choice, value in zip(space.ladder(kind), data[phase][kind], strict=True)
+                }
+                for phase in data
+            },
+        )
 
 
-def probe_architectures(space: Space) -> dict[tuple[BlockKind, int], Architecture]:
+def probe_architectures(space: Space) -> dict[BlockChoice, Architecture]:
     """Children that differ from the parent in one kind of block, by the same choice in all layers.
 
-    A few rungs of the ladder, 0 (or the lowest) among them; the rest is interpolated, since time is close to linear
-    in width. Dropping every attention would leave no model: there the first layer stays whole (and with one layer,
+    Some rungs of the ladder, the lowest among them; the rest is interpolated, since time is close to linear
+    in rows. Dropping every attention would leave no model: there the first layer stays whole (and with one layer,
     there is nothing to probe).
     """
     probes = {}
@@ -63,33 +78,32 @@ def probe_architectures(space: Space) -> dict[tuple[BlockKind, int], Architectur
         ladder = space.ladder(kind)[:-1]
         count = min(PROBES_PER_KIND, len(ladder))
         for position in np.linspace(0, len(ladder) - 1, count).round().astype(int):
-            units = ladder[position]
-            if _first_changed(kind, units) == space.shape.layers:
-                continue
-            architecture = space.shape.architecture
-            for layer in range(_first_changed(kind, units), space.shape.layers):
-                architecture = architecture.with_units(layer, kind, units)
-            probes[kind, units] = architecture
+            choice = ladder[position]
+            layers = range(_first_changed(choice), space.shape.layers)
+            if layers:
+                probes[choice] = space.shape.architecture.with_choices((layer, choice) for layer in layers)
     return probes
 
 
-def cost_table(space: Space, speedups: Mapping[tuple[BlockKind, int], Mapping[str, float]]) -> CostTable:
-    """From the measured speed-ups (by phase) of the probes to savings a block. Savings are kept monotone in size."""
-    saving: dict[str, dict[BlockKind, Sequence[float]]] = {}
+def cost_table(space: Space, speedups: Mapping[BlockChoice, Mapping[str, float]]) -> CostTable:
+    """From the measured speed-ups (by phase) of the probes to savings a block. Savings are kept monotone in rows."""
+    rows = space.shape.rows
+    saving: dict[str, dict[BlockChoice, float]] = {}
     for phase in next(iter(speedups.values())):
         saving[phase] = {}
         for kind in BLOCK_KINDS:
-            points = {space.shape.units(kind): 0.0}
-            for (probe_kind, units), measured in speedups.items():
-                if probe_kind == kind:
-                    changed = space.shape.layers - _first_changed(kind, units)
-                    points[units] = (1.0 - 1.0 / measured[phase]) / changed
+            points = {rows(space.shape.full(kind)): 0.0}
+            for choice, measured in speedups.items():
+                if choice.kind == kind:
+                    changed = space.shape.layers - _first_changed(choice)
+                    points[rows(choice)] = (1.0 - 1.0 / measured[phase]) / changed
             sizes = sorted(points)
             # A timing slip must not make a smaller block look slower than a larger one.
             monotone = np.maximum.accumulate([points[size] for size in reversed(sizes)])[::-1]
-            saving[phase][kind] = tuple(np.interp(space.ladder(kind), sizes, np.maximum(monotone, 0.0)).tolist())
+            for choice in space.ladder(kind):
+                saving[phase][choice] = float(np.interp(rows(choice), sizes, np.maximum(monotone, 0.0)))
     return CostTable(space, saving)
 
 
-def _first_changed(kind: BlockKind, units: int) -> int:
-    return 1 if kind == "attention" and units == 0 else 0
+def _first_changed(choice: BlockChoice) -> int:
+    return 1 if choice.kind == "attention" and choice.units == 0 else 0

@@ -15,13 +15,14 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers.nsgaii import BaseMutation
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from llmprune.architecture import Architecture, Space
+from llmprune.architecture import Architecture
 from llmprune.errors import ArchitectureError, ModelError
 from llmprune.recipe import SearchRecipe
 from llmprune.search.budgets import metric_value, parse_budget
 from llmprune.search.evaluate import Judge, Record, is_finite
-from llmprune.search.space import suggest, to_params
+from llmprune.search.parameters import suggest, to_params
 from llmprune.search.storage import WARM_START, reap_dead_trials
+from llmprune.space import Space
 
 # A sampler that proposes known architectures only must not spin for ever.
 PROPOSALS_PER_TRIAL = 20

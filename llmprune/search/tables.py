@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from llmprune.architecture import BLOCK_KINDS, Architecture, BlockKind, Space
+from llmprune.architecture import BLOCK_KINDS, Architecture, BlockChoice
 from llmprune.blocks.library import BlockLibrary
 from llmprune.blocks.sensitivity import block_influence, estimate_delta_nats
 from llmprune.data.tokens import Split
 from llmprune.errors import RunDirectoryError
 from llmprune.measure.throughput import Workload, measure_paired
 from llmprune.models.parent import Parent
+from llmprune.models.sizes import size_of
 from llmprune.models.surgery import prune
 from llmprune.progress import Show
-from llmprune.search.allocate import allocate
+from llmprune.search.allocate import Allocator
+from llmprune.search.budgets import SIZE_METRICS
 from llmprune.search.costs import CostTable, cost_table, probe_architectures
+from llmprune.space import Space
 
 CALIBRATE_AT = (1.3, 1.6)
 """Estimated speed-ups of the mixed children that the savings are scaled to."""
@@ -25,9 +28,9 @@ CALIBRATE_AT = (1.3, 1.6)
 
 @dataclass(frozen=True)
 class BlockTables:
-    """Estimated `delta_nats` by (layer, kind, units), each layer's block influence, and the cost table."""
+    """Estimated `delta_nats` by (layer, choice), each layer's block influence, and the cost table."""
 
-    delta_nats: Mapping[tuple[int, BlockKind, int], float]
+    delta_nats: Mapping[tuple[int, BlockChoice], float]
     influence: Sequence[float]
     costs: CostTable
 
@@ -35,7 +38,7 @@ class BlockTables:
         space = self.costs.space
         return {
             "estimated_delta_nats": [
-                {kind: [self.delta_nats[layer, kind, u] for u in space.ladder(kind)] for kind in BLOCK_KINDS}
+                {kind: [self.delta_nats[layer, choice] for choice in space.ladder(kind)] for kind in BLOCK_KINDS}
                 for layer in range(space.shape.layers)
             ],
             "block_influence": list(self.influence),
@@ -47,10 +50,10 @@ class BlockTables:
         """Inverse of `to_json`. Raises RunDirectoryError on anything else."""
         try:
             delta_nats = {
-                (layer, kind, units): float(value)
+                (layer, choice): float(value)
                 for layer, row in enumerate(data["estimated_delta_nats"])
                 for kind in BLOCK_KINDS
-                for units, value in zip(space.ladder(kind), row[kind], strict=True)
+                for choice, value in zip(space.ladder(kind), row[kind], strict=True)
             }
             influence = [float(value) for value in data["block_influence"]]
             costs = CostTable.from_json(space, data["time_saved_per_block"])
@@ -74,23 +77,23 @@ def build_tables(
         delta_nats = estimate_delta_nats(parent, split, library, tokens=tokens, progress=advance)
         influence = block_influence(parent, split, tokens=tokens)
     probes = probe_architectures(library.space)
-    measured: dict[tuple[BlockKind, int], dict[str, float]] = {}
-    with show("timing what each choice saves") as advance:
+    measured: dict[BlockChoice, dict[str, float]] = {}
+    with show("measuring what each choice saves") as advance:
         total = len(probes) + len(CALIBRATE_AT)
-        for probe, architecture in probes.items():
+        for choice, architecture in probes.items():
             advance(len(measured), total)
-            measured[probe] = _speedups(parent, architecture, library, workload, repeats)
+            measured[choice] = _ratios(parent, architecture, library, workload, repeats)
         costs = cost_table(library.space, measured)
         shares: list[dict[str, float]] = []
         for speedup in CALIBRATE_AT:
             advance(len(measured) + len(shares), total)
-            mixed = allocate(delta_nats, costs, "decode", speedup)
+            mixed = Allocator(delta_nats, costs).best({"decode": speedup})
             if mixed is not None:
-                found = _speedups(parent, mixed, library, workload, repeats)
-                shares.append({p: _share(1 - 1 / found[p], 1 - costs.relative_time(mixed, p)) for p in found})
+                found = _ratios(parent, mixed, library, workload, repeats)
+                shares.append({c: _share(1 - 1 / found[c], 1 - costs.relative_time(mixed, c)) for c in found})
         advance(total, total)
     if shares:
-        costs = costs.scaled({phase: median(share[phase] for share in shares) for phase in shares[0]})
+        costs = costs.scaled({column: median(share[column] for share in shares) for column in shares[0]})
     return BlockTables(delta_nats, influence, costs)
 
 
@@ -99,9 +102,19 @@ def _share(measured_saving: float, estimated_saving: float) -> float:
     return min(max(measured_saving / estimated_saving, 0.5), 1.25) if estimated_saving > 0 else 1.0
 
 
-def _speedups(
+def _ratios(
     parent: Parent, architecture: Architecture, library: BlockLibrary, workload: Workload, repeats: int
 ) -> dict[str, float]:
+    """Parent by child, for every column of the cost table."""
     child = prune(parent, architecture, library)
     _, (speed,) = measure_paired(parent.model, [child], workload, repeats)
-    return {"decode": speed.decode_speedup.median, "prefill": speed.prefill_speedup.median}
+    whole, own = (
+        asdict(size_of(*sized))
+        for sized in ((parent.model, parent.shape, parent.shape.architecture), (child, parent.shape, architecture))
+    )
+    return {
+        "decode": speed.decode_speedup.median,
+        "prefill": speed.prefill_speedup.median,
+        # A child without any cache is out of reach of the probes: one attention stays.
+        **{metric: whole[metric] / own[metric] for metric in SIZE_METRICS},
+    }

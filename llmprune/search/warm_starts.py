@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from llmprune.architecture import Architecture, BlockKind
-from llmprune.search.allocate import allocate
+from llmprune.architecture import BLOCK_KINDS, DROPPED, Architecture, LayerChoice
+from llmprune.search.allocate import Allocator, Scores
 from llmprune.search.costs import CostTable
 
 # A solution right at the target measures below it half of the time.
@@ -13,7 +13,7 @@ MARGIN = 1.02
 
 
 def warm_starts(
-    delta_nats: Mapping[tuple[int, BlockKind, int], float],
+    delta_nats: Scores,
     influence: Sequence[float],
     costs: CostTable,
     phase: str,
@@ -22,7 +22,7 @@ def warm_starts(
     """Labelled starting points, best guesses first, without repeats: the parent, then for each speed-up the
     allocation of least estimated loss, the uniform width, and the depth cut by block influence."""
     starts: list[tuple[str, Architecture | None]] = [("parent", costs.space.shape.architecture)]
-    starts += [(f"allocated-{s:g}x", allocate(delta_nats, costs, phase, s * MARGIN)) for s in speedups]
+    starts += [(f"allocated-{s:g}x", Allocator(delta_nats, costs).best({phase: s * MARGIN})) for s in speedups]
     starts += [(f"uniform-{s:g}x", uniform_width(costs, phase, s)[0]) for s in speedups]
     starts += [(f"depth-{s:g}x", depth_by_influence(influence, costs, phase, s)) for s in speedups]
     unique: dict[Architecture, str] = {}
@@ -36,10 +36,10 @@ def uniform_width(costs: CostTable, phase: str, speedup: float) -> list[Architec
     """Architectures with one number of KV groups and one FFN width for all layers, nearest to `speedup` first."""
     space = costs.space
     uniform = [
-        Architecture.of([(kv_groups, ffn_width)] * space.shape.layers)
-        for kv_groups in space.kv_groups
-        for ffn_width in space.ffn_width
-        if kv_groups > 0 and ffn_width > 0
+        Architecture((LayerChoice(attention, ffn),) * space.shape.layers)
+        for attention in space.attention
+        for ffn in space.ffn
+        if attention.units and ffn.units
     ]
     return sorted(uniform, key=lambda architecture: abs(costs.speedup(architecture, phase) - speedup))
 
@@ -50,11 +50,11 @@ def depth_by_influence(influence: Sequence[float], costs: CostTable, phase: str,
     None if the space has no drops, or all layers but one do not suffice.
     """
     space = costs.space
-    if 0 not in (*space.kv_groups, *space.ffn_width):
+    if not all(DROPPED[kind] in space.ladder(kind) for kind in BLOCK_KINDS):
         return None
     architecture = space.shape.architecture
     for layer in sorted(range(space.shape.layers), key=lambda layer: influence[layer])[:-1]:
-        architecture = architecture.with_units(layer, "attention", 0).with_units(layer, "ffn", 0)
+        architecture = architecture.without_layers([layer])
         if costs.speedup(architecture, phase) >= speedup:
             return architecture
     return None
