@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,30 @@ class Split:
     def tokens(self) -> int:
         """All tokens of the split, BOS and EOS included."""
         return sum(source.windows.numel() for source in self.sources.values())
+
+    def first_windows(self, share: float, multiple: int = 1) -> dict[str, int]:
+        """How many windows of each source make up `share` (over 0, up to 1) of the split, mixed by weight.
+
+        Each count is at least one and rounded up to a `multiple`, but never more than the source has; with a share of
+        1 it is all of them. Counts never fall as the share grows.
+        """
+        assert 0 < share <= 1 and multiple >= 1, f"share {share} must be over 0 and up to 1, multiple {multiple} >= 1"
+        total = sum(len(source.windows) for source in self.sources.values())
+        counts = {name: len(source.windows) for name, source in self.sources.items()}
+        if share == 1:
+            return counts
+        return {
+            name: min(count, math.ceil(share * total * self.weights[name] / multiple) * multiple)
+            for name, count in counts.items()
+        }
+
+    def head(self, counts: Mapping[str, int]) -> Split:
+        """The split of the first `counts[name]` windows of each source, the weights as they are."""
+        sources = {
+            name: SourceTokens(source.windows[: counts[name]], source.bytes[: counts[name]])
+            for name, source in self.sources.items()
+        }
+        return replace(self, sources=sources)
 
     @property
     def dataset(self) -> str:

@@ -128,21 +128,32 @@ def window_nats(
     count, window_tokens = windows.shape
     assert window_tokens >= 2, "a window has a token to predict, and one to predict it from"
     assert not model.training, "dropout would be scored: call model.eval() first"
-    if batch_tokens is None:
-        batch_tokens = LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size)
     nats: list[torch.Tensor] = []
-    for batch_BT in torch.split(windows, max(1, batch_tokens // window_tokens)):
+    for batch_BT in torch.split(windows, batch_windows(model, window_tokens, batch_tokens)):
         batch_BT = batch_BT.to(model.device)
         logits_BTV = model(input_ids=batch_BT, use_cache=False).logits
         # One window at a time: float32 copies of a whole batch would double the peak.
         for tokens_T, logits_TV in zip(batch_BT, logits_BTV, strict=True):
-            nats.append(_nats(model, tokens_T, logits_TV, window=len(nats)))
+            nats.append(nats_of_logits(model, tokens_T, logits_TV, window=len(nats)))
         if progress is not None:
             progress(len(nats), count)
     return torch.stack(nats).cpu() if nats else torch.zeros(0, dtype=torch.float64)
 
 
-def _nats(model: PreTrainedModel, tokens_T: torch.Tensor, logits_TV: torch.Tensor, window: int) -> torch.Tensor:
+def batch_windows(model: PreTrainedModel, window_tokens: int, batch_tokens: int | None = None) -> int:
+    """How many windows go through a forward pass together; see `window_nats`."""
+    if batch_tokens is None:
+        batch_tokens = LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size)
+    return max(1, batch_tokens // window_tokens)
+
+
+def nats_of_logits(
+    model: PreTrainedModel, tokens_T: torch.Tensor, logits_TV: torch.Tensor, window: int
+) -> torch.Tensor:
+    """Nats of one window from the logits that `model` gave for it: a float64 scalar, infinite if they overflow.
+
+    Raises ModelError, naming the model and the number of the window, if a logit is NaN.
+    """
     scored_TV = logits_TV[:-1].float()
     total = functional.cross_entropy(scored_TV, tokens_T[1:].to(scored_TV.device), reduction="none").double().sum()
     if torch.isfinite(total):
