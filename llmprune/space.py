@@ -66,7 +66,7 @@ class Space:
         else:
             attention.sort(key=lambda choice: (shape.rows(choice), choice.kv_groups))
             space = cls(shape, size, tuple(attention), tuple(FfnChoice(n) for n in widths))
-        if len(space.attention) == len(space.ffn) == 1:
+        if all(len(decision.options) == 1 for decision in space.decisions):
             raise ArchitectureError(
                 "the space holds the parent alone; allow space.drop, or lower space.kv_groups_step from "
                 f"{kv_groups_step} or space.ffn_step from {ffn_step}"
@@ -110,6 +110,11 @@ class Space:
 
     def indices(self, architecture: Architecture) -> tuple[int, ...]:
         """Inverse of `architecture`. Raises ArchitectureError if the space does not hold it."""
+        if len(architecture.layers) != self.shape.layers:
+            raise ArchitectureError(
+                f"an architecture has one entry per parent layer: the parent has {self.shape.layers} layers, "
+                f"the architecture {len(architecture.layers)}"
+            )
         chosen = {(layer, choice.kind): choice for layer, choice in architecture.blocks()}
         found = []
         for decision in self.decisions:
@@ -124,9 +129,10 @@ class Space:
 
     def __contains__(self, architecture: Architecture) -> bool:
         try:
-            return len(architecture.layers) == self.shape.layers and self.indices(architecture) is not None
+            self.indices(architecture)
         except ArchitectureError:
             return False
+        return True
 
 
 def _rungs(name: str, step: int, full: int, *, drop: bool) -> list[int]:
