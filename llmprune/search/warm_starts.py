@@ -19,15 +19,16 @@ def warm_starts(
     phase: str,
     speedups: Sequence[float],
 ) -> list[tuple[str, Architecture]]:
-    """Labelled starting points, best guesses first, without repeats: the parent, then for each speed-up the
-    allocation of least estimated loss, the uniform width, and the depth cut by block influence."""
+    """Labelled starting points of the space, best guesses first, without repeats: the parent, then for each speed-up
+    the allocation of least estimated loss, the uniform width, and the depth cut by block influence."""
     starts: list[tuple[str, Architecture | None]] = [("parent", costs.space.shape.architecture)]
     starts += [(f"allocated-{s:g}x", Allocator(delta_nats, costs).best({phase: s * MARGIN})) for s in speedups]
     starts += [(f"uniform-{s:g}x", uniform_width(costs, phase, s)[0]) for s in speedups]
     starts += [(f"depth-{s:g}x", depth_by_influence(influence, costs, phase, s)) for s in speedups]
     unique: dict[Architecture, str] = {}
     for label, architecture in starts:
-        if architecture is not None:
+        # A space whose layers are all alike holds no depth cut.
+        if architecture is not None and architecture in costs.space:
             unique.setdefault(architecture, label)
     return [(label, architecture) for architecture, label in unique.items()]
 
