@@ -44,8 +44,7 @@ def prune(parent: Parent, architecture: Architecture, library: Repairs) -> PreTr
     Raises ArchitectureError if the architecture is not a sub-network of the parent.
     """
     parent.shape.check(architecture)
-    config = child_config(parent.model.config, parent.family, parent.shape, architecture)
-    child = _skeleton(config, parent)
+    child = skeleton(parent, architecture)
     child.load_state_dict(_child_tensors(parent, architecture, library, child), strict=True, assign=True)
     child.tie_weights()
     _copy_buffers(parent, architecture, child)
@@ -53,6 +52,14 @@ def prune(parent: Parent, architecture: Architecture, library: Repairs) -> PreTr
     child.eval()  # type: ignore[no-untyped-call]
     _dispatch_like(parent, architecture, child)
     return child
+
+
+def skeleton(parent: Parent, architecture: Architecture) -> PreTrainedModel:
+    """The child in its class and at its sizes, but without memory: every tensor is on the meta device, in float32."""
+    config = child_config(parent.model.config, parent.family, parent.shape, architecture)
+    model_class = type(parent.model) if is_stock(config) else pruned_classes(parent.model.config.model_type)[1]
+    with torch.device("meta"):
+        return cast(PreTrainedModel, model_class(config))
 
 
 def child_config(config: Any, family: Family, shape: ParentShape, architecture: Architecture) -> Any:
@@ -128,13 +135,6 @@ def _layer_entry(family: Family, shape: ParentShape, choice: LayerChoice) -> dic
         name for name, units in (("attention", choice.attention.kv_groups), ("mlp", choice.ffn.ffn_width)) if not units
     ]
     return {**_own_attributes(family, shape, choice), **({"skip": skip} if skip else {})}
-
-
-def _skeleton(config: Any, parent: Parent) -> PreTrainedModel:
-    """The child's class without memory, every tensor on the meta device."""
-    model_class = type(parent.model) if is_stock(config) else pruned_classes(parent.model.config.model_type)[1]
-    with torch.device("meta"):
-        return cast(PreTrainedModel, model_class(config))
 
 
 def _parent_name(parent: Parent, architecture: Architecture, name: str) -> tuple[str, int | None, str]:

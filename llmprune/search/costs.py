@@ -16,9 +16,9 @@ PROBES_PER_KIND = 6
 
 @dataclass(frozen=True)
 class CostTable:
-    """Share of the parent's time that one block takes off with each choice, relative to a full block.
+    """Share of the parent's time (or size) that one block takes off with each choice, relative to a full block.
 
-    `saving[phase][choice]`: 0 for the parent's own, most for a drop.
+    `saving[column][choice]`: 0 for the parent's own, most for a drop. A column is a phase or a metric of size.
     """
 
     space: Space

@@ -15,7 +15,7 @@ from llmprune.errors import RunDirectoryError
 from llmprune.measure.throughput import Workload, measure_paired
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import size_of
-from llmprune.models.surgery import prune
+from llmprune.models.surgery import prune, skeleton
 from llmprune.progress import Show
 from llmprune.search.allocate import Allocator
 from llmprune.search.budgets import SIZE_METRICS
@@ -68,10 +68,10 @@ class BlockTables:
 def build_tables(
     parent: Parent, split: Split, library: BlockLibrary, workload: Workload, repeats: int, *, tokens: int, show: Show
 ) -> BlockTables:
-    """Estimate quality on about `tokens` tokens of `split`, and measure time on whole children.
+    """Estimate quality on about `tokens` tokens of `split`, measure time on whole children, and count sizes.
 
-    Savings are measured one kind of block at a time; in children that mix them they add up to a little less, so
-    the table is scaled to what a few mixed children really save.
+    Savings of time are measured one kind of block at a time; in children that mix them they add up to a little less,
+    so they are scaled to what a few mixed children really save. Sizes add up exactly.
     """
     with show("estimating what each choice loses") as advance:
         delta_nats = estimate_delta_nats(parent, split, library, tokens=tokens, progress=advance)
@@ -82,19 +82,39 @@ def build_tables(
         total = len(probes) + len(CALIBRATE_AT)
         for choice, architecture in probes.items():
             advance(len(measured), total)
-            measured[choice] = _ratios(parent, architecture, library, workload, repeats)
+            measured[choice] = _speedups(parent, architecture, library, workload, repeats)
         costs = cost_table(library.space, measured)
         shares: list[dict[str, float]] = []
         for speedup in CALIBRATE_AT:
             advance(len(measured) + len(shares), total)
             mixed = Allocator(delta_nats, costs).best({"decode": speedup})
             if mixed is not None:
-                found = _ratios(parent, mixed, library, workload, repeats)
+                found = _speedups(parent, mixed, library, workload, repeats)
                 shares.append({c: _share(1 - 1 / found[c], 1 - costs.relative_time(mixed, c)) for c in found})
         advance(total, total)
     if shares:
-        costs = costs.scaled({column: median(share[column] for share in shares) for column in shares[0]})
-    return BlockTables(delta_nats, influence, costs)
+        costs = costs.scaled({phase: median(share[phase] for share in shares) for phase in shares[0]})
+    saving = {**costs.saving, **count_savings(parent, library.space)}
+    return BlockTables(delta_nats, influence, CostTable(library.space, saving))
+
+
+def count_savings(parent: Parent, space: Space) -> dict[str, dict[BlockChoice, float]]:
+    """Share of each of the parent's sizes that a choice takes off, counted on children without weights.
+
+    A size is a sum over blocks, though not always one in proportion to rows: the cache grows with KV groups alone, and
+    a dropped block takes its norms along.
+    """
+    whole = parent.shape.architecture
+
+    def sizes(architecture: Architecture) -> dict[str, int]:
+        return asdict(size_of(skeleton(parent, architecture), parent.shape, architecture))
+
+    of_parent = sizes(whole)
+    counted = {choice: sizes(whole.with_choice(0, choice)) for kind in BLOCK_KINDS for choice in space.ladder(kind)}
+    return {
+        metric: {choice: 1.0 - own[metric] / of_parent[metric] for choice, own in counted.items()}
+        for metric in SIZE_METRICS
+    }
 
 
 def _share(measured_saving: float, estimated_saving: float) -> float:
@@ -102,19 +122,10 @@ def _share(measured_saving: float, estimated_saving: float) -> float:
     return min(max(measured_saving / estimated_saving, 0.5), 1.25) if estimated_saving > 0 else 1.0
 
 
-def _ratios(
+def _speedups(
     parent: Parent, architecture: Architecture, library: BlockLibrary, workload: Workload, repeats: int
 ) -> dict[str, float]:
-    """Parent by child, for every column of the cost table."""
+    """Measured speed-ups of a child, by phase."""
     child = prune(parent, architecture, library)
     _, (speed,) = measure_paired(parent.model, [child], workload, repeats)
-    whole, own = (
-        asdict(size_of(*sized))
-        for sized in ((parent.model, parent.shape, parent.shape.architecture), (child, parent.shape, architecture))
-    )
-    return {
-        "decode": speed.decode_speedup.median,
-        "prefill": speed.prefill_speedup.median,
-        # A child without any cache is out of reach of the probes: one attention stays.
-        **{metric: whole[metric] / own[metric] for metric in SIZE_METRICS},
-    }
+    return {"decode": speed.decode_speedup.median, "prefill": speed.prefill_speedup.median}
