@@ -12,9 +12,10 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.architecture import Architecture, BlockKind
-from llmprune.models.modeling_pruned import FAMILIES, part_rows, unit_rows
+from llmprune.architecture import Architecture, AttentionChoice, BlockChoice
+from llmprune.models.modeling_pruned import FAMILIES
 from llmprune.models.parent import Parent, make_parent
+from llmprune.models.rows import unit_rows
 
 LAYERS, HIDDEN, VOCAB = 4, 48, 300
 COMMON = {
@@ -97,6 +98,8 @@ def _cases() -> Iterator[Case]:
 
 CASES = list(_cases())
 IDS = [f"{case.model_type}-{case.label}" for case in CASES]
+# Where several query heads read a KV head, some of them can leave.
+GROUPED_IDS = [name for name, case in zip(IDS, CASES, strict=True) if case.values.get("num_key_value_heads", 6) < 6]
 
 
 def tiny_model(case: Case, seed: int = 0) -> PreTrainedModel:
@@ -126,39 +129,53 @@ class Slices:
     parent: Parent
     seed: int = 0
 
-    def kept_units(self, layer: int, kind: BlockKind, units: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 1000 + layer * 2 + (kind == "ffn"))
-        return torch.randperm(self.parent.shape.units(kind), generator=generator)[:units].sort().values
+    def kept_units(self, layer: int, choice: BlockChoice) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1000 + layer * 2 + (choice.kind == "ffn"))
+        return torch.randperm(self.parent.shape.units(choice.kind), generator=generator)[: choice.units].sort().values
 
-    def output(self, layer: int, kind: BlockKind, units: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        columns = unit_rows(
-            "q" if kind == "attention" else "c",
-            self.kept_units(layer, kind, units),
-            self.parent.shape.units(kind),
-            part_rows(self.parent.shape.queries_per_group, self.parent.shape.head_dim),
-        )
-        return self.parent.output_weight(layer, kind)[:, columns], self.parent.output_bias(layer, kind)
+    def kept_queries(self, layer: int, choice: BlockChoice) -> torch.Tensor | None:
+        if not isinstance(choice, AttentionChoice) or choice.queries_per_group is None:
+            return None
+        shape = self.parent.shape
+        generator = torch.Generator().manual_seed(self.seed * 1000 + 500 + layer)
+        order_KQ = torch.rand(shape.kv_groups, shape.queries_per_group, generator=generator).argsort(dim=1)
+        return order_KQ[:, : choice.queries_per_group].sort(dim=1).values[self.kept_units(layer, choice)]
+
+    def output(self, layer: int, choice: BlockChoice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        columns = self.columns(layer, choice)
+        return self.parent.output_weight(layer, choice.kind)[:, columns], self.parent.output_bias(layer, choice.kind)
+
+    def columns(self, layer: int, choice: BlockChoice) -> torch.Tensor:
+        """What the output projection still reads, counted out head by head: no code is shared with surgery."""
+        shape, units = self.parent.shape, self.kept_units(layer, choice).tolist()
+        if choice.kind == "ffn":
+            return torch.tensor(units, dtype=torch.int64)
+        kept = self.kept_queries(layer, choice)
+        queries = [range(shape.queries_per_group)] * len(units) if kept is None else kept.tolist()
+        heads = [
+            unit * shape.queries_per_group + query for unit, row in zip(units, queries, strict=True) for query in row
+        ]
+        return torch.tensor([head * shape.head_dim + i for head in heads for i in range(shape.head_dim)])
 
 
 @contextmanager
 def masked(parent: Parent, architecture: Architecture, library: Slices) -> Iterator[PreTrainedModel]:
     """The parent with what `architecture` leaves out set to zero by hooks, all tensors at their full size."""
-    shape = parent.shape
-    parts = part_rows(shape.queries_per_group, shape.head_dim)
-    handles = []
-    for layer, kind, choice in architecture.blocks():
-        full = shape.units(kind)
+    shape, handles = parent.shape, []
+    for layer, choice in architecture.blocks():
+        kind = choice.kind
         output = parent.output_projection(layer, kind)
         if choice.units == 0:
             handles.append(output.register_forward_hook(lambda module, args, result: torch.zeros_like(result)))
-        elif choice.units < full:
-            kept = library.kept_units(layer, kind, choice.units)
-            columns = unit_rows("q" if kind == "attention" else "c", kept, full, parts)
-            handles.append(output.register_forward_pre_hook(_keep_only(columns)))
+        elif choice != shape.full(kind):
+            kept, queries = library.kept_units(layer, choice), library.kept_queries(layer, choice)
+            handles.append(output.register_forward_pre_hook(_keep_only(library.columns(layer, choice))))
             for name, layout in parent.names(kind).rows.items():
                 if name.endswith("_norm"):
                     norm = parent.block(layer, kind).get_submodule(name)
-                    handles.append(norm.register_forward_hook(_norm_over(unit_rows(layout, kept, full, parts))))
+                    handles.append(
+                        norm.register_forward_hook(_norm_over(unit_rows(layout, kept, shape, kind, queries)))
+                    )
     try:
         yield parent.model
     finally:

@@ -1,25 +1,30 @@
-"""Architectures, spaces and shapes: what JSON they are, and what they refuse."""
+"""Architectures and shapes: what JSON they are, and what they refuse."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprune.architecture import BLOCK_KINDS, Architecture, ParentShape, Space
+from llmprune.architecture import Architecture, AttentionChoice, BlockChoice, FfnChoice, LayerChoice, ParentShape
 from llmprune.errors import ArchitectureError
 
 SHAPE = ParentShape(layers=3, hidden_size=24, kv_groups=4, queries_per_group=2, head_dim=3, ffn_width=40)
 UNITS = st.integers(0, 10_000)
-architectures = st.lists(st.tuples(UNITS, UNITS), min_size=1, max_size=6).map(Architecture.of)
+attention_choices = st.builds(AttentionChoice, UNITS, st.none() | UNITS)
+ffn_choices = st.builds(FfnChoice, UNITS)
+architectures = st.lists(st.builds(LayerChoice, attention_choices, ffn_choices), min_size=1, max_size=6).map(
+    lambda layers: Architecture(tuple(layers))
+)
 
 
-def layer(index: Any = 0, kv_groups: Any = 1, ffn_width: Any = 2) -> dict[str, Any]:
-    return {"layer": index, "attention": {"kv_groups": kv_groups}, "ffn": {"ffn_width": ffn_width}}
+def layer(index: Any = 0, kv_groups: Any = 1, ffn_width: Any = 2, **attention: Any) -> dict[str, Any]:
+    return {"layer": index, "attention": {"kv_groups": kv_groups, **attention}, "ffn": {"ffn_width": ffn_width}}
 
 
 @given(architectures)
@@ -38,6 +43,16 @@ def test_the_hash_of_a_known_architecture_never_changes() -> None:
     assert architecture.hash == "c2bb135d7e44d07f"
 
 
+def test_query_heads_are_said_only_where_some_leave() -> None:
+    whole, fewer = (Architecture((LayerChoice(AttentionChoice(2, queries), FfnChoice(8)),)) for queries in (None, 1))
+    assert whole == Architecture.of([(2, 8)])
+    assert fewer.canonical_json == (
+        '{"layers":[{"attention":{"kv_groups":2,"queries_per_group":1},"ffn":{"ffn_width":8},"layer":0}]}'
+    )
+    assert Architecture.from_json(json.loads(fewer.canonical_json)) == fewer != whole
+    assert fewer.hash != whole.hash
+
+
 @given(architectures, st.randoms())
 def test_json_round_trip_in_any_order_of_layers(architecture: Architecture, random: Any) -> None:
     data = json.loads(json.dumps(architecture.to_json()))
@@ -46,13 +61,22 @@ def test_json_round_trip_in_any_order_of_layers(architecture: Architecture, rand
     assert again == architecture and hash(again) == hash(architecture)
 
 
-@given(architectures, st.data())
-def test_changing_a_block_changes_nothing_else(architecture: Architecture, data: st.DataObject) -> None:
+@given(architectures, attention_choices | ffn_choices, st.data())
+def test_changing_a_block_changes_nothing_else(
+    architecture: Architecture, choice: BlockChoice, data: st.DataObject
+) -> None:
     index = data.draw(st.integers(0, len(architecture.layers) - 1))
-    kind = data.draw(st.sampled_from(BLOCK_KINDS))
-    before = {(i, k): choice.units for i, k, choice in architecture.blocks()}
-    changed = architecture.with_units(index, kind, 77)
-    assert {(i, k): choice.units for i, k, choice in changed.blocks()} == {**before, (index, kind): 77}
+    before = {(i, own.kind): own for i, own in architecture.blocks()}
+    changed = architecture.with_choice(index, choice)
+    assert {(i, own.kind): own for i, own in changed.blocks()} == {**before, (index, choice.kind): choice}
+
+
+@given(architectures, st.data())
+def test_layers_that_are_left_out_are_gone(architecture: Architecture, data: st.DataObject) -> None:
+    gone = data.draw(st.sets(st.integers(0, len(architecture.layers) - 1)))
+    without = architecture.without_layers(gone)
+    assert without.kept_layers == tuple(i for i in architecture.kept_layers if i not in gone)
+    assert all(without.layers[i] == architecture.layers[i] for i in without.kept_layers)
 
 
 def test_a_layer_without_blocks_is_gone() -> None:
@@ -86,6 +110,11 @@ def test_a_layer_without_blocks_is_gone() -> None:
         {"layers": [layer(ffn_width=2.0)]},
         {"layers": [layer(ffn_width="2")]},
         {"layers": [layer(ffn_width=None)]},
+        {"layers": [layer(queries_per_group=-1)]},
+        {"layers": [layer(queries_per_group=True)]},
+        {"layers": [layer(queries_per_group=1.0)]},
+        # Two texts of one architecture would have two hashes.
+        {"layers": [layer(queries_per_group=None)]},
         # A dimension that this version does not know must not be dropped in silence.
         {"layers": [{**layer(), "attention": {"kv_groups": 1, "window": 64}}]},
         {"layers": [{**layer(), "window": 64}]},
@@ -98,51 +127,17 @@ def test_anything_else_is_refused(data: Any) -> None:
         Architecture.from_json(data)
 
 
-@given(full=st.integers(1, 200), step=st.integers(1, 200), drop=st.booleans())
-def test_ladders_climb_by_the_step_to_the_parent(full: int, step: int, drop: bool) -> None:
-    shape = ParentShape(layers=2, hidden_size=8, kv_groups=full, queries_per_group=1, head_dim=4, ffn_width=200)
-    if step > full:
-        with pytest.raises(
-            ArchitectureError, match=rf"space.kv_groups_step must be from 1 to the parent's {full}; got"
-        ):
-            Space.of(shape, step, 8, drop=drop)
-        return
-    ladder = Space.of(shape, step, 8, drop=drop).ladder("attention")
-    assert list(ladder) == sorted(set(ladder)) and ladder[-1] == full
-    assert set(ladder[:-1]) == {units for units in range(full) if units % step == 0 and (units or drop)}
-
-
-@pytest.mark.parametrize(("kv_groups_step", "ffn_step"), [(0, 8), (-1, 8), (5, 8), (1, 0), (1, 41)])
-def test_a_step_outside_the_parent_is_refused(kv_groups_step: int, ffn_step: int) -> None:
-    with pytest.raises(ArchitectureError, match=r"space\.(kv_groups|ffn)_step must be from 1 to the parent's (4|40)"):
-        Space.of(SHAPE, kv_groups_step, ffn_step)
-
-
-def test_a_space_of_the_parent_alone_is_refused() -> None:
-    with pytest.raises(ArchitectureError, match=r"the space holds the parent alone; allow space\.drop, or lower"):
-        Space.of(SHAPE, 4, 40, drop=False)
-    assert Space.of(SHAPE, 4, 40).ffn_width == (0, 40)
-
-
-def test_a_space_holds_what_its_ladders_hold() -> None:
-    space = Space.of(SHAPE, 2, 16)
-    assert (space.kv_groups, space.ffn_width) == ((0, 2, 4), (0, 16, 32, 40))
-    assert SHAPE.architecture in space
-    assert Architecture.of([(2, 16), (0, 0), (4, 32)]) in space
-    assert Architecture.of([(1, 16), (0, 0), (4, 32)]) not in space
-    assert Architecture.of([(2, 16)]) not in space
-
-
 def test_a_shape_admits_its_own_sub_networks() -> None:
     SHAPE.check(SHAPE.architecture)
     SHAPE.check(Architecture.of([(0, 0), (1, 0), (0, 40)]))
+    SHAPE.check(SHAPE.architecture.with_choice(1, AttentionChoice(3, 1)))
 
 
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
         ([(4, 40)] * 2, "the parent has 3, the architecture 2"),
-        ([(4, 40), (5, 40), (4, 40)], r"layer 1 keeps AttentionChoice\(kv_groups=5\) of a parent with 4 units"),
+        ([(4, 40), (5, 40), (4, 40)], r"layer 1 keeps AttentionChoice\(kv_groups=5, .*\) of a parent with 4 units"),
         ([(4, 40), (4, 40), (4, 41)], r"layer 2 keeps FfnChoice\(ffn_width=41\) of a parent with 40 units"),
         ([(-1, 40), (4, 40), (4, 40)], "layer 0 keeps"),
         ([(0, 40)] * 3, "keeps attention in at least one layer"),
@@ -151,3 +146,35 @@ def test_a_shape_admits_its_own_sub_networks() -> None:
 def test_a_shape_refuses_what_cannot_run(layers: list[tuple[int, int]], message: str) -> None:
     with pytest.raises(ArchitectureError, match=message):
         SHAPE.check(Architecture.of(layers))
+
+
+@pytest.mark.parametrize(
+    ("choice", "range_text"),
+    [
+        (AttentionChoice(4, 0), "from 1 to 1"),
+        (AttentionChoice(4, -1), "from 1 to 1"),
+        # The parent's own number is said by saying nothing: one architecture has one text.
+        (AttentionChoice(4, 2), "from 1 to 1"),
+        (AttentionChoice(4, 3), "from 1 to 1"),
+        (AttentionChoice(0, 1), "from 1 to 0"),
+    ],
+)
+def test_a_shape_refuses_query_heads_that_it_cannot_keep(choice: AttentionChoice, range_text: str) -> None:
+    with pytest.raises(ArchitectureError, match=f"layer 1 keeps .* 2 query heads a KV group: .* {range_text}, and"):
+        SHAPE.check(SHAPE.architecture.with_choice(1, choice))
+
+
+def test_with_one_query_head_a_group_none_can_leave() -> None:
+    shape = replace(SHAPE, queries_per_group=1)
+    with pytest.raises(ArchitectureError, match="1 query heads a KV group: queries_per_group is from 1 to 0"):
+        shape.check(shape.architecture.with_choice(0, AttentionChoice(4, 1)))
+
+
+def test_inputs_and_rows_of_a_choice() -> None:
+    # Two KV heads of three dimensions, each with its one query head: rows of q, columns of o, rows of k and v.
+    assert SHAPE.inputs(AttentionChoice(2, 1)) == 2 * 1 * 3
+    assert SHAPE.rows(AttentionChoice(2, 1)) == 2 * 6 + 2 * 6
+    assert SHAPE.inputs(AttentionChoice(2)) == 2 * 2 * 3
+    assert SHAPE.rows(AttentionChoice(2)) == 2 * 12 + 2 * 6
+    assert SHAPE.inputs(FfnChoice(7)) == SHAPE.rows(FfnChoice(7)) == 7
+    assert SHAPE.rows(AttentionChoice(0)) == SHAPE.rows(FfnChoice(0)) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmprune.architecture import BLOCK_KINDS, BlockKind, Space
+from llmprune.architecture import BLOCK_KINDS, AttentionChoice, BlockKind, FfnChoice
 from llmprune.blocks.library import BlockLibrary, build_library, load_library
 from llmprune.blocks.refit import flap_bias, refit, unit_columns
 from llmprune.blocks.statistics import collect_statistics, statistics_bytes
@@ -17,20 +18,21 @@ from llmprune.data.tokens import SourceTokens, Split
 from llmprune.errors import ArchitectureError, ModelError, RecipeError, RunDirectoryError
 from llmprune.models.parent import Parent, make_parent
 from llmprune.recipe import ImportanceRecipe
+from llmprune.space import Space
 
 LAYERS, KV_GROUPS, FFN_WIDTH = 3, 4, 40
 UNIT_SIZE: dict[BlockKind, int] = {"attention": 12, "ffn": 1}
 OBS = ImportanceRecipe()
 
 
-def tiny_parent(*, bias: bool = False, dtype: torch.dtype = torch.float32) -> Parent:
+def tiny_parent(*, bias: bool = False, dtype: torch.dtype = torch.float32, query_heads: int = 8) -> Parent:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=24,
         intermediate_size=FFN_WIDTH,
         num_hidden_layers=LAYERS,
-        num_attention_heads=8,
+        num_attention_heads=query_heads,
         num_key_value_heads=KV_GROUPS,
         head_dim=6,
         attention_bias=bias,
@@ -134,13 +136,14 @@ def test_library_holds_nested_choices_and_their_outputs(split: Split, method: st
     statistics = collect_statistics(parent, split)
     for (layer, kind), block in statistics.items():
         weight, own_bias = parent.output_weight(layer, kind), parent.output_bias(layer, kind)
-        larger = library.kept_units(layer, kind, parent.shape.units(kind)).tolist()
+        larger = library.kept_units(layer, parent.shape.full(kind)).tolist()
         assert larger == list(range(parent.shape.units(kind)))
-        for units in reversed(space.ladder(kind)[:-1]):
-            kept = library.kept_units(layer, kind, units)
-            assert kept.tolist() == sorted(kept.tolist()) and len(kept) == units and set(kept.tolist()) < set(larger)
+        for choice in reversed(space.ladder(kind)[:-1]):
+            kept = library.kept_units(layer, choice)
+            assert kept.tolist() == sorted(kept.tolist()) and len(kept) == choice.units
+            assert set(kept.tolist()) < set(larger) and library.kept_queries(layer, choice) is None
             larger = kept.tolist()
-            if units == 0:
+            if choice.units == 0:
                 continue
             columns = unit_columns(kept, UNIT_SIZE[kind])
             mean = block.mean_I if bias else None
@@ -150,23 +153,114 @@ def test_library_holds_nested_choices_and_their_outputs(split: Split, method: st
                 expected = weight[:, columns], flap_bias(weight, mean, columns, own_bias)
             else:
                 expected = weight[:, columns], own_bias
-            found_weight, found_bias = library.output(layer, kind, units)
+            found_weight, found_bias = library.output(layer, choice)
             assert found_weight.dtype == weight.dtype and found_weight.is_contiguous()
             torch.testing.assert_close(found_weight, expected[0], rtol=1e-5, atol=1e-6)
             assert (found_bias is None) == (not bias)
             torch.testing.assert_close(found_bias, expected[1], rtol=1e-5, atol=1e-6)
 
 
+def large(parent: Parent) -> list[Space]:
+    """Spaces with choices of query heads: fine, coarse, and without drops."""
+    return [
+        Space.of(parent.shape, step, 16, drop=drop, size="large") for step, drop in ((1, True), (2, True), (3, False))
+    ]
+
+
+@pytest.mark.parametrize("method", ["obs", "magnitude", "wanda-sp", "flap"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("resolve", [False, True])
+def test_query_heads_are_nested_and_their_outputs_are_the_plain_refit(
+    split: Split, method: str, bias: bool, resolve: bool
+) -> None:
+    parent = tiny_parent(bias=bias, query_heads=12)
+    shape = parent.shape
+    recipe = ImportanceRecipe.model_validate({"method": method, "refit": resolve})
+    statistics = collect_statistics(parent, split)
+    for space in large(parent):
+        library = build_library(parent, split, recipe, space)
+        fewer = [choice for choice in space.attention if choice.queries_per_group is not None]
+        assert {choice.queries_per_group for choice in fewer} == {1, 2}
+        for layer in range(LAYERS):
+            weight, own_bias = parent.output_weight(layer, "attention"), parent.output_bias(layer, "attention")
+            block, of_count = statistics[layer, "attention"], dict[int, set[tuple[int, int]]]()
+            for choice in fewer:
+                groups, queries = library.kept_units(layer, choice), library.kept_queries(layer, choice)
+                assert torch.equal(groups, library.kept_units(layer, AttentionChoice(choice.kv_groups)))
+                assert queries is not None and queries.shape == (choice.kv_groups, choice.queries_per_group)
+                assert torch.equal(queries, queries.sort(dim=1).values)
+                heads = [
+                    group * shape.queries_per_group + query
+                    for group, row in zip(groups.tolist(), queries.tolist(), strict=True)
+                    for query in row
+                ]
+                # Counted out head by head: which columns the weight is for.
+                columns = torch.tensor([head * shape.head_dim + i for head in heads for i in range(shape.head_dim)])
+                mean = block.mean_I if bias else None
+                if resolve:
+                    expected = refit(weight, block.gram_II, columns, 0.01, mean_I=mean, bias_D=own_bias)
+                elif method == "flap" and mean is not None:
+                    expected = weight[:, columns], flap_bias(weight, mean, columns, own_bias)
+                else:
+                    expected = weight[:, columns], own_bias
+                found = library.output(layer, choice)
+                assert found[0].is_contiguous() and found[0].dtype == weight.dtype
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+                pairs = {(group, q) for group, row in zip(groups.tolist(), queries.tolist(), strict=True) for q in row}
+                of_count.setdefault(choice.kv_groups, pairs)
+                # The ladder ascends: for one number of groups, more query heads come later.
+                assert of_count[choice.kv_groups] <= pairs
+                of_count[choice.kv_groups] = pairs
+            for smaller, larger in itertools.pairwise(sorted(fewer, key=lambda c: (c.queries_per_group, c.kv_groups))):
+                if smaller.queries_per_group == larger.queries_per_group:
+                    kept = [set(library.kept_units(layer, choice).tolist()) for choice in (smaller, larger)]
+                    assert kept[0] < kept[1], "a KV group that stays keeps the same query heads"
+
+
+def test_query_heads_leave_least_important_first(split: Split) -> None:
+    parent = tiny_parent(query_heads=12)
+    (space, *_), shape = large(parent), parent.shape
+    library = build_library(parent, split, ImportanceRecipe(method="magnitude"), space)
+    for layer in range(LAYERS):
+        columns_I = parent.output_weight(layer, "attention").double().norm(dim=0)
+        scores_KQ = columns_I.view(shape.kv_groups, shape.queries_per_group, shape.head_dim).sum(dim=2)
+        for queries in (1, 2):
+            kept = library.kept_queries(layer, AttentionChoice(shape.kv_groups, queries))
+            assert torch.equal(kept, scores_KQ.topk(queries, dim=1).indices.sort(dim=1).values)  # type: ignore[arg-type]
+
+
+def test_query_heads_change_nothing_for_the_other_choices(parent: Parent, split: Split, space: Space) -> None:
+    plain = build_library(parent, split, OBS, space)
+    with_queries = build_library(parent, split, OBS, Space.of(parent.shape, 1, 16, size="large"))
+    for mine, theirs in zip(plain.layers, with_queries.layers, strict=True):
+        assert mine.tensors.keys() < theirs.tensors.keys()
+        assert all(torch.equal(tensor, theirs.tensors[name]) for name, tensor in mine.tensors.items())
+
+
+def test_a_library_with_query_heads_comes_back_from_disk(parent: Parent, split: Split, tmp_path: Path) -> None:
+    space = Space.of(parent.shape, 1, 16, size="large")
+    built = build_library(parent, split, OBS, space, tmp_path, input_hash="a")
+    again = load_library(tmp_path, OBS, space, input_hash="a")
+    assert same(built, again)
+    choice = AttentionChoice(2, 1)
+    assert torch.equal(built.output(1, choice)[0], again.output(1, choice)[0])
+    assert again.output(1, choice)[0].shape == (parent.shape.hidden_size, parent.shape.inputs(choice))
+    with pytest.raises(RunDirectoryError, match=r"layer_000\.safetensors was built from another"):
+        load_library(tmp_path, OBS, Space.of(parent.shape, 1, 16), input_hash="a")
+
+
 def test_choices_off_the_ladder_are_refused(parent: Parent, split: Split) -> None:
     library = build_library(parent, split, OBS, Space.of(parent.shape, 2, 16, drop=False))
-    with pytest.raises(ArchitectureError, match=r"ffn block of layer 2 with \[16, 32, 40\] units, got 20"):
-        library.kept_units(2, "ffn", 20)
-    with pytest.raises(ArchitectureError, match=r"attention block of layer 0 with \[2, 4\] units, got 0"):
-        library.kept_units(0, "attention", 0)
-    with pytest.raises(ArchitectureError, match=r"ffn block of layer 2 with \[16, 32\] units, got 40"):
-        library.output(2, "ffn", 40)
+    with pytest.raises(ArchitectureError, match=r"ffn block of layer 2 with 16, 32, 40 units, got 20"):
+        library.kept_units(2, FfnChoice(20))
+    with pytest.raises(ArchitectureError, match=r"attention block of layer 0 with 2, 4 units, got 0"):
+        library.kept_units(0, AttentionChoice(0))
+    with pytest.raises(ArchitectureError, match=r"attention block of layer 0 with 2, 4 units, got 2x1"):
+        library.kept_queries(0, AttentionChoice(2, 1))
+    with pytest.raises(AssertionError, match="no output projection of its own"):
+        library.output(2, FfnChoice(40))
     with pytest.raises(ArchitectureError, match="layer must be from 0 to 2, got 3"):
-        library.output(3, "ffn", 16)
+        library.output(3, FfnChoice(16))
 
 
 def same(a: BlockLibrary, b: BlockLibrary) -> bool:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmprune.architecture import Architecture, ParentShape
+from llmprune.architecture import Architecture, AttentionChoice, ParentShape
 from llmprune.errors import ExportError, LlmpruneError
 from llmprune.models import checkpoint
 from llmprune.models.checkpoint import METADATA_FILE, Proof, write_checkpoint
@@ -46,6 +46,7 @@ HETEROGENEOUS = (
 )
 DEPTH = ("llama-gqa", "qwen2-sliding", "smollm3-gqa", "gemma3_text-gqa", "phi3-longrope", "opt-mha")
 UNIFORM_FFN = ("llama-biased", "phi3-gqa", "gpt_neox-parallel", "gpt2-mha", "opt-mha")
+QUERIES = ("llama-mqa", "qwen3-gqa", "gemma2-gqa", "olmo2-gqa", "phi3-longrope")
 CHECKPOINTS = [
     *((case_id, "heterogeneous") for case_id in HETEROGENEOUS),
     *((case_id, "depth") for case_id in DEPTH),
@@ -53,7 +54,11 @@ CHECKPOINTS = [
     ("llama-gqa", "uniform both"),
     ("phi3-gqa", "uniform both"),
     ("gpt2-mha", "whole"),
+    *((case_id, "queries") for case_id in QUERIES),
+    ("llama-gqa", "uniform queries"),
+    ("phi3-gqa", "uniform queries"),
 ]
+PRUNED_CLASS = ("heterogeneous", "queries")
 
 STRANGER = """
 import json, os, sys
@@ -104,6 +109,13 @@ print(json.dumps(results))
 
 def architecture_of(name: str, shape: ParentShape) -> Architecture:
     groups, width = shape.kv_groups, shape.ffn_width
+    if name == "queries":
+        choices = [AttentionChoice(max(1, groups - 1), 1), AttentionChoice(groups, shape.queries_per_group - 1)]
+        return Architecture.of([(groups, width), (groups, 17), (0, width), (groups, 0)]).with_choices(
+            enumerate(choices)
+        )
+    if name == "uniform queries":
+        return shape.architecture.with_choices((i, AttentionChoice(groups, 1)) for i in range(shape.layers))
     return Architecture.of(
         {
             "heterogeneous": [(0, width), (groups - 1, 17), (0, 0), (groups, 0)],
@@ -172,7 +184,9 @@ def test_a_stranger_loads_the_network_that_was_saved(
     for load in ("gap", "gap again", "gap cpu", "gap auto"):
         assert found[load] <= 1e-5, load
     assert found["generated"] == generated
-    assert stock == (name.split(" ", 1)[1] != "heterogeneous" and name != "phi3-gqa uniform both")
+    # A stock phi3 takes the head size to be the hidden size by the number of heads.
+    of_phi3 = ("phi3-gqa uniform both", "phi3-gqa uniform queries")
+    assert stock == (name.split(" ", 1)[1] not in PRUNED_CLASS and name not in of_phi3)
     assert found["class"].startswith("Pruned") != stock
     for directory in (saved[name], Path(f"{saved[name]}-again")):
         assert [path.name for path in directory.glob("*.py")] == ([] if stock else ["modeling_pruned.py"])
@@ -206,7 +220,10 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(("case_id", "name"), [("llama-gqa", "heterogeneous"), ("gpt2-mha", "uniform ffn")])
+@pytest.mark.parametrize(
+    ("case_id", "name"),
+    [("llama-gqa", "heterogeneous"), ("llama-gqa", "queries"), ("gpt2-mha", "uniform ffn")],
+)
 def test_written_checkpoint(case_id: str, name: str, tmp_path: Path, scratch: Path) -> None:
     child, architecture, _ = child_of(case_id, name)
     tokenizer = tiny_tokenizer() if name == "heterogeneous" else None

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import CASES, IDS, Case, Slices, masked, tiny_model, tiny_parent, tokens
+from families import CASES, GROUPED_IDS, IDS, Case, Slices, masked, tiny_model, tiny_parent, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llmprune.architecture import Architecture, BlockKind, ParentShape
+from llmprune.architecture import DROPPED, Architecture, AttentionChoice, BlockKind, FfnChoice, LayerChoice, ParentShape
 from llmprune.errors import ArchitectureError
 from llmprune.models.modeling_pruned import NoAttention, NoFfn
 from llmprune.models.parent import Parent, make_parent
@@ -49,9 +49,29 @@ ARCHITECTURES: dict[str, Callable[[int, int], list[tuple[int, int]]]] = {
 }
 STOCK = ("uniform ffn", "depth", "one layer")
 
+# Of parents whose KV heads serve several query heads: (KV groups, query heads a group or None for all, FFN width).
+Triples = list[tuple[int, int | None, int]]
+QUERY_ARCHITECTURES: dict[str, Callable[[int, int, int], Triples]] = {
+    "queries and groups": lambda g, q, f: [(g, q - 1, f), (fewer(g), 1, 17), (0, None, f), (fewer(g), None, 0)],
+    "queries alone": lambda g, q, f: [(g, None, f), (g, 1, f), (g, q - 1, f), (g, None, f)],
+    "queries in the only attention": lambda g, q, f: [(0, None, f), (0, None, 0), (fewer(g), 1, f), (0, None, 5)],
+    "one query a group": lambda g, q, f: [(g, 1, f)] * 4,
+    "one query a group, shallow": lambda g, q, f: [(g, 1, 13), (0, None, 0), (0, None, 0), (g, 1, 13)],
+}
+
 
 def architecture_of(name: str, shape: ParentShape) -> Architecture:
     return Architecture.of(ARCHITECTURES[name](shape.kv_groups, shape.ffn_width))
+
+
+def with_queries(triples: Triples) -> Architecture:
+    return Architecture(
+        tuple(LayerChoice(AttentionChoice(groups, queries), FfnChoice(width)) for groups, queries, width in triples)
+    )
+
+
+def query_architecture_of(name: str, shape: ParentShape) -> Architecture:
+    return with_queries(QUERY_ARCHITECTURES[name](shape.kv_groups, shape.queries_per_group, shape.ffn_width))
 
 
 @cache
@@ -61,6 +81,12 @@ def parent_of(case_id: str) -> Parent:
 
 @pytest.fixture(params=IDS, scope="module")
 def parent(request: pytest.FixtureRequest) -> Parent:
+    return parent_of(request.param)
+
+
+@pytest.fixture(params=GROUPED_IDS, scope="module")
+def grouped(request: pytest.FixtureRequest) -> Parent:
+    """A parent whose KV heads serve several query heads each."""
     return parent_of(request.param)
 
 
@@ -96,13 +122,53 @@ def test_sliced_equals_masked(parent: Parent, name: str) -> None:
     assert not child.training
 
 
+def test_every_family_with_grouped_queries_is_among_the_grouped() -> None:
+    assert [name for name in IDS if parent_of(name).shape.queries_per_group > 1] == GROUPED_IDS
+
+
+@pytest.mark.parametrize("name", QUERY_ARCHITECTURES)
+def test_fewer_queries_sliced_equals_masked(grouped: Parent, name: str) -> None:
+    shape = grouped.shape
+    architecture, library, tokens_BT = query_architecture_of(name, shape), Slices(grouped), tokens()
+    child = prune(grouped, architecture, library)
+    with masked(grouped, architecture, library) as oracle:
+        expected = logits_of(oracle, tokens_BT)
+    torch.testing.assert_close(logits_of(child, tokens_BT), expected, atol=1e-5, rtol=0)
+    assert (logits_of(grouped.model, tokens_BT) - expected).abs().max() > 1e-2, "the mask changes nothing"
+    # A stock class has one head count for all layers, and must not work out the head size from it.
+    assert is_stock(child.config) == (name.startswith("one query") and not grouped.family.derives_head_dim)
+    assert (type(child) is type(grouped.model)) == is_stock(child.config)
+    groups = [layer.attention.kv_groups for layer in architecture.layers]
+    size = size_of(child, shape, architecture)
+    assert size.kv_bytes_per_token == 2 * sum(groups) * shape.head_dim * 4, "the cache is of KV heads alone"
+    fewer_rows = sum(
+        shape.rows(shape.full("attention")) - shape.rows(layer.attention)
+        for layer in architecture.layers
+        if layer.attention.kv_groups
+    )
+    left = shape.architecture.with_choices(
+        (i, choice) for i, choice in architecture.blocks() if choice.kind == "ffn" or not choice.units
+    )
+    with_all_heads = size_of(prune(grouped, left, library), shape, left)
+    # Biases and norms of the heads leave as well.
+    assert fewer_rows * shape.hidden_size <= with_all_heads.params - size.params
+    assert with_all_heads.params - size.params <= fewer_rows * (shape.hidden_size + 2)
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(case_id=st.sampled_from(["llama-gqa", "gpt_neox-sequential"]), data=st.data())
+@given(case_id=st.sampled_from(["llama-gqa", "llama-mqa", "gpt_neox-sequential"]), data=st.data())
 def test_any_architecture_sliced_equals_masked(case_id: str, data: st.DataObject) -> None:
     parent = parent_of(case_id)
-    choice = st.tuples(st.integers(0, parent.shape.kv_groups), st.integers(0, parent.shape.ffn_width))
+    queries = [None, *range(1, parent.shape.queries_per_group)]
+    attention = st.builds(AttentionChoice, st.integers(1, parent.shape.kv_groups), st.sampled_from(queries))
+    choice = st.builds(
+        LayerChoice,
+        st.just(AttentionChoice(0)) | attention,
+        st.builds(FfnChoice, st.integers(0, parent.shape.ffn_width)),
+    )
     layers = st.lists(choice, min_size=parent.shape.layers, max_size=parent.shape.layers)
-    architecture = Architecture.of(data.draw(layers.filter(lambda pairs: any(groups for groups, _ in pairs))))
+    drawn = layers.filter(lambda chosen: any(layer.attention.kv_groups for layer in chosen))
+    architecture = Architecture(tuple(data.draw(drawn)))
     library = Slices(parent, seed=data.draw(st.integers(0, 9)))
     child = prune(parent, architecture, library)
     with masked(parent, architecture, library) as oracle:
@@ -158,7 +224,7 @@ def test_unchanged_blocks_share_storage_and_changed_ones_are_contiguous(parent: 
             assert storage.nbytes() == tensor.nbytes, f"{key} keeps what left in memory"
     for index, layer in enumerate(architecture.kept_layers):
         for kind in ("attention", "ffn"):
-            if architecture.layers[layer].block(kind).units == parent.shape.units(kind):
+            if architecture.layers[layer].block(kind) == parent.shape.full(kind):
                 block = child.get_submodule(f"{parent.family.layers}.{index}.{parent.names(kind).module}".rstrip("."))
                 output = block.get_submodule(parent.names(kind).output)
                 assert output.weight.data_ptr() == parent.output_projection(layer, kind).weight.data_ptr()
@@ -281,10 +347,8 @@ def test_eager_attention_reaches_the_layers(parent: Parent) -> None:
     assert heads == [count * shape.queries_per_group for count in groups if count]
 
 
-def test_the_kernel_gets_the_heads_that_were_asked_for(parent: Parent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LLM-Pruner, with the default kernel, gives 8 query and 2 KV heads where 6 and 2 were asked for."""
-    shape, kept = parent.shape, fewer(parent.shape.kv_groups)
-    child = prune(parent, Architecture.of([(kept, shape.ffn_width)] * shape.layers), Slices(parent))
+def kernel_calls(child: PreTrainedModel, parent: Parent, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """What the attention kernel is given in one pass: heads of queries, keys and values, and their size."""
     seen = []
     if child.config._attn_implementation == "sdpa":
         kernels, kernel_name = ALL_ATTENTION_FUNCTIONS, "sdpa"
@@ -300,20 +364,52 @@ def test_the_kernel_gets_the_heads_that_were_asked_for(parent: Parent, monkeypat
 
     monkeypatch.setitem(kernels, kernel_name, recording)
     logits_of(child, tokens())
-    assert seen == [(kept * shape.queries_per_group, kept, kept, shape.head_dim)] * shape.layers
-    rows = {
-        "q": kept * shape.queries_per_group * shape.head_dim,
-        "k": kept * shape.head_dim,
-        "v": kept * shape.head_dim,
-    }
-    for attention in attentions(child, parent):
+    return seen
+
+
+def assert_projections_fit(child: PreTrainedModel, parent: Parent, heads: list[tuple[int, int]]) -> None:
+    """The projections of every attention module have the rows of (query heads, KV heads), and no more."""
+    head_dim = parent.shape.head_dim
+    for attention, (queries, groups) in zip(attentions(child, parent), heads, strict=True):
+        rows = {"q": queries * head_dim, "k": groups * head_dim, "v": groups * head_dim}
         for name, layout in parent.family.attention.rows.items():
             module = attention.get_submodule(name)
             expected = sum(rows[letter] for letter in layout.replace("|", ""))
             for parameter in module.parameters():
                 assert expected in parameter.shape, f"{name} has {tuple(parameter.shape)}"
         columns = attention.get_submodule(parent.family.attention.output).weight.shape
-        assert sorted(columns) == sorted((rows["q"], shape.hidden_size))
+        assert sorted(columns) == sorted((rows["q"], parent.shape.hidden_size))
+
+
+def test_the_kernel_gets_the_heads_that_were_asked_for(parent: Parent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLM-Pruner, with the default kernel, gives 8 query and 2 KV heads where 6 and 2 were asked for."""
+    shape, kept = parent.shape, fewer(parent.shape.kv_groups)
+    child = prune(parent, Architecture.of([(kept, shape.ffn_width)] * shape.layers), Slices(parent))
+    heads = (kept * shape.queries_per_group, kept)
+    assert kernel_calls(child, parent, monkeypatch) == [(*heads, kept, shape.head_dim)] * shape.layers
+    assert_projections_fit(child, parent, [heads] * shape.layers)
+
+
+@pytest.mark.parametrize("name", QUERY_ARCHITECTURES)
+def test_the_kernel_gets_the_query_heads_that_were_asked_for(
+    grouped: Parent, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = grouped.shape
+    architecture = query_architecture_of(name, shape)
+    child = prune(grouped, architecture, Slices(grouped))
+    attending = [layer.attention for layer in architecture.layers if layer.attention.kv_groups]
+    heads = [(choice.kv_groups * shape.queries(choice), choice.kv_groups) for choice in attending]
+    calls = [(queries, groups, groups, shape.head_dim) for queries, groups in heads]
+    assert kernel_calls(child, grouped, monkeypatch) == calls
+    assert_projections_fit(child, grouped, heads)
+
+
+def test_fewer_queries_cached_equals_uncached(grouped: Parent) -> None:
+    architecture = query_architecture_of("queries in the only attention", grouped.shape)
+    child = prune(grouped, architecture, Slices(grouped))
+    for made in (DynamicCache(config=child.config), DynamicCache()):
+        uncached, cached = uncached_and(made, child, [5, 1, 7, 3])
+        torch.testing.assert_close(cached, uncached, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
@@ -321,7 +417,7 @@ def test_the_kernel_gets_the_heads_that_were_asked_for(parent: Parent, monkeypat
 def test_dropped_block_contributes_nothing(case: Case, kind: BlockKind) -> None:
     """Biases and norms of a dropped block included: whatever they are, the child is the same."""
     parent, other = tiny_parent(case), make_parent(tiny_model(case), None)
-    architecture = parent.shape.architecture.with_units(1, kind, 0)
+    architecture = parent.shape.architecture.with_choice(1, DROPPED[kind])
     names = other.names(kind)
     prefixes = [name if name.startswith("fc") else f"{names.module}." for name in (names.module or "fc",)]
     changed = 0
@@ -367,3 +463,23 @@ def test_what_is_no_sub_network_is_refused(layers: list[tuple[int, int]], messag
     parent = parent_of("llama-gqa")
     with pytest.raises(ArchitectureError, match=message):
         prune(parent, Architecture.of(layers), Slices(parent))
+
+
+@pytest.mark.parametrize(
+    ("case_id", "layer", "message"),
+    [
+        ("llama-gqa", (3, 2, 40), r"layer 0 keeps .* 2 query heads a KV group: queries_per_group is from 1 to 1"),
+        ("llama-gqa", (3, 0, 40), "queries_per_group is from 1 to 1"),
+        ("llama-gqa", (0, 1, 40), "left out where all stay or the block is dropped"),
+        ("llama-mha", (6, 1, 40), "1 query heads a KV group"),
+        ("gpt2-n_inner", (6, 1, 40), "1 query heads a KV group"),
+    ],
+)
+def test_query_heads_that_the_parent_does_not_have_are_refused(
+    case_id: str, layer: tuple[int, int, int], message: str
+) -> None:
+    parent = parent_of(case_id)
+    rest = parent.shape.architecture.layers[1:]
+    architecture = Architecture((*with_queries([layer]).layers, *rest))
+    with pytest.raises(ArchitectureError, match=message):
+        prune(parent, architecture, Slices(parent))

@@ -25,10 +25,10 @@ FLOORS = [
     ["measure/"],
     ["models/"],
     ["data/"],
-    ["files.py", "progress.py", "recipe.py", "architecture.py"],
+    ["files.py", "progress.py", "recipe.py", "architecture.py", "space.py"],
     ["errors.py"],
 ]
-WITHOUT_TORCH = ("errors.py", "files.py", "progress.py", "recipe.py", "architecture.py", "recipe_files.py")
+WITHOUT_TORCH = ("errors.py", "files.py", "progress.py", "recipe.py", "architecture.py", "space.py", "recipe_files.py")
 # Copied beside a checkpoint, or run as a script by a stranger's interpreter.
 ALONE = ("models/modeling_pruned.py", "models/proof.py")
 

@@ -25,7 +25,7 @@ class Scores:
 
     def score(self, architecture: Architecture) -> Any:
         self.scored.append(architecture)
-        return SimpleNamespace(nats_per_token=-sum(choice.units for _, _, choice in architecture.blocks()))
+        return SimpleNamespace(nats_per_token=-sum(choice.units for _, choice in architecture.blocks()))
 
 
 @pytest.mark.parametrize("speedup", [1.1, 1.3, 2.0])

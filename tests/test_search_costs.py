@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import linear_costs, tiny_space
 
-from llmprune.architecture import BLOCK_KINDS, Architecture, BlockKind
+from llmprune.architecture import BLOCK_KINDS, DROPPED, Architecture, AttentionChoice, BlockChoice, FfnChoice
 from llmprune.search.costs import PROBES_PER_KIND, CostTable, cost_table, probe_architectures
 
 SPACE = tiny_space(layers=3, kv_groups=2, ffn_width=96, ffn_step=8)
@@ -19,35 +19,33 @@ SPACE = tiny_space(layers=3, kv_groups=2, ffn_width=96, ffn_step=8)
 def test_probes_span_each_ladder_and_can_run() -> None:
     probes = probe_architectures(SPACE)
     for kind in BLOCK_KINDS:
-        units = [size for probe_kind, size in probes if probe_kind == kind]
-        assert len(units) == min(PROBES_PER_KIND, len(SPACE.ladder(kind)) - 1)
-        assert units[0] == 0 and units[-1] == SPACE.ladder(kind)[-2]
-    for (kind, units), architecture in probes.items():
+        probed = [choice for choice in probes if choice.kind == kind]
+        assert len(probed) == min(PROBES_PER_KIND, len(SPACE.ladder(kind)) - 1)
+        assert probed[0] == DROPPED[kind] and probed[-1] == SPACE.ladder(kind)[-2]
+    for choice, architecture in probes.items():
         SPACE.shape.check(architecture)
         assert architecture in SPACE
-        changed = {(k, choice.units) for _, k, choice in architecture.blocks()} - {
-            (k, SPACE.shape.units(k)) for k in BLOCK_KINDS
-        }
-        assert changed == {(kind, units)}, "one kind of block, one choice"
+        changed = {own for _, own in architecture.blocks()} - {SPACE.shape.full(kind) for kind in BLOCK_KINDS}
+        assert changed == {choice}, "one kind of block, one choice"
 
 
 def test_a_probe_without_attention_keeps_it_in_the_first_layer() -> None:
-    without = probe_architectures(SPACE)["attention", 0]
+    without = probe_architectures(SPACE)[AttentionChoice(0)]
     assert [layer.attention.kv_groups for layer in without.layers] == [2, 0, 0]
 
 
 def test_a_parent_of_one_layer_can_be_probed() -> None:
     space = tiny_space(layers=1)
     probes = probe_architectures(space)
-    assert space.shape.architecture not in probes.values() and ("attention", 0) not in probes
+    assert space.shape.architecture not in probes.values() and AttentionChoice(0) not in probes
     costs = cost_table(space, {probe: {"decode": 1.25} for probe in probes})
-    assert costs.block_saving("decode", "ffn", 0) == pytest.approx(0.2)
+    assert costs.saving["decode"][FfnChoice(0)] == pytest.approx(0.2)
 
 
 def test_a_space_without_drops_is_probed_at_its_lowest_rung() -> None:
     space = tiny_space(layers=2, kv_groups=4, ffn_width=96, ffn_step=8)
     space = type(space).of(space.shape, 1, 8, drop=False)
-    assert {("attention", 1), ("ffn", 8)} <= probe_architectures(space).keys()
+    assert {AttentionChoice(1), FfnChoice(8)} <= probe_architectures(space).keys()
 
 
 @given(st.data())
@@ -58,11 +56,11 @@ def test_exact_probes_of_an_additive_machine_give_its_savings_back(data: st.Data
         for probe, architecture in probe_architectures(SPACE).items()
     }
     found = cost_table(SPACE, speedups)
-    for phase, kind in itertools.product(("decode", "prefill"), BLOCK_KINDS):
-        assert found.saving[phase][kind] == pytest.approx(truth.saving[phase][kind], abs=1e-9)
+    for phase in ("decode", "prefill"):
+        assert found.saving[phase] == pytest.approx(truth.saving[phase], abs=1e-9)
 
 
-@given(st.lists(st.floats(0.3, 4), min_size=6, max_size=6))
+@given(st.lists(st.floats(0.3, 4), min_size=8, max_size=8))
 def test_whatever_was_measured_the_table_is_monotone_and_the_parent_is_itself(measured: list[float]) -> None:
     probes = probe_architectures(SPACE)
     assert len(probes) == len(measured)
@@ -70,17 +68,30 @@ def test_whatever_was_measured_the_table_is_monotone_and_the_parent_is_itself(me
         SPACE, {probe: {"decode": value, "prefill": 1.0} for probe, value in zip(probes, measured, strict=True)}
     )
     for phase, kind in itertools.product(("decode", "prefill"), BLOCK_KINDS):
-        savings = costs.saving[phase][kind]
-        assert len(savings) == len(SPACE.ladder(kind)) and savings[-1] == 0
+        savings = [costs.saving[phase][choice] for choice in SPACE.ladder(kind)]
+        assert savings[-1] == 0
         assert all(smaller >= larger >= 0 for smaller, larger in itertools.pairwise(savings))
         assert costs.speedup(SPACE.shape.architecture, phase) == 1
 
 
 def test_sizes_between_two_probes_are_interpolated() -> None:
-    saving: dict[BlockKind, tuple[float, ...]] = {"attention": (0.2, 0.1, 0.0), "ffn": (0.3, 0.1, 0.0)}
+    probes = probe_architectures(SPACE)
+    widths = [choice.units for choice in probes if choice.kind == "ffn"]
+    assert widths == [0, 16, 32, 56, 72, 88], "six of the twelve rungs below the parent's"
+    speedups = {choice: {"decode": 1 / (1 - 3 * (0.2 if choice.units <= 16 else 0.1))} for choice in probes}
+    savings = cost_table(SPACE, speedups).saving["decode"]
+    assert savings[FfnChoice(16)] == savings[FfnChoice(8)] == pytest.approx(0.2)
+    assert savings[FfnChoice(24)] == pytest.approx(0.15), "halfway between 16 and 32"
+    assert savings[FfnChoice(40)] == savings[FfnChoice(48)] == pytest.approx(0.1)
+
+
+def test_savings_add_up() -> None:
+    saving: dict[BlockChoice, float] = {
+        **dict(zip(tiny_space().attention, (0.2, 0.1, 0.0), strict=True)),
+        **dict(zip(tiny_space().ffn, (0.3, 0.1, 0.0), strict=True)),
+    }
     costs = CostTable(tiny_space(), {"decode": saving})
-    assert costs.block_saving("decode", "ffn", 16) == pytest.approx(0.1)
-    assert costs.block_saving("decode", "ffn", 8) == pytest.approx(0.2)
+    assert costs.option_saving("decode", [(0, AttentionChoice(1)), (0, FfnChoice(0))]) == pytest.approx(0.4)
     assert costs.relative_time(Architecture.of([(2, 32), (1, 16), (2, 0)]), "decode") == pytest.approx(0.5)
     assert costs.speedup(Architecture.of([(2, 32), (1, 16), (2, 0)]), "decode") == pytest.approx(2)
 
@@ -91,15 +102,15 @@ def test_an_estimate_never_reaches_no_time_at_all() -> None:
 
 
 def test_json_round_trip() -> None:
-    costs = linear_costs(SPACE)
-    again = CostTable.from_json(SPACE, json.loads(json.dumps(costs.to_json())))
-    assert again == costs
+    for space in (SPACE, tiny_space(size="large")):
+        costs = linear_costs(space)
+        assert CostTable.from_json(space, json.loads(json.dumps(costs.to_json()))) == costs
 
 
 def test_a_scaled_table_scales_the_savings_of_each_phase() -> None:
     costs = linear_costs(SPACE)
     scaled = costs.scaled({"decode": 0.5, "prefill": 1.0})
-    architecture = SPACE.shape.architecture.with_units(0, "ffn", 0).with_units(1, "attention", 1)
+    architecture = SPACE.shape.architecture.with_choices([(0, FfnChoice(0)), (1, AttentionChoice(1))])
     assert 1 - scaled.relative_time(architecture, "decode") == pytest.approx(
         0.5 * (1 - costs.relative_time(architecture, "decode"))
     )

@@ -18,11 +18,11 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 from tiny import linear_costs, record_of, tiny_space
 
-from llmprune.architecture import Architecture, Space
+from llmprune.architecture import Architecture, FfnChoice
 from llmprune.recipe import SearchRecipe
-from llmprune.search.space import from_params
 from llmprune.search.storage import open_journal
 from llmprune.search.study import OneRung, SearchOutcome, finished_trials, make_sampler, open_study, records, run_study
+from llmprune.space import Space
 
 SPACE = tiny_space(layers=3)
 STARTS = [
@@ -40,7 +40,7 @@ class FakeJudge:
     seen: list[str] = field(default_factory=list)
     interrupt_at: int | None = None
     nats_of: Callable[[Architecture], float] = lambda architecture: sum(
-        1 / (1 + layer + choice.units) for layer, _, choice in architecture.blocks()
+        1 / (1 + layer + choice.units) for layer, choice in architecture.blocks()
     )
 
     def judge(self, architecture: Architecture, name: str) -> Any:
@@ -92,7 +92,8 @@ def test_a_trial_keeps_its_record_and_is_told_both_objectives(journal: Path) -> 
     assert [count for count, _ in reported] == list(range(1, 9))
     assert [record for _, record in reported] == records(study)
     for trial in finished_trials(study):
-        record, architecture = trial.user_attrs["record"], from_params(trial.params, SPACE)
+        record = trial.user_attrs["record"]
+        architecture = SPACE.architecture([trial.params[decision.name] for decision in SPACE.decisions])
         assert trial.values == [record["nats_per_token"], record["decode_speedup"]["median"]]
         assert trial.user_attrs["hash"] == record["hash"] == architecture.hash
         assert trial.user_attrs["architecture"] == architecture.to_json()
@@ -249,7 +250,7 @@ def test_mutation_moves_one_rung_and_stays_on_the_ladder() -> None:
 def test_children_of_the_evolutionary_sampler_stay_near_their_seeds(tmp_path: Path) -> None:
     space = tiny_space(layers=6, kv_groups=4, ffn_width=96, ffn_step=8)
     whole = space.shape.architecture
-    starts = [(str(i), whole.with_units(i, "ffn", 88)) for i in range(4)]
+    starts = [(str(i), whole.with_choice(i, FfnChoice(88))) for i in range(4)]
     judge = FakeJudge(space)
     rules = SearchRecipe(sampler="nsga2", population=4, trials=12)
     study = open_study(open_journal(tmp_path / "journal"), "near", rules)
@@ -258,7 +259,7 @@ def test_children_of_the_evolutionary_sampler_stay_near_their_seeds(tmp_path: Pa
     for record in records(study):
         architecture = Architecture.from_json(record["architecture"])
         rungs = [
-            space.ladder(kind).index(space.shape.units(kind)) - space.ladder(kind).index(choice.units)
-            for _, kind, choice in architecture.blocks()
+            len(space.ladder(choice.kind)) - 1 - space.ladder(choice.kind).index(choice)
+            for _, choice in architecture.blocks()
         ]
         assert max(rungs) <= 4, "a block far from every seed: chance chose its size"

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from families import CASES, IDS, VOCAB, tiny_model, tiny_parent, tokens
+from families import CASES, IDS, VOCAB, Slices, tiny_model, tiny_parent, tokens
 from torch import Tensor, nn
 
-from llmprune.architecture import BlockKind, Space
+from llmprune.architecture import Architecture, AttentionChoice, BlockChoice, BlockKind, FfnChoice, ParentShape
 from llmprune.blocks.sensitivity import block_influence, estimate_delta_nats
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.measure.quality import score
 from llmprune.models.modeling_pruned import input_axis
 from llmprune.models.parent import Parent, make_parent
+from llmprune.models.surgery import prune
+from llmprune.space import Space
 
 SEQ_LEN = 16
+ONE: dict[BlockKind, BlockChoice] = {"attention": AttentionChoice(1), "ffn": FfnChoice(1)}
 EVERYTHING = 10_000
 LAYER = 1
 FINAL_NORMS = {
@@ -54,13 +58,17 @@ class Shrunk:
     @property
     def space(self) -> Space:
         shape = self.parent.shape
-        return Space(shape, (1, shape.kv_groups), (1, shape.ffn_width))
+        return Space(shape, "medium", (ONE["attention"], shape.full("attention")), (ONE["ffn"], shape.full("ffn")))
 
-    def kept_units(self, layer: int, kind: BlockKind, units: int) -> Tensor:
-        return torch.arange(self.parent.shape.units(kind))
+    def kept_units(self, layer: int, choice: BlockChoice) -> Tensor:
+        return torch.arange(self.parent.shape.units(choice.kind))
 
-    def output(self, layer: int, kind: BlockKind, units: int) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self.parent.output_weight(layer, kind).clone(), self.parent.output_bias(layer, kind)
+    def kept_queries(self, layer: int, choice: BlockChoice) -> None:
+        return None
+
+    def output(self, layer: int, choice: BlockChoice) -> tuple[Tensor, Tensor | None]:
+        weight = self.parent.output_weight(layer, choice.kind).clone()
+        bias = self.parent.output_bias(layer, choice.kind)
         weight[:, ::2] *= 1 - self.eps
         return weight, None if bias is None else bias * (1 - self.eps)
 
@@ -68,7 +76,7 @@ class Shrunk:
         """A copy of the parent's model with this one block's output replaced."""
         model = copy.deepcopy(self.parent.model)
         projection: Any = make_parent(model, None).output_projection(layer, kind)
-        weight, bias = self.output(layer, kind, 1)
+        weight, bias = self.output(layer, ONE[kind])
         projection.weight.copy_(weight if input_axis(projection) == 1 else weight.T)
         if bias is not None:
             projection.bias.copy_(bias)
@@ -82,7 +90,7 @@ def test_the_first_order_is_the_derivative_of_the_loss(case_id: str, kind: Block
     estimates, losses = [], []
     for step in (-eps, eps):
         library: Any = Shrunk(parent, step)
-        estimates.append(estimate_delta_nats(parent, split, library, tokens=EVERYTHING)[LAYER, kind, 1])
+        estimates.append(estimate_delta_nats(parent, split, library, tokens=EVERYTHING)[LAYER, ONE[kind]])
         losses.append(score(library.put_into_the_model(LAYER, kind), split).nats_per_token)
     estimated, measured = ((after - before) / (2 * eps) for before, after in (estimates, losses))
     assert abs(measured) > 1e-3, "there is a slope to find"
@@ -96,7 +104,7 @@ def test_the_second_order_is_the_fisher_form(split: Split) -> None:
         for step in (eps, -eps)
     )
     # The linear terms cancel; what is left is a mean of squares.
-    curvatures = {key: (up[key] + down[key]) / eps**2 for key in up if key[2] == 1}
+    curvatures = {key: (up[key] + down[key]) / eps**2 for key in up if key[1] in ONE.values()}
     assert all(curvature > 0 for curvature in curvatures.values())
     quarter = estimate_delta_nats(parent, split, Shrunk(parent, eps / 2), tokens=EVERYTHING)  # type: ignore[arg-type]
     for key, curvature in curvatures.items():
@@ -112,16 +120,18 @@ def test_dropping_a_block_is_estimated_along_all_of_its_output(split: Split) -> 
     class Everything(Shrunk):
         @property
         def space(self) -> Space:
-            return Space(self.parent.shape, (0, 1, self.parent.shape.kv_groups), (0, 1, self.parent.shape.ffn_width))
+            shape = self.parent.shape
+            attention = (AttentionChoice(0), AttentionChoice(1), AttentionChoice(shape.kv_groups))
+            return Space(shape, "medium", attention, (FfnChoice(0), FfnChoice(1), FfnChoice(shape.ffn_width)))
 
-        def output(self, layer: int, kind: BlockKind, units: int) -> tuple[Tensor, Tensor | None]:
-            weight, bias = self.parent.output_weight(layer, kind), self.parent.output_bias(layer, kind)
+        def output(self, layer: int, choice: BlockChoice) -> tuple[Tensor, Tensor | None]:
+            weight, bias = self.parent.output_weight(layer, choice.kind), self.parent.output_bias(layer, choice.kind)
             return weight * 0, None if bias is None else bias * 0
 
     estimated = estimate_delta_nats(parent, split, Everything(parent, 1.0), tokens=EVERYTHING)  # type: ignore[arg-type]
     for layer in range(parent.shape.layers):
-        assert estimated[layer, "attention", 0] == pytest.approx(estimated[layer, "attention", 1])
-        assert estimated[layer, "ffn", 0] == pytest.approx(estimated[layer, "ffn", 1])
+        assert estimated[layer, AttentionChoice(0)] == pytest.approx(estimated[layer, AttentionChoice(1)])
+        assert estimated[layer, FfnChoice(0)] == pytest.approx(estimated[layer, FfnChoice(1)])
 
 
 def test_the_parents_own_choice_costs_nothing(split: Split) -> None:
@@ -134,10 +144,131 @@ def test_the_parents_own_choice_costs_nothing(split: Split) -> None:
         tokens=EVERYTHING,
         progress=lambda done, total: seen.append((done, total)),
     )
-    full = {(layer, kind, units) for layer, kind, units in estimated if units == parent.shape.units(kind)}
+    full = {(layer, choice) for layer, choice in estimated if choice == parent.shape.full(choice.kind)}
     assert len(full) == 2 * parent.shape.layers and len(estimated) == 2 * len(full)
     assert all(estimated[key] == 0.0 for key in full)
     assert seen == [(done, len(seen)) for done in range(1, len(seen) + 1)]
+
+
+# Not olmo2: its norms span all heads, so the parent's modules do not compute what a child with fewer heads does.
+AT_FAMILIES = (
+    "llama-gqa",
+    "llama-biased",
+    "qwen3-gqa",
+    "gemma2-gqa",
+    "phi3-gqa",
+    "gpt_neox-parallel",
+    "gpt2-n_inner",
+    "opt-mha",
+)
+
+
+class Sliced(Slices):
+    """The plainest library, over the ladders of a large space."""
+
+    @property
+    def space(self) -> Space:
+        return Space.of(self.parent.shape, 1, 10, size="large")
+
+
+def smaller(shape: ParentShape) -> Architecture:
+    """Narrowed blocks of both kinds, dropped ones, and - where there are any to spare - fewer query heads."""
+    narrow = AttentionChoice(shape.kv_groups - 1, shape.queries_per_group - 1 or None)
+    return shape.architecture.with_choices(
+        [(0, narrow), (1, AttentionChoice(0)), (1, FfnChoice(20)), (2, FfnChoice(0)), (3, FfnChoice(10))]
+    )
+
+
+@pytest.mark.parametrize("case_id", AT_FAMILIES)
+def test_the_estimate_at_an_architecture_runs_its_child(case_id: str, split: Split) -> None:
+    parent = double_parent(case_id)
+    library, at, seen = Sliced(parent), smaller(parent.shape), []
+    handle = parent.model.register_forward_hook(lambda module, args, output: seen.append(output.logits.detach()))
+    estimated = estimate_delta_nats(parent, split, library, tokens=EVERYTHING, at=at)  # type: ignore[arg-type]
+    handle.remove()
+    child = prune(parent, at, library)
+    for windows, logits in zip((b for s in split.sources.values() for b in s.windows.split(2)), seen, strict=True):
+        with torch.inference_mode():
+            torch.testing.assert_close(logits, child(windows).logits, atol=1e-6, rtol=0)
+    assert (seen[0] - parent.model(split.sources["news"].windows[:2]).logits).abs().max() > 1e-2
+    own = set(at.blocks())
+    assert all(estimated[key] == 0 for key in own)
+    # Blocks that are not there, and those that are narrow, may grow back.
+    others = {key: value for key, value in estimated.items() if key not in own}
+    assert {(1, parent.shape.full("attention")), (2, parent.shape.full("ffn"))} <= others.keys()
+    assert all(math.isfinite(value) and value != 0 for value in others.values())
+    assert not any(module._forward_hooks for module in parent.model.modules())
+
+
+LAST = 3
+
+
+@dataclass(frozen=True)
+class Nudged(Sliced):
+    """In the last layer two choices of one kind keep the same; the second has some output weights times 1 - eps."""
+
+    eps: float = 0.0
+    kind: BlockKind = "ffn"
+
+    def pair(self) -> tuple[BlockChoice, BlockChoice]:
+        ladder = self.space.ladder(self.kind)
+        return ladder[1], ladder[2]
+
+    def _same(self, layer: int, choice: BlockChoice) -> BlockChoice:
+        return self.pair()[0] if (layer, choice) == (LAST, self.pair()[1]) else choice
+
+    def kept_units(self, layer: int, choice: BlockChoice) -> Tensor:
+        return super().kept_units(layer, self._same(layer, choice))
+
+    def kept_queries(self, layer: int, choice: BlockChoice) -> Tensor | None:
+        return super().kept_queries(layer, self._same(layer, choice))
+
+    def output(self, layer: int, choice: BlockChoice) -> tuple[Tensor, Tensor | None]:
+        same = self._same(layer, choice)
+        weight, bias = super().output(layer, same)
+        return (weight, bias) if same == choice else (self._nudged(weight, 1), bias)
+
+    def nudge(self, child: Any) -> Any:
+        """The child, with the output of its last layer's block as the second of the pair has it."""
+        model = copy.deepcopy(child)
+        names = self.parent.names(self.kind)
+        projection = model.get_submodule(f"{self.parent.family.layers}.{LAST}.{names.module}".rstrip("."))
+        projection = projection.get_submodule(names.output)
+        projection.weight = nn.Parameter(self._nudged(projection.weight.detach(), input_axis(projection)))
+        return model
+
+    def _nudged(self, weight: Tensor, axis: int) -> Tensor:
+        # Not all alike: a norm that follows the block would take a common factor away.
+        factors = torch.ones(weight.shape[axis], dtype=weight.dtype)
+        factors[::2] -= self.eps
+        return weight * (factors if axis == 1 else factors[:, None])
+
+
+@pytest.mark.parametrize("kind", ["attention", "ffn"])
+@pytest.mark.parametrize("case_id", AT_FAMILIES)
+def test_the_first_order_at_an_architecture_is_the_derivative_of_its_childs_loss(
+    case_id: str, kind: BlockKind, split: Split
+) -> None:
+    parent, eps = double_parent(case_id), 1e-3
+    estimates, losses = [], []
+    for step in (-eps, eps):
+        library: Any = Nudged(parent, eps=step, kind=kind)
+        before, after = library.pair()
+        at = smaller(parent.shape).with_choice(LAST, before)
+        estimates.append(estimate_delta_nats(parent, split, library, tokens=EVERYTHING, at=at)[LAST, after])
+        losses.append(score(library.nudge(prune(parent, at, library)), split).nats_per_token)
+    estimated, measured = ((up - down) / (2 * eps) for down, up in (estimates, losses))
+    assert abs(measured) > 1e-4, "there is a slope to find"
+    assert estimated == pytest.approx(measured, rel=0.03, abs=1e-5)
+
+
+def test_the_estimate_at_the_parent_is_the_default(split: Split) -> None:
+    parent = double_parent("llama-gqa")
+    library: Any = Sliced(parent)
+    default = estimate_delta_nats(parent, split, library, tokens=EVERYTHING)
+    at_parent = estimate_delta_nats(parent, split, library, tokens=EVERYTHING, at=parent.shape.architecture)
+    assert at_parent == default
+    assert estimate_delta_nats(parent, split, library, tokens=EVERYTHING, at=smaller(parent.shape)) != default
 
 
 @pytest.mark.parametrize("case_id", FINAL_NORMS)

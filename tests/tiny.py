@@ -13,10 +13,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from llmprune.architecture import Architecture, ParentShape, Space
+from llmprune.architecture import BLOCK_KINDS, Architecture, BlockChoice, ParentShape
 from llmprune.measure.throughput import Speed, Spread
-from llmprune.recipe import DataRecipe, Recipe, SourceRecipe, parse_recipe
+from llmprune.recipe import DataRecipe, Recipe, SourceRecipe, SpaceSize, parse_recipe
 from llmprune.search.costs import CostTable
+from llmprune.space import Space
 
 SMALL_SPLITS = {
     "calibration_tokens": 256,
@@ -74,29 +75,31 @@ def small_data_recipe(*sources: SourceRecipe, **changes: Any) -> DataRecipe:
     return DataRecipe(sources=sources, **{**SMALL_SPLITS, **changes})
 
 
-def tiny_space(layers: int = 3, kv_groups: int = 2, ffn_width: int = 32, *, ffn_step: int = 16) -> Space:
+def tiny_space(
+    layers: int = 3, kv_groups: int = 2, ffn_width: int = 32, *, ffn_step: int = 16, size: SpaceSize = "medium"
+) -> Space:
     shape = ParentShape(
         layers=layers, hidden_size=24, kv_groups=kv_groups, queries_per_group=2, head_dim=6, ffn_width=ffn_width
     )
-    return Space.of(shape, 1, ffn_step)
+    return Space.of(shape, 1, ffn_step, size=size)
 
 
 def linear_costs(space: Space, attention: float = 0.1, ffn: float = 0.2) -> CostTable:
-    """Savings in proportion to what leaves; a whole block saves this share of the parent's decode time.
+    """Savings in proportion to the rows that leave; a whole block saves this share of the parent's decode time.
 
     In prefill attention and FFN change places.
     """
 
-    def savings(kind: Any, whole: float) -> tuple[float, ...]:
-        full = space.shape.units(kind)
-        return tuple(whole * (full - units) / full for units in space.ladder(kind))
+    def savings(**whole: float) -> dict[BlockChoice, float]:
+        rows = space.shape.rows
+        return {
+            choice: whole[kind] * (1 - rows(choice) / rows(space.shape.full(kind)))
+            for kind in BLOCK_KINDS
+            for choice in space.ladder(kind)
+        }
 
     return CostTable(
-        space,
-        {
-            "decode": {"attention": savings("attention", attention), "ffn": savings("ffn", ffn)},
-            "prefill": {"attention": savings("attention", ffn), "ffn": savings("ffn", attention)},
-        },
+        space, {"decode": savings(attention=attention, ffn=ffn), "prefill": savings(attention=ffn, ffn=attention)}
     )
 
 
@@ -110,7 +113,7 @@ def record_of(architecture: Architecture, nats: float, decode: float, prefill: f
         "name": name,
         "hash": architecture.hash,
         "architecture": architecture.to_json(),
-        "params": sum(choice.units for _, _, choice in architecture.blocks()),
+        "params": sum(choice.units for _, choice in architecture.blocks()),
         "nats_per_token": nats,
         "ppl": 2.0**nats,
         "ppl_ratio": nats,
