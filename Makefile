@@ -13,9 +13,12 @@ PICK ?= decode_speedup>=1.3
 TO ?= $(OUT)/export
 DIRS ?= $(TO)
 SET ?=
+# make baselines OUT=runs/name AT="1.3 1.5" METHODS="flap sleb"   (default: all, at the recipe's speed-ups)
+AT ?=
+METHODS ?=
 TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
 
-.PHONY: setup demo compress search export bench eval test lint typecheck check clean
+.PHONY: setup demo compress search baselines export bench eval test lint typecheck check clean
 
 setup: $(VENV)/.installed
 
@@ -36,6 +39,9 @@ compress: setup
 
 search: setup
 	$(LLMPRUNE) search '$(OUT)' $(if $(or $(RECIPE),$(MODEL)),--recipe '$(TARGET)') $(SET)
+
+baselines: setup
+	$(LLMPRUNE) baselines '$(OUT)' $(foreach at,$(AT),--at $(at)) $(foreach method,$(METHODS),--method $(method))
 
 export: setup
 	$(LLMPRUNE) export '$(OUT)' --pick '$(PICK)' --to '$(TO)'

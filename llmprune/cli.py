@@ -114,6 +114,27 @@ def front(run_path: RunPath, overrides: Overrides = None, json: Json = False, qu
 
 
 @app.command()
+def baselines(
+    run_path: RunPath,
+    at: Annotated[list[float] | None, typer.Option(help="Measured speed-up to compare at; repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Which baseline; repeatable, default all.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare published methods, luck and the run's front at the same measured speed; continues where it stopped."""
+    from llmprune import run as stages
+    from llmprune.recipe import BaselinesRecipe
+    from llmprune.terminal import baselines_table
+
+    recipe = _recipe_of_run(run_path, None, None)
+    asked = {key: value for key, value in (("at", at), ("methods", method)) if value}
+    rules = parse_section(BaselinesRecipe, recipe.baselines.model_dump() | asked)
+    with _run(run_path, recipe, quiet) as (run, _):
+        result = stages.baselines(run, rules)
+    _print(result, json, lambda: [baselines_table(result)])
+
+
+@app.command()
 def export(
     run_path: RunPath,
     pick: Annotated[str | None, typer.Option(help="decode_speedup>=1.5, ppl_ratio<=1.2, or a hash.")] = None,

@@ -16,3 +16,17 @@ Show = Callable[[str], AbstractContextManager[Advance]]
 def silent(description: str) -> Iterator[Advance]:
     """A step that nobody watches."""
     yield lambda done, total: None
+
+
+class Steps:
+    """One progress over several loops, each of which counts from 0."""
+
+    def __init__(self, total: int, progress: Advance | None) -> None:
+        self._finished, self._total, self._progress = 0, total, progress
+
+    def report(self, done: int, _total: int = 0) -> None:
+        if self._progress is not None:
+            self._progress(self._finished + done, self._total)
+
+    def finish(self, steps: int) -> None:
+        self._finished += steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,6 +14,8 @@ SplitName = Literal["calibration", "search", "validation", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("calibration", "search", "validation", "test")
 Objective = Literal["decode", "prefill"]
 SpaceSize = Literal["small", "layer", "medium", "large"]
+BaselineName = Literal["uniform", "magnitude", "wanda-sp", "flap", "shortgpt", "sleb", "blockpruner", "milp", "random"]
+BASELINE_NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
 
 
 class _Strict(BaseModel):
@@ -136,10 +138,22 @@ class FrontRecipe(_Strict):
     baselines_at: float = Field(
         1.3, gt=1, description="measured speed-up at which the baselines stand beside the front"
     )
+    baselines: tuple[BaselineName, ...] = Field(
+        ("uniform", "shortgpt", "random"), description="which baselines; some score hundreds of children to choose one"
+    )
     random_draws: int | None = Field(
-        None, ge=0, description="random architectures drawn at that speed; default: as many as the search had trials"
+        None, ge=0, description="random architectures drawn at a speed; default: as many as the search had trials"
     )
     checkpoints: Literal["all", "none"] = Field("all", description="write every front child to RUN/children/HASH")
+
+
+class BaselinesRecipe(_Strict):
+    """What `llmprune baselines` compares."""
+
+    methods: tuple[BaselineName, ...] = Field(BASELINE_NAMES, min_length=1)
+    at: tuple[Annotated[float, Field(gt=1)], ...] = Field(
+        (1.25, 1.5, 2.0), min_length=1, description="measured speed-ups at which nats lost are compared"
+    )
 
 
 class ExportRecipe(_Strict):
@@ -159,6 +173,7 @@ class Recipe(_Strict):
     space: SpaceRecipe = SpaceRecipe()
     search: SearchRecipe = SearchRecipe()
     front: FrontRecipe = FrontRecipe()
+    baselines: BaselinesRecipe = BaselinesRecipe()
     export: ExportRecipe = ExportRecipe()
 
 

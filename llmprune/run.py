@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from optuna.trial import FrozenTrial
+
 from llmprune.architecture import Architecture
-from llmprune.errors import RunDirectoryError
+from llmprune.errors import ExportError, ModelError, RunDirectoryError
 from llmprune.files import read_json, write_json
 from llmprune.models.checkpoint import METADATA_FILE, check_destination, write_checkpoint
 from llmprune.models.surgery import prune
+from llmprune.recipe import BaselineName, BaselinesRecipe
 from llmprune.run_directory import RunDirectory, hash_of
-from llmprune.search.baselines import baseline_architectures
+from llmprune.search.baselines.book import Book, Entry
+from llmprune.search.baselines.contest import Entrant, choose_beside, compare, front_entries
+from llmprune.search.baselines.given import Given
+from llmprune.search.baselines.ledger import effort_of
+from llmprune.search.baselines.methods import ALL_TABLES, METHODS
 from llmprune.search.budgets import Pick, parse_budget, parse_pick, pick_record
 from llmprune.search.evaluate import RECORD_KEYS, Record, is_finite
 from llmprune.search.front import candidates_for_front, holding_budgets, non_dominated
 from llmprune.search.storage import open_journal
-from llmprune.search.study import Report, SearchOutcome, open_study, records, run_study
+from llmprune.search.study import Report, SearchOutcome, finished_trials, open_study, records, run_study
 from llmprune.search.warm_starts import MARGIN, warm_starts
 from llmprune.workspace import Run
 
@@ -57,45 +66,95 @@ def front(run: Run) -> dict[str, Any]:
         holding = holding_budgets(trials, [parse_budget(text) for text in run.recipe.search.budgets])
         # What only just holds in the search may miss when it is timed again, so its stricter neighbours come along;
         # and something has to stand beside the baselines.
-        beside = parse_pick(f"{run.speed}>={rules.baselines_at}")
-        wanted = [pick, pick.stricter(MARGIN), beside, beside.stricter(MARGIN)]
+        at_baselines = parse_pick(f"{run.speed}>={rules.baselines_at}")
+        wanted = [pick, pick.stricter(MARGIN), at_baselines, at_baselines.stricter(MARGIN)]
         chosen = candidates_for_front(holding, run.speed, rules.size, wanted)
-        write_json(run.directory.front, _measure_front(run, chosen, _baselines(run, len(trials))))
+        run.baseline_libraries(rules.baselines)
+        entrants = [_entrant(run, name) for name in dict.fromkeys(rules.baselines)]
+        beside = choose_beside(entrants, rules.baselines_at, run.show)
+        write_json(run.directory.front, _measure_front(run, chosen, beside))
         run.directory.mark_done("front", key)
     return read_front(run.directory)
 
 
-def _measure_front(run: Run, chosen: Sequence[Record], baselines: Mapping[str, Architecture]) -> dict[str, Any]:
+def _measure_front(run: Run, chosen: Sequence[Record], beside: Mapping[Entrant, Architecture]) -> dict[str, Any]:
     candidates = [(record["name"], Architecture.from_json(record["architecture"])) for record in chosen]
     judge = run.judge("validation", run.recipe.front.repeats)
     with run.show("re-measuring on validation tokens") as advance:
         parent = judge.parent_record()
-        measured: list[Record] = []
-        for name, architecture in [*candidates, *baselines.items()]:
-            advance(len(measured), len(candidates) + len(baselines))
-            measured.append(judge.judge(architecture, name))
-        advance(len(measured), len(measured))
-    children, beside = measured[: len(candidates)], measured[len(candidates) :]
+        children: list[Record] = []
+        for name, architecture in candidates:
+            advance(len(children), len(candidates) + len(beside))
+            children.append(judge.judge(architecture, name))
+        baselines: list[Record] = []
+        for entrant, architecture in beside.items():
+            advance(len(children) + len(baselines), len(candidates) + len(beside))
+            # A child whose logits are NaN is no baseline.
+            with suppress(ModelError):
+                baselines.append(entrant.measure(architecture))
+        advance(len(candidates) + len(beside), len(candidates) + len(beside))
     return {
         "parent": parent,
         "children": non_dominated(filter(is_finite, children), run.speed),
-        "baselines": list(filter(is_finite, beside)),
+        "baselines": baselines,
     }
 
 
-def _baselines(run: Run, trials: int) -> Mapping[str, Architecture]:
-    rules, search_rules, tables = run.recipe.front, run.recipe.search, run.tables
-    with run.show("choosing baselines at the same speed") as advance:
-        return baseline_architectures(
-            run.judge("search", 1),
-            tables.influence,
-            tables.costs,
-            search_rules.objective,
-            rules.baselines_at,
-            draws=trials if rules.random_draws is None else rules.random_draws,
-            seed=search_rules.seed,
-            progress=advance,
-        )
+def _entrant(run: Run, name: BaselineName) -> Entrant:
+    rules = run.recipe.search
+    library = run.baseline_libraries([name])[name]
+    return Entrant(
+        name,
+        partial(Given, run.parent, library, run.tables, rules.objective, _draws(run), rules.seed),
+        run.judge("search", 1, name),
+        run.judge("validation", run.recipe.front.repeats, name),
+        METHODS[name].preparation_tokens(run.tokens["calibration"].tokens, run.recipe.data.search_tokens),
+    )
+
+
+def baselines(run: Run, rules: BaselinesRecipe) -> dict[str, Any]:
+    """What each method loses at the same measured speed-ups, on the tokens and at the workload of the front, beside
+    the children of the front if there is one; kept in `baselines.json`.
+
+    Raises RunDirectoryError if the run has no tables.
+    """
+    if not run.directory.tables.is_file():
+        raise RunDirectoryError(f"{run.directory.path} has no tables yet; run llmprune search first")
+    book = Book.open(run.directory.baselines, run.directory.baseline_scores)
+    same = [run.tables.to_json(), run.study_name, run.tokens["validation"].hash, run.recipe.front.repeats]
+    parent = book.parent(hash_of(*same))
+    if parent is None:
+        with run.show("measuring the parent"):
+            parent = run.judge("validation", run.recipe.front.repeats).parent_record()
+        book.put_parent(parent, hash_of(*same))
+    targets = sorted(set(rules.at))
+    keys = {
+        name: hash_of(name, METHODS[name].facts(run.recipe.search.seed, _draws(run)), *same) for name in rules.methods
+    }
+    # All at once, so that what several methods need of the calibration tokens comes from one pass.
+    run.baseline_libraries(name for name, key in keys.items() if book.missing(name, targets, key))
+    found = compare(book, partial(_entrant, run), keys, targets, parent, run.speed, run.show)
+    return {"parent": parent, "speed": run.speed, "results": [*_of_front(run, targets), *found]}
+
+
+def _of_front(run: Run, targets: Sequence[float]) -> list[Entry]:
+    """The search itself; nothing if there is no front."""
+    if not run.directory.front.is_file():
+        return []
+    trials = _trials(run)
+    prepared = run.tokens["calibration"].tokens + ALL_TABLES * run.recipe.data.search_tokens
+    seconds = sum(trial.duration.total_seconds() for trial in trials if trial.duration)
+    effort = effort_of(len(trials), run.tokens["search"].tokens, prepared, seconds)
+    return front_entries(read_front(run.directory), run.speed, targets, effort)
+
+
+def _draws(run: Run) -> int:
+    draws = run.recipe.front.random_draws
+    return len(_trials(run)) if draws is None else draws
+
+
+def _trials(run: Run) -> list[FrozenTrial]:
+    return finished_trials(open_study(open_journal(run.directory.journal), run.study_name, run.recipe.search))
 
 
 def read_front(directory: RunDirectory) -> dict[str, Any]:
@@ -125,6 +184,11 @@ def export(run: Run, pick: Pick, to: Path, *, force: bool = False) -> dict[str, 
     check_destination(to, force=force)
     measured = read_front(run.directory)
     record = pick_record([*measured["children"], *measured["baselines"]] if pick.hash else measured["children"], pick)
+    if not record.get("exportable", True):
+        raise ExportError(
+            f"{record['hash']} is a {record['name']} child, whose biases no {run.parent.model.config.model_type} "
+            "checkpoint holds; it is there to compare, pick another"
+        )
     with run.show(f"exporting {record['hash']} and proving it"):
         return _write(run, dict(record), to, force=force)
 
@@ -143,7 +207,9 @@ def write_children(run: Run) -> list[Path]:
 
 def _write(run: Run, record: Record, to: Path, *, force: bool) -> dict[str, Any]:
     architecture = Architecture.from_json(record["architecture"])
-    child = prune(run.parent, architecture, run.library)
+    own = [name for name, method in METHODS.items() if name == record["name"] and method.importance]
+    library = run.baseline_libraries(own)[own[0]] if own else run.library
+    child = prune(run.parent, architecture, library)
     provenance = {key: value for key, value in run.directory.read_provenance().items() if key != "stages"}
     recipe = run.recipe.model_dump(mode="json")
     # A checkpoint travels: it names files, not the places they had on this machine.

@@ -55,6 +55,18 @@ class RunDirectory:
         return self.path / "front.json"
 
     @property
+    def baselines(self) -> Path:
+        return self.path / "baselines.json"
+
+    @property
+    def baseline_scores(self) -> Path:
+        return self.path / "baseline-scores.json"
+
+    def library_of(self, importance: str) -> Path:
+        """A baseline's own library."""
+        return self.path / f"library-{importance}"
+
+    @property
     def children(self) -> Path:
         return self.path / "children"
 

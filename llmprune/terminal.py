@@ -164,6 +164,38 @@ def _ratio(spread: Mapping[str, float]) -> str:
     return f"{spread['median']:.2f}x ({spread['low']:.2f}-{spread['high']:.2f})"
 
 
+def baselines_table(result: Mapping[str, Any]) -> Table:
+    """What each method loses at the same measured speed-ups, and what choosing its child cost."""
+    parent, cells = result["parent"], {(entry["method"], entry["at"]): entry for entry in result["results"]}
+    measured_on, targets = parent["measured_on"], sorted({at for _, at in cells})
+    phase = result["speed"].removesuffix("_speedup")
+    table = Table(
+        title=f"Nats a token lost at measured {phase} speed-ups (the parent has {parent['nats_per_token']:.3f})",
+        caption=f"{measured_on['dataset']}, {measured_on['split']} split, {measured_on['tokens']:,} tokens; "
+        "~ interpolated between two measured children. Minutes of choosing; evals: forward passes over the search "
+        "tokens, passes for statistics and tables included",
+        caption_justify="left",
+    )
+    table.add_column("method")
+    for at in targets:
+        for column in (f"lost at {at:g}x", "min", "evals"):
+            table.add_column(column, justify="right", no_wrap=True)
+    for method in dict.fromkeys(method for method, _ in cells):
+        table.add_row(method, *(text for at in targets for text in _cells(cells.get((method, at)))))
+    return table
+
+
+def _cells(entry: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    if entry is None:
+        return "", "", ""
+    lost, effort = "out of reach", entry["effort"]
+    if entry["nats_lost"] is not None:
+        lost = f"{'~' if entry['interpolated'] else ''}{entry['nats_lost']:+.3f}"
+    elif not entry["why"].startswith(lost):
+        lost = "failed"
+    return lost, f"{effort['minutes']:.1f}", f"{effort['forward_equivalents']:.0f}"
+
+
 def bench_table(result: Mapping[str, Any]) -> Table:
     """Speeds side by side; the first model is the reference."""
     table = Table(title="Speed, measured side by side")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 
-from llmprune.blocks.library import BlockLibrary, build_library
+from llmprune.blocks.library import BlockLibrary, Plan, build_libraries, build_library
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import TokenSplits, build_token_splits
 from llmprune.errors import RunDirectoryError
@@ -18,8 +19,9 @@ from llmprune.measure.quality import Quality, score
 from llmprune.measure.throughput import Workload
 from llmprune.models.parent import Parent, check_lengths, load_parent
 from llmprune.progress import Show, silent
-from llmprune.recipe import Recipe, SplitName
+from llmprune.recipe import BaselineName, Recipe, SplitName
 from llmprune.run_directory import RunDirectory, hash_of
+from llmprune.search.baselines.methods import METHODS
 from llmprune.search.budgets import parse_budget, parse_pick
 from llmprune.search.evaluate import Judge
 from llmprune.search.tables import BlockTables, build_tables
@@ -39,6 +41,7 @@ class Run:
     recipe: Recipe
     show: Show = silent
     _parent_qualities: dict[SplitName, Quality] = field(default_factory=dict)
+    _baseline_libraries: dict[str, BlockLibrary] = field(default_factory=dict)
 
     @classmethod
     def start(cls, path: Path, recipe: Recipe, show: Show = silent) -> Run:
@@ -146,9 +149,37 @@ class Run:
         """The figure that is the search's second objective."""
         return f"{self.recipe.search.objective}_speedup"
 
-    def judge(self, split: SplitName, repeats: int) -> Judge:
-        """What judges candidates on a split; the parent is scored once for each."""
+    def baseline_libraries(self, names: Iterable[BaselineName]) -> dict[BaselineName, BlockLibrary]:
+        """The block library of each baseline: the run's, or its own; all that are missing come from one pass."""
+        names = list(names)
+        wanted = {name: METHODS[name].importance for name in names}
+        own = {i.method: i for i in wanted.values() if i and i != self.recipe.importance}
+        missing = [recipe for method, recipe in own.items() if method not in self._baseline_libraries]
+        if missing:
+            split = self.tokens["calibration"]
+            plans = [Plan(recipe, self.directory.library_of(recipe.method)) for recipe in missing]
+            with self.show(f"ordering blocks by {', '.join(recipe.method for recipe in missing)}") as advance:
+                built = build_libraries(
+                    self.parent,
+                    split,
+                    plans,
+                    self.space,
+                    input_hash=hash_of(self.parent_hash, split.hash),
+                    progress=advance,
+                )
+            self._baseline_libraries |= {recipe.method: found for recipe, found in zip(missing, built, strict=True)}
+        return {
+            name: self._baseline_libraries[i.method] if i and i.method in own else self.library
+            for name, i in wanted.items()
+        }
+
+    def judge(self, split: SplitName, repeats: int, baseline: BaselineName | None = None) -> Judge:
+        """What judges candidates, or a baseline's children, on a split; the parent is scored once for each split."""
         if split not in self._parent_qualities:
             self._parent_qualities[split] = score(self.parent.model, self.tokens[split])
         quality = self._parent_qualities[split]
-        return Judge(self.parent, self.library, self.tokens[split], self.workload, repeats, quality)
+        library, finish = self.library, None
+        if baseline is not None:
+            library, complete = self.baseline_libraries([baseline])[baseline], METHODS[baseline].finish
+            finish = partial(complete, self.parent, library) if complete else None
+        return Judge(self.parent, library, self.tokens[split], self.workload, repeats, quality, finish)

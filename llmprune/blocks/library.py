@@ -5,46 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmprune.architecture import BLOCK_KINDS, AttentionChoice, BlockChoice, BlockKind, ParentShape
-from llmprune.blocks.importance import removal_order
+from llmprune.blocks.importance import flap_scores, removal_order
+from llmprune.blocks.layer_files import LayerRepairs, finished_layers, layer_keys, layer_path, read_layer, store_layer
 from llmprune.blocks.refit import flap_bias, refit_nested
 from llmprune.blocks.statistics import BlockStatistics, collect_statistics, statistics_bytes
 from llmprune.data.tokens import Split
-from llmprune.errors import ArchitectureError, ModelError, RecipeError, RunDirectoryError
-from llmprune.files import atomic_path
+from llmprune.errors import ArchitectureError, ModelError, RecipeError
 from llmprune.models.parent import Parent
 from llmprune.models.rows import input_columns
-from llmprune.progress import Advance
+from llmprune.progress import Advance, Steps
 from llmprune.recipe import ImportanceRecipe
 from llmprune.space import Space
-
-_VERSION = 2
-
-
-@dataclass(frozen=True, eq=False)
-class LayerRepairs:
-    """One layer of the library: `KIND/order`, `attention/query_order` where query heads can leave, and for every choice
-    `KIND/CHOICE/weight` and, where the parent has one, `KIND/CHOICE/bias`."""
-
-    tensors: Mapping[str, Tensor]
-
-    @cached_property
-    def hash(self) -> str:
-        """SHA-256, as hex, over every tensor's name, dtype, shape and bytes."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.tensors.items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +61,12 @@ class BlockLibrary:
         name = f"{choice.kind}/{_label(choice)}"
         return tensors[f"{name}/weight"], tensors.get(f"{name}/bias")
 
+    def fluctuation(self, layer: int, kind: BlockKind) -> tuple[Tensor, Tensor]:
+        """Of a library ordered by "flap": the units' standardised scores (U,), and the mean (I,) of the inputs of the
+        output projection, both float64. Raises ArchitectureError if the layer is not the parent's."""
+        tensors = self._tensors(layer, self.space.shape.full(kind))
+        return tensors[f"{kind}/score"], tensors[f"{kind}/mean"]
+
     @cached_property
     def hash(self) -> str:
         """SHA-256, as hex, over all contents."""
@@ -100,6 +85,14 @@ class BlockLibrary:
         return self.layers[layer].tensors
 
 
+@dataclass(frozen=True)
+class Plan:
+    """One library to build: how its units are ordered, and the directory it is kept in, if any."""
+
+    recipe: ImportanceRecipe
+    directory: Path | None = None
+
+
 def build_library(
     parent: Parent,
     split: Split,
@@ -111,7 +104,25 @@ def build_library(
     memory_bytes: int = 2 << 30,
     progress: Advance | None = None,
 ) -> BlockLibrary:
-    """Gather statistics on the calibration split, then order and refit every block, layer by layer.
+    """`build_libraries` for one library."""
+    plans = [Plan(recipe, directory)]
+    (library,) = build_libraries(
+        parent, split, plans, space, input_hash=input_hash, memory_bytes=memory_bytes, progress=progress
+    )
+    return library
+
+
+def build_libraries(
+    parent: Parent,
+    split: Split,
+    plans: Sequence[Plan],
+    space: Space,
+    *,
+    input_hash: str = "",
+    memory_bytes: int = 2 << 30,
+    progress: Advance | None = None,
+) -> list[BlockLibrary]:
+    """Gather statistics on the calibration split once, then order and refit every block for each plan, layer by layer.
 
     With a `directory`, each layer is one file, written when it is ready and read back memory-mapped; files that are
     whole and were built from the same `input_hash` (of parent and split), recipe and space are kept, all others are
@@ -122,24 +133,26 @@ def build_library(
     `progress` counts windows run and layers solved. Raises ModelError, RecipeError and RunDirectoryError.
     """
     assert space.shape == parent.shape, "the space is not this parent's"
-    assert directory is None or input_hash, "a library on disk needs the hash of its inputs"
-    keys = _layer_keys(input_hash, recipe, space)
-    layers = {} if directory is None else _finished_layers(directory, keys)
-    missing = [layer for layer in range(parent.shape.layers) if layer not in layers]
+    built = [_Built(plan, layer_keys(input_hash, plan.recipe, space)) for plan in plans]
+    for library in built:
+        library.load(input_hash)
+    every = range(parent.shape.layers)
+    missing = [layer for layer in every if any(layer not in library.layers for library in built)]
     per_pass = max(1, memory_bytes // statistics_bytes(parent.shape))
     passes = [missing[start : start + per_pass] for start in range(0, len(missing), per_pass)]
     windows = sum(len(source.windows) for source in split.sources.values())
-    steps = _Steps(len(passes) * windows + len(missing), progress)
+    steps = Steps(len(passes) * windows + len(missing), progress)
     for some_layers in passes:
         statistics = collect_statistics(parent, split, layers=some_layers, progress=steps.report)
         steps.finish(windows)
         for layer in some_layers:
             blocks = {kind: statistics.pop((layer, kind)) for kind in BLOCK_KINDS}
-            solved = _solve_layer(parent, layer, blocks, recipe, space)
-            layers[layer] = solved if directory is None else _store(directory, layer, solved, keys[layer])
+            for library in built:
+                if layer not in library.layers:
+                    library.add(layer, _solve_layer(parent, layer, blocks, library.plan.recipe, space))
             steps.report(1)
             steps.finish(1)
-    return BlockLibrary(space, tuple(layers[layer] for layer in range(parent.shape.layers)))
+    return [BlockLibrary(space, tuple(library.layers[layer] for layer in every)) for library in built]
 
 
 def load_library(directory: Path, recipe: ImportanceRecipe, space: Space, *, input_hash: str) -> BlockLibrary:
@@ -148,8 +161,8 @@ def load_library(directory: Path, recipe: ImportanceRecipe, space: Space, *, inp
     Every file is read once, to be held to its hash. Raises RunDirectoryError, naming the file, if one is missing,
     corrupt or was built from other inputs.
     """
-    keys = _layer_keys(input_hash, recipe, space)
-    return BlockLibrary(space, tuple(_read_layer(_layer_path(directory, i), key) for i, key in enumerate(keys)))
+    keys = layer_keys(input_hash, recipe, space)
+    return BlockLibrary(space, tuple(read_layer(layer_path(directory, i), key) for i, key in enumerate(keys)))
 
 
 def solve_block(
@@ -224,18 +237,22 @@ def _label(choice: BlockChoice) -> str:
     return f"{choice.units}" + (f"x{_queries(choice)}" if _queries(choice) else "")
 
 
-class _Steps:
-    """One progress over several loops, each of which counts from 0."""
+@dataclass
+class _Built:
+    """A plan at work: the layers that are there, and the key of each layer's file."""
 
-    def __init__(self, total: int, progress: Advance | None) -> None:
-        self._finished, self._total, self._progress = 0, total, progress
+    plan: Plan
+    keys: Sequence[str]
+    layers: dict[int, LayerRepairs] = field(default_factory=dict)
 
-    def report(self, done: int, _total: int = 0) -> None:
-        if self._progress is not None:
-            self._progress(self._finished + done, self._total)
+    def load(self, input_hash: str) -> None:
+        if self.plan.directory is not None:
+            assert input_hash, "a library on disk needs the hash of its inputs"
+            self.layers = finished_layers(self.plan.directory, self.keys)
 
-    def finish(self, steps: int) -> None:
-        self._finished += steps
+    def add(self, layer: int, solved: LayerRepairs) -> None:
+        directory = self.plan.directory
+        self.layers[layer] = solved if directory is None else store_layer(directory, layer, solved, self.keys[layer])
 
 
 def _solve_layer(
@@ -252,6 +269,9 @@ def _solve_layer(
                 "importance.damp must make X^T X + damp * mean(diag) positive definite, got "
                 f"{recipe.damp:g} in the {kind} block of layer {layer}; use {10 * recipe.damp:g}"
             ) from error
+        if recipe.method == "flap":
+            unit_size = weight_DI.shape[1] // parent.shape.units(kind)
+            solved |= {"score": flap_scores(weight_DI, statistics, unit_size), "mean": statistics.mean_I}
         for name, tensor in solved.items():
             if not bool(tensor.isfinite().all()):
                 raise ModelError(
@@ -266,49 +286,3 @@ def _solve_layer(
 def _refitted(space: Space, kind: BlockKind) -> list[BlockChoice]:
     """Choices that keep something, but not everything."""
     return [choice for choice in space.ladder(kind) if choice.units and choice != space.shape.full(kind)]
-
-
-def _layer_keys(input_hash: str, recipe: ImportanceRecipe, space: Space) -> list[str]:
-    """For each layer a hash of all that its file depends on."""
-    ladders = [[choice.to_json() for choice in space.ladder(kind)] for kind in BLOCK_KINDS]
-    inputs = [_VERSION, input_hash, recipe.model_dump(mode="json"), ladders]
-    return [hashlib.sha256(json.dumps([*inputs, i]).encode()).hexdigest() for i in range(space.shape.layers)]
-
-
-def _layer_path(directory: Path, layer: int) -> Path:
-    return directory / f"layer_{layer:03}.safetensors"
-
-
-def _store(directory: Path, index: int, layer: LayerRepairs, key: str) -> LayerRepairs:
-    """Write a layer, and give it back mapped from its file, so that it needs no memory of its own."""
-    path = _layer_path(directory, index)
-    with atomic_path(path) as temporary:
-        save_file(dict(layer.tensors), temporary, {"input_hash": key, "content_hash": layer.hash})
-    return _read_layer(path, key)
-
-
-def _finished_layers(directory: Path, keys: Sequence[str]) -> dict[int, LayerRepairs]:
-    layers = {}
-    for layer, key in enumerate(keys):
-        try:
-            layers[layer] = _read_layer(_layer_path(directory, layer), key)
-        except RunDirectoryError:
-            continue  # Whatever is wrong with the file, building it again mends it.
-    return layers
-
-
-def _read_layer(path: Path, key: str) -> LayerRepairs:
-    fix = "build the library again: only the layers that are missing or bad are built"
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            layer = LayerRepairs({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except OSError as error:
-        raise RunDirectoryError(f"cannot read {path}: {error.strerror or error}; {fix}") from error
-    except SafetensorError as error:
-        raise RunDirectoryError(f"{path} is not a whole layer of a block library: {error}; {fix}") from error
-    if metadata.get("input_hash") != key:
-        raise RunDirectoryError(f"{path} was built from another parent, split, recipe or space; {fix}")
-    if metadata.get("content_hash") != layer.hash:
-        raise RunDirectoryError(f"{path} does not have the contents it was written with; {fix}")
-    return layer

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
+from transformers import PreTrainedModel
 
 from llmprune.architecture import Architecture
 from llmprune.blocks.library import BlockLibrary
 from llmprune.data.tokens import Split
 from llmprune.measure.host import fingerprint
-from llmprune.measure.quality import Quality, score
+from llmprune.measure.quality import Quality, score, score_windows
 from llmprune.measure.throughput import Speed, Workload, measure_paired
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import Size, size_of
@@ -30,14 +33,23 @@ class Judge:
     workload: Workload
     repeats: int
     parent_quality: Quality
+    finish: Callable[[PreTrainedModel, Architecture], None] | None = None
+    """What is done to a pruned child before it is judged: what a checkpoint cannot hold, for comparison's sake."""
 
-    def score(self, architecture: Architecture) -> Quality:
-        """Quality alone, for baselines that draw many candidates."""
-        return score(prune(self.parent, architecture, self.library), self.split)
+    def child(self, architecture: Architecture) -> PreTrainedModel:
+        """The child that is judged."""
+        child = prune(self.parent, architecture, self.library)
+        if self.finish:
+            self.finish(child, architecture)
+        return child
+
+    def score(self, architecture: Architecture) -> Mapping[str, torch.Tensor]:
+        """Each source's (N,) nats a window: quality alone, for methods that score many children."""
+        return score_windows(self.child(architecture), self.split)
 
     def judge(self, architecture: Architecture, name: str) -> Record:
         """The whole record of a child: quality, speed paired with the parent, size."""
-        child = prune(self.parent, architecture, self.library)
+        child = self.child(architecture)
         quality = score(child, self.split)
         _, (speed,) = measure_paired(self.parent.model, [child], self.workload, self.repeats)
         return self._record(name, architecture, quality, speed, size_of(child, self.parent.shape, architecture))

@@ -1,0 +1,166 @@
+"""Each method against what its paper says, computed the long way round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
+from typing import get_args
+
+import pytest
+from baselines_tiny import given_of, library_of, nats_of, random_parent, space_of, tables_of
+
+from llmprune.architecture import DROPPED, Architecture
+from llmprune.blocks.library import BlockLibrary
+from llmprune.models.parent import Parent
+from llmprune.models.surgery import prune
+from llmprune.recipe import BASELINE_NAMES, BaselineName, SpaceSize
+from llmprune.search.allocate import Allocator
+from llmprune.search.baselines.chance import best_of_random
+from llmprune.search.baselines.depth import blockpruner, shortgpt, sleb
+from llmprune.search.baselines.given import Given, along
+from llmprune.search.baselines.methods import METHODS, choose
+from llmprune.search.baselines.uniform import uniform
+
+
+@pytest.fixture(scope="module")
+def parent() -> Parent:
+    return random_parent()
+
+
+@pytest.fixture(scope="module")
+def library(parent: Parent) -> BlockLibrary:
+    return library_of(parent, space_of(parent))
+
+
+@pytest.fixture(scope="module")
+def given(parent: Parent, library: BlockLibrary) -> Given:
+    return given_of(parent, library)
+
+
+def attends(architecture: Architecture) -> bool:
+    return any(layer.attention.kv_groups for layer in architecture.layers)
+
+
+def by_layer(architecture: Architecture) -> Iterator[Architecture]:
+    for layer in architecture.kept_layers:
+        yield architecture.without_layers([layer])
+
+
+def by_block(architecture: Architecture) -> Iterator[Architecture]:
+    for layer, choice in architecture.blocks():
+        if choice.units:
+            yield architecture.with_choice(layer, DROPPED[choice.kind])
+
+
+@pytest.mark.parametrize(("method", "removals", "steps"), [(sleb, by_layer, 2), (blockpruner, by_block, 5)])
+def test_greedy_drops_what_measures_best_on_the_current_child(
+    parent: Parent,
+    library: BlockLibrary,
+    given: Given,
+    method: Callable[[Given], Iterable[Architecture]],
+    removals: Callable[[Architecture], Iterable[Architecture]],
+    steps: int,
+) -> None:
+    path = list(method(given))
+    assert path[0] == parent.shape.architecture and len(path) == 1 + steps
+    for before, after in pairwise(path):
+        losses = {child: nats_of(parent, library, child) for child in removals(before) if attends(child)}
+        assert after == min(losses, key=losses.__getitem__)
+
+
+def test_a_step_scores_every_removal_once_and_a_path_only_as_far_as_asked(given: Given) -> None:
+    scored: list[int] = []
+
+    def nats(architectures: object) -> list[float]:
+        assert isinstance(architectures, list)
+        scored.append(len(architectures))
+        return [float(i) for i in range(len(architectures))]
+
+    counting = given_of(given.parent, given.library, nats)
+    aim = along(blockpruner(counting), counting.speedup)
+    assert aim(1.0) == given.space.shape.architecture and scored == []
+    assert aim(1.17) is not None and scored == [6]
+    assert aim(1.1) is not None and scored == [6]
+    last = aim(1000.0)
+    # The last attention stays.
+    assert scored == [6, 5, 4, 2, 1] and last is not None and counting.speedup(last) < 1000
+
+
+def test_shortgpt_drops_the_least_influential_layers_first(given: Given) -> None:
+    influence, path = given.tables.influence, list(shortgpt(given))
+    order = sorted(range(3), key=lambda layer: influence[layer])
+    assert [set(range(3)) - set(a.kept_layers) for a in path] == [set(order[:n]) for n in range(3)]
+
+
+def test_a_child_that_computes_no_numbers_is_never_the_best(given: Given) -> None:
+    broken = given_of(given.parent, given.library, lambda architectures: [float("inf")] * len(architectures))
+    assert list(sleb(broken)) == [given.space.shape.architecture]
+    assert best_of_random(broken, 1.3) is None
+
+
+def test_uniform_takes_the_best_of_those_at_the_speed(parent: Parent, library: BlockLibrary, given: Given) -> None:
+    for speedup in (1.1, 1.3, 1.6):
+        found = uniform(given, speedup)
+        assert found is not None and len(set(found.layers)) == 1
+        near = [
+            architecture
+            for groups in (1, 2)
+            for width in range(4, 25, 4)
+            if abs(given.speedup(architecture := Architecture.of([(groups, width)] * 3)) / speedup - 1) <= 0.02
+        ]
+        if near:
+            assert found == min(near, key=lambda architecture: nats_of(parent, library, architecture))
+        else:
+            assert given.speedup(found) > speedup
+    assert uniform(given, 100.0) == Architecture.of([(1, 4)] * 3)
+
+
+def test_random_is_the_best_of_its_draws_and_none_where_nothing_is_as_fast(given: Given) -> None:
+    found = best_of_random(given, 1.4)
+    assert found is not None and found in given.space and abs(given.speedup(found) / 1.4 - 1) <= 0.02
+    seen: list[Architecture] = []
+
+    def nats(architectures: object) -> list[float]:
+        assert isinstance(architectures, list)
+        seen.extend(architectures)
+        return given.nats(architectures)
+
+    assert best_of_random(given_of(given.parent, given.library, nats), 1.4) == found
+    assert len(seen) <= 4 and found == min(seen, key=lambda a: given.nats([a])[0])
+    assert best_of_random(given, 50.0) is None
+    assert best_of_random(given_of(given.parent, given.library, draws=0), 1.4) is None
+
+
+def test_milp_is_the_allocator_s(given: Given) -> None:
+    tables = tables_of(given.space)
+    expected = Allocator(tables.delta_nats, tables.costs).best({"decode": 1.5})
+    assert choose(METHODS["milp"], given, 1.5) == expected is not None
+
+
+def test_every_name_has_a_method() -> None:
+    assert tuple(METHODS) == BASELINE_NAMES == get_args(BaselineName)
+    assert all((method.path is None) != (method.aimed is None) for method in METHODS.values())
+
+
+@pytest.mark.parametrize("size", ["medium", "large"])
+@pytest.mark.parametrize("name", BASELINE_NAMES)
+def test_children_are_legal_and_run(parent: Parent, library: BlockLibrary, name: BaselineName, size: SpaceSize) -> None:
+    method, space = METHODS[name], space_of(parent, size=size)
+    own = library_of(parent, space, method.importance) if method.importance or size != "medium" else library
+    given = given_of(parent, own, lambda architectures: [1.0] * len(architectures))
+    aim = method.aim(given)
+    for speedup in (1.1, 1.3, 1.7, 3.0):
+        architecture = aim(speedup)
+        if architecture is not None:
+            parent.shape.check(architecture)
+            assert all(choice in space.ladder(choice.kind) for _, choice in architecture.blocks())
+            prune(parent, architecture, own)
+    assert choose(method, given, 60.0) is None
+
+
+@pytest.mark.parametrize("name", ["shortgpt", "sleb", "blockpruner"])
+def test_depth_needs_drops(parent: Parent, name: BaselineName) -> None:
+    space = space_of(parent, drop=False)
+    given = given_of(parent, library_of(parent, space))
+    assert METHODS[name].aim(given)(1.5) == parent.shape.architecture
+    assert choose(METHODS[name], given, 1.5) is None
