@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from llmprune.errors import LlmpruneError, RecipeError
+from llmprune.errors import LlmpruneError, RecipeError, StorageError
 from llmprune.recipe import (
     SPLIT_NAMES,
     ModelRecipe,
@@ -37,6 +37,9 @@ from llmprune.terminal import (
     shown,
 )
 
+if TYPE_CHECKING:
+    from llmprune.search.study import SearchOutcome
+
 app = typer.Typer(
     help="Search a pretrained causal LM for the smaller network that is best at a measured speed.",
     no_args_is_help=True,
@@ -50,6 +53,14 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, n
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. search.trials=100")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        envvar="LLMPRUNE_STORAGE",
+        metavar="URL",
+        help="Where trials are kept: postgresql://USER@HOST:PORT/DATABASE or grpc://HOST:PORT; default: a file in RUN.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
@@ -65,6 +76,7 @@ def compress(
     model_or_recipe: Annotated[str, typer.Argument(help="Recipe (.yaml), Hub id, checkpoint directory or GGUF file.")],
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", help="Run directory.")] = Path("runs/run"),
+    storage: Storage = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -72,7 +84,7 @@ def compress(
     from llmprune import run as stages
 
     recipe = _recipe(model_or_recipe, overrides)
-    with _run(out, recipe, quiet) as (run, report):
+    with _run(out, recipe, quiet, storage) as (run, report):
         to = Path(recipe.export.to) if recipe.export.to else run.directory.export
         result = stages.compress(run, to, report=report)
     _print(result, json, lambda: [front_table(result), f"exported {result['exported']['hash']} to {to}"])
@@ -83,32 +95,71 @@ def search(
     run_path: RunPath,
     overrides: Overrides = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe, Hub id, directory or GGUF, to start a new run.")] = None,
+    storage: Storage = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Search for architectures; continues the trials that are there, creates RUN (from --recipe) if there is none."""
-    from dataclasses import asdict
-
     from llmprune import run as stages
 
-    with _run(run_path, _recipe_of_run(run_path, recipe, overrides), quiet) as (run, report):
-        outcome = asdict(stages.search(run, report))
+    with _run(run_path, _recipe_of_run(run_path, recipe, overrides), quiet, storage) as (run, report):
+        outcome = stages.search(run, report)
+    _print_outcome(outcome, json)
+
+
+@app.command()
+def worker(run_path: RunPath, storage: Storage = None, json: Json = False, quiet: Quiet = False) -> None:
+    """Help a search that `llmprune search` started: another process, on this machine or one like it."""
+    from llmprune import run as stages
+    from llmprune.workspace import Run
+
+    run = Run.join(run_path, shown(quiet=quiet), storage=storage)
+    run.say = _say(quiet)
+    _print_outcome(stages.worker(run, None if quiet else print_trial(error_console())), json)
+
+
+@app.command("storage-proxy")
+def storage_proxy(
+    storage: Storage = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; there is no password, so mind who reaches it.")] = (
+        "localhost"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 13000,
+    quiet: Quiet = False,
+) -> None:
+    """Stand before a database for workers that only reach this host; they name --storage grpc://HOST:PORT."""
+    from llmprune.search.storage import serve_proxy
+
+    if storage is None:
+        raise StorageError("a proxy stands before a database; name it with --storage postgresql://...")
+    serve_proxy(storage, host, port, _say(quiet))
+
+
+def _print_outcome(outcome: SearchOutcome, as_json: bool) -> None:
+    from dataclasses import asdict
+
     _print(
-        outcome,
-        json,
+        asdict(outcome),
+        as_json,
         lambda: [
-            f"{outcome['finished_trials']} trials ({outcome['new_trials']} new) in {outcome['seconds']:.0f} s, "
-            f"stopped by {outcome['stopped_by']}"
+            f"{outcome.finished_trials} trials ({outcome.new_trials} new) in {outcome.seconds:.0f} s, "
+            f"stopped by {outcome.stopped_by}"
         ],
     )
 
 
 @app.command()
-def front(run_path: RunPath, overrides: Overrides = None, json: Json = False, quiet: Quiet = False) -> None:
+def front(
+    run_path: RunPath,
+    overrides: Overrides = None,
+    storage: Storage = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Re-measure the best trials on validation tokens, beside the baselines; prints the front."""
     from llmprune import run as stages
 
-    with _run(run_path, _recipe_of_run(run_path, None, overrides), quiet) as (run, _):
+    with _run(run_path, _recipe_of_run(run_path, None, overrides), quiet, storage) as (run, _):
         measured = stages.front(run)
     _print(measured, json, lambda: [front_table(measured)])
 
@@ -323,13 +374,21 @@ def _recipe_of_run(run: Path, recipe: str | None, overrides: list[str] | None) -
 
 
 @contextmanager
-def _run(path: Path, recipe: Recipe, quiet: bool) -> Iterator[tuple[Any, Any]]:
+def _run(path: Path, recipe: Recipe, quiet: bool, storage: str | None = None) -> Iterator[tuple[Any, Any]]:
     """A locked run, and the callback that tells of its trials."""
     from llmprune.run_directory import RunDirectory
     from llmprune.workspace import Run
 
     with RunDirectory(path).locked():
-        yield Run.start(path, recipe, shown(quiet=quiet)), None if quiet else print_trial(error_console())
+        run = Run.start(path, recipe, shown(quiet=quiet))
+        run.storage, run.say = storage, _say(quiet)
+        yield run, None if quiet else print_trial(error_console())
+
+
+def _say(quiet: bool) -> Callable[[str], None]:
+    """A line for the user beside the steps: on stderr, like them."""
+    target = error_console()
+    return (lambda line: None) if quiet else lambda line: target.print(line, markup=False, soft_wrap=True)
 
 
 def _model(path: str, device: str, dtype: str) -> ModelRecipe:

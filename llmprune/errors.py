@@ -33,5 +33,9 @@ class RunDirectoryError(LlmpruneError):
     """A run directory that is corrupt, in use, or lacks what a stage needs."""
 
 
+class StorageError(LlmpruneError):
+    """A study's storage that cannot be named, reached or joined. Never holds a password."""
+
+
 class ExportError(LlmpruneError):
     """A checkpoint that cannot be written, or that failed its proof."""

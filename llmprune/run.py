@@ -9,11 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import optuna
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
 from llmprune.architecture import Architecture
-from llmprune.errors import ExportError, ModelError, RunDirectoryError
+from llmprune.errors import ExportError, ModelError, RunDirectoryError, StorageError
 from llmprune.files import read_json, write_json
+from llmprune.measure.host import fingerprint
 from llmprune.models.checkpoint import METADATA_FILE, check_destination, write_checkpoint
 from llmprune.models.surgery import prune
 from llmprune.recipe import BaselineName, BaselinesRecipe
@@ -26,18 +29,71 @@ from llmprune.search.baselines.methods import ALL_TABLES, METHODS
 from llmprune.search.budgets import Pick, parse_budget, parse_pick, pick_record
 from llmprune.search.evaluate import RECORD_KEYS, Record, is_finite
 from llmprune.search.front import candidates_for_front, holding_budgets, non_dominated
-from llmprune.search.storage import open_journal
-from llmprune.search.study import Report, SearchOutcome, finished_trials, open_study, records, run_study
+from llmprune.search.storage import masked, opened_storage
+from llmprune.search.studies import Candidate, check_inputs, elsewhere, on_this_hardware, studies_of_run
+from llmprune.search.study import (
+    Report,
+    SearchOutcome,
+    finished_trials,
+    join_study,
+    open_study,
+    prepare_study,
+    work,
+)
 from llmprune.search.warm_starts import MARGIN, warm_starts
 from llmprune.workspace import Run
 
+# Facts of a run directory that are no part of a checkpoint's provenance.
+_LOCAL = ("stages", "study")
+
 
 def search(run: Run, report: Report | None = None) -> SearchOutcome:
-    """Search until the recipe's trials or minutes are used up; trials that are there count."""
+    """Search until the recipe's trials or minutes are used up; trials that are there, and other workers', count."""
+    # Opened first: a storage that cannot be used is found out before the hours that the library may take.
+    with opened_storage(run.storage, run.directory.journal) as storage:
+        return _work(run, start_study(run, storage), report)
+
+
+def start_study(run: Run, storage: BaseStorage) -> optuna.Study:
+    """All that the trials of a search need, made or loaded, and its study, ready for workers."""
     rules = run.recipe.search
-    tables = run.tables
-    study = open_study(open_journal(run.directory.journal), run.study_name, rules)
+    tables, facts = run.tables, run.study_facts()
+    study = open_study(storage, facts.name, rules)
+    facts.write(study, rules.trials)
     starts = warm_starts(tables.delta_nats, tables.influence, tables.costs, rules.objective, rules.warm_starts)
+    prepare_study(study, rules, run.space, starts)
+    noted = {"run": facts.run, "storage": _place(run)}
+    if run.directory.read_provenance().get("study") != noted:
+        run.directory.note(study=noted)
+    _tell_of_other_hardware(run, studies_of_run(storage, facts.run))
+    return study
+
+
+def worker(run: Run, report: Report | None = None) -> SearchOutcome:
+    """Work on the study that `search` made, until the trials or minutes are used up. The run is a joined one.
+
+    Raises StorageError if the storage cannot be used, there is no study of this run in it, or this worker's inputs or
+    hardware are not the study's.
+    """
+    key = run.directory.read_provenance().get("study", {}).get("run")
+    place = f"{_place(run)} of {run.directory.path}" if run.storage is None else _place(run)
+    command = f"llmprune search {run.directory.path}" + (f" --storage {place}" if run.storage else "")
+    missing = StorageError(f"a worker joins a study, and {place} holds none of this run; start it with {command}")
+    if key is None or (run.storage is None and not run.directory.journal.is_file()):
+        raise missing
+    with opened_storage(run.storage, run.directory.journal) as storage:
+        found = studies_of_run(storage, key)
+        if not found:
+            raise missing
+        _tell_of_other_hardware(run, found)
+        joined = on_this_hardware(found, fingerprint(), place)
+        check_inputs(joined, run.study_inputs())
+        return _work(run, join_study(storage, joined.name, run.recipe.search), report)
+
+
+def _work(run: Run, study: optuna.Study, report: Report | None) -> SearchOutcome:
+    rules = run.recipe.search
+    judge = run.judge("search", run.recipe.workload.repeats)
     with run.show("searching") as advance:
 
         def on_trial(finished: int, record: Record) -> None:
@@ -45,9 +101,18 @@ def search(run: Run, report: Report | None = None) -> SearchOutcome:
             if report:
                 report(finished, record)
 
-        judge = run.judge("search", run.recipe.workload.repeats)
         advance(0, rules.trials)
-        return run_study(study, judge, rules, run.space, starts, on_trial)
+        return work(study, judge, rules, run.space, on_trial)
+
+
+def _place(run: Run) -> str:
+    """The storage, as may be shown and written down."""
+    return run.directory.journal.name if run.storage is None else masked(run.storage)
+
+
+def _tell_of_other_hardware(run: Run, found: Sequence[Candidate]) -> None:
+    if others := elsewhere(found, fingerprint()):
+        run.say(f"{_place(run)} also holds {others} trials of this run from other hardware; they are not compared")
 
 
 def front(run: Run) -> dict[str, Any]:
@@ -56,10 +121,13 @@ def front(run: Run) -> dict[str, Any]:
     Raises RunDirectoryError if no trial has finished, BudgetError if none holds the recipe's budgets.
     """
     rules, pick = run.recipe.front, parse_pick(run.recipe.export.pick)
-    study = open_study(open_journal(run.directory.journal), run.study_name, run.recipe.search)
-    trials = [record for record in records(study) if record["hash"] != run.parent.shape.architecture.hash]
+    with opened_storage(run.storage, run.directory.journal) as storage:
+        facts = run.study_facts()
+        found = [trial.user_attrs["record"] for trial in _trials_of(storage, facts.name)]
+        trials = [record for record in found if record["hash"] != run.parent.shape.architecture.hash]
+        _tell_of_other_hardware(run, studies_of_run(storage, facts.run))
     if not trials:
-        raise RunDirectoryError(f"{run.directory.path} has no finished trial; run llmprune search first")
+        raise RunDirectoryError(f"{run.directory.path} has no finished trial; {_where_trials_are(run)}")
     hashes = sorted(record["hash"] for record in trials)
     key = hash_of(run.study_name, hashes, run.tokens["validation"].hash, rules.model_dump(), pick.text)
     if not run.directory.is_done("front", key, run.directory.front):
@@ -75,6 +143,22 @@ def front(run: Run) -> dict[str, Any]:
         write_json(run.directory.front, _measure_front(run, chosen, beside))
         run.directory.mark_done("front", key)
     return read_front(run.directory)
+
+
+def _where_trials_are(run: Run) -> str:
+    searched = run.directory.read_provenance().get("study", {}).get("storage", _place(run))
+    if searched == _place(run):
+        return "run llmprune search first"
+    if searched == run.directory.journal.name:
+        return "its search was made without --storage"
+    return f"its search was made with --storage {searched}"
+
+
+def _trials_of(storage: BaseStorage, name: str) -> list[FrozenTrial]:
+    """A study's finished trials, none if there is no study yet."""
+    if name not in optuna.get_all_study_names(storage):
+        return []
+    return finished_trials(optuna.load_study(storage=storage, study_name=name))
 
 
 def _measure_front(run: Run, chosen: Sequence[Record], beside: Mapping[Entrant, Architecture]) -> dict[str, Any]:
@@ -154,7 +238,8 @@ def _draws(run: Run) -> int:
 
 
 def _trials(run: Run) -> list[FrozenTrial]:
-    return finished_trials(open_study(open_journal(run.directory.journal), run.study_name, run.recipe.search))
+    with opened_storage(run.storage, run.directory.journal) as storage:
+        return _trials_of(storage, run.study_name)
 
 
 def read_front(directory: RunDirectory) -> dict[str, Any]:
@@ -210,7 +295,7 @@ def _write(run: Run, record: Record, to: Path, *, force: bool) -> dict[str, Any]
     own = [name for name, method in METHODS.items() if name == record["name"] and method.importance]
     library = run.baseline_libraries(own)[own[0]] if own else run.library
     child = prune(run.parent, architecture, library)
-    provenance = {key: value for key, value in run.directory.read_provenance().items() if key != "stages"}
+    provenance = {key: value for key, value in run.directory.read_provenance().items() if key not in _LOCAL}
     recipe = run.recipe.model_dump(mode="json")
     # A checkpoint travels: it names files, not the places they had on this machine.
     recipe["model"]["path"], recipe["export"]["to"] = run.parent.source, None

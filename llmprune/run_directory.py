@@ -47,6 +47,10 @@ class RunDirectory:
         return self.path / "tables.json"
 
     @property
+    def scores(self) -> Path:
+        return self.path / "scores"
+
+    @property
     def journal(self) -> Path:
         return self.path / "study.journal"
 

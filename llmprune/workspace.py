@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from llmprune.blocks.library import BlockLibrary, Plan, build_libraries, build_library
+from llmprune.blocks.library import BlockLibrary, Plan, build_libraries, build_library, load_library
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import TokenSplits, build_token_splits
 from llmprune.errors import RunDirectoryError
 from llmprune.files import read_json, write_json
 from llmprune.measure.host import fingerprint
-from llmprune.measure.quality import Quality, score
+from llmprune.measure.prefix import STATES_BYTES, PrefixScorer
+from llmprune.measure.score_store import ScoreStore, StoredScorer
 from llmprune.measure.throughput import Workload
 from llmprune.models.parent import Parent, check_lengths, load_parent
 from llmprune.progress import Show, silent
@@ -24,6 +26,7 @@ from llmprune.run_directory import RunDirectory, hash_of
 from llmprune.search.baselines.methods import METHODS
 from llmprune.search.budgets import parse_budget, parse_pick
 from llmprune.search.evaluate import Judge
+from llmprune.search.studies import StudyFacts
 from llmprune.search.tables import BlockTables, build_tables
 from llmprune.space import Space
 
@@ -34,13 +37,18 @@ PACKAGES = ("llmprune", "torch", "transformers", "accelerate", "datasets", "optu
 class Run:
     """One run at work: its directory, its recipe, and what its stages made, each loaded or computed when asked for.
 
-    The caller holds `directory.locked()`.
+    The caller holds `directory.locked()`, unless the run is `joined`: then it only reads the directory.
     """
 
     directory: RunDirectory
     recipe: Recipe
     show: Show = silent
-    _parent_qualities: dict[SplitName, Quality] = field(default_factory=dict)
+    storage: str | None = None
+    """URL of the study's storage; None is the run's journal file. May hold a password."""
+    joined: bool = False
+    say: Callable[[str], None] = lambda line: None
+    """Tells the user one line beside the steps that `show` draws."""
+    _scorers: dict[tuple[SplitName, str], StoredScorer] = field(default_factory=dict)
     _baseline_libraries: dict[str, BlockLibrary] = field(default_factory=dict)
 
     @classmethod
@@ -59,12 +67,20 @@ class Run:
         directory = RunDirectory(path)
         return cls(directory, directory.stored_recipe(), show)
 
+    @classmethod
+    def join(cls, path: Path, show: Show = silent, *, storage: str | None = None) -> Run:
+        """Take part, as a worker, in the search of the run that is there or is copied from where it was started."""
+        directory = RunDirectory(path)
+        return cls(directory, directory.stored_recipe(), show, storage, joined=True)
+
     @cached_property
     def parent(self) -> Parent:
         with self.show("loading the parent"):
             parent = load_parent(self.recipe.model)
             self.parent_hash = parent.hash
         check_lengths(parent, self.recipe)
+        if self.joined:
+            return parent
         known = self.directory.read_provenance().get("parent", {}).get("hash", self.parent_hash)
         if known != self.parent_hash:
             raise RunDirectoryError(
@@ -90,6 +106,10 @@ class Run:
     @cached_property
     def tokens(self) -> TokenSplits:
         path, tokenizer = self.directory.tokens, self.parent.tokenizer
+        if self.joined:
+            if not path.is_file():
+                raise RunDirectoryError(f"a worker needs {path}; copy it from the run directory of llmprune search")
+            return load_token_splits(path)
         assert tokenizer is not None, "a parent that was loaded has a tokenizer"
         key = hash_of(self.recipe.data.model_dump(mode="json"), self.parent_hash)
         if not self.directory.is_done("tokens", key, path):
@@ -103,6 +123,9 @@ class Run:
     @cached_property
     def library(self) -> BlockLibrary:
         split = self.tokens["calibration"]
+        input_hash = hash_of(self.parent_hash, split.hash)
+        if self.joined:
+            return load_library(self.directory.library, self.recipe.importance, self.space, input_hash=input_hash)
         with self.show("ordering and refitting blocks") as advance:
             return build_library(
                 self.parent,
@@ -110,7 +133,7 @@ class Run:
                 self.recipe.importance,
                 self.space,
                 self.directory.library,
-                input_hash=hash_of(self.parent_hash, split.hash),
+                input_hash=input_hash,
                 progress=advance,
             )
 
@@ -139,10 +162,34 @@ class Run:
         return hash_of(
             self.library.hash,
             self.tokens["search"].hash,
-            self.workload.to_json(),
+            self._workload_on_any_device(),
             fingerprint(),
             [search.objective, list(search.budgets)],
         )[:16]
+
+    def study_inputs(self) -> Iterator[tuple[str, str]]:
+        """Name and hash of all that decides what a trial means, the cheap ones first."""
+        search = self.recipe.search
+        yield "objective and budgets", hash_of(search.objective, list(search.budgets))
+        yield "space", hash_of(self.recipe.space.model_dump(mode="json"))
+        assert self.parent, "its hash is known once it is loaded"
+        yield "parent", self.parent_hash
+        yield "workload", hash_of(self._workload_on_any_device())
+        yield "calibration tokens", self.tokens["calibration"].hash
+        yield "search tokens", self.tokens["search"].hash
+        yield "library", self.library.hash
+
+    def study_facts(self) -> StudyFacts:
+        """What `search` writes into its study, for workers to compare."""
+        hashes = dict(self.study_inputs())
+        # The number of threads is the hardware's, unless the recipe names it.
+        workload = {**self._workload_on_any_device(), "threads": self.recipe.workload.threads}
+        key = hash_of({**hashes, "workload": hash_of(workload)})[:16]
+        return StudyFacts(self.study_name, key, hashes, fingerprint())
+
+    def _workload_on_any_device(self) -> dict[str, Any]:
+        """One of several like GPUs is as good as another."""
+        return {**self.workload.to_json(), "device": self.parent.device.type}
 
     @property
     def speed(self) -> str:
@@ -173,13 +220,25 @@ class Run:
             for name, i in wanted.items()
         }
 
+    def scorer(self, split: SplitName, library: BlockLibrary | None = None) -> StoredScorer:
+        """Scores children of the run's (or another) library on a split, none of them twice in the life of the run."""
+        library = library or self.library
+        key = split, library.hash
+        if key not in self._scorers:
+            # On validation tokens a few whole children are scored: hidden states would not be read again.
+            states = STATES_BYTES if split == "search" else 0
+            scorer = PrefixScorer(self.parent, library, self.tokens[split], parent_bytes=states, candidate_bytes=states)
+            made_of = hash_of(self.parent_hash, library.hash)
+            # The states of one library's children are of no use to another's, and take memory.
+            self._scorers = {k: s for k, s in self._scorers.items() if k[1] in (library.hash, self.library.hash)}
+            self._scorers[key] = StoredScorer(scorer, ScoreStore(self.directory.scores, made_of, self.tokens[split]))
+        return self._scorers[key]
+
     def judge(self, split: SplitName, repeats: int, baseline: BaselineName | None = None) -> Judge:
-        """What judges candidates, or a baseline's children, on a split; the parent is scored once for each split."""
-        if split not in self._parent_qualities:
-            self._parent_qualities[split] = score(self.parent.model, self.tokens[split])
-        quality = self._parent_qualities[split]
+        """What judges candidates, or a baseline's children, on a split."""
         library, finish = self.library, None
         if baseline is not None:
             library, complete = self.baseline_libraries([baseline])[baseline], METHODS[baseline].finish
             finish = partial(complete, self.parent, library) if complete else None
-        return Judge(self.parent, library, self.tokens[split], self.workload, repeats, quality, finish)
+        scorer = self.scorer(split, library)
+        return Judge(self.parent, library, self.tokens[split], self.workload, repeats, scorer, finish)

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from llmprune.architecture import BLOCK_KINDS, Architecture, BlockChoice
 from llmprune.blocks.library import BlockLibrary, build_library
 from llmprune.data.tokens import SourceTokens, Split
+from llmprune.measure.prefix import PrefixScorer
 from llmprune.measure.quality import score
 from llmprune.measure.throughput import Speed, Spread, Workload
 from llmprune.models.parent import Parent, make_parent
@@ -98,7 +99,7 @@ def nats_of(parent: Parent, library: BlockLibrary, architecture: Architecture) -
 
 def judge_of(parent: Parent, library: BlockLibrary, name: SplitName, finish: Any = None) -> Judge:
     split = random_split(name, seed=5 if name == "search" else 7)
-    return Judge(parent, library, split, WORKLOAD, 1, score(parent.model, split), finish)
+    return Judge(parent, library, split, WORKLOAD, 1, PrefixScorer(parent, library, split), finish)
 
 
 def paired_by_size(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -15,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tensors of tests are slower on several threads; and processes that tests start must make the same host fingerprint.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import postgres
 from tiny import paired_by_bytes, tiny_recipe
 
 from llmprune.models import checkpoint
@@ -63,3 +69,35 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def copied(finished_run: Finished, tmp_path: Path) -> Path:
     """A copy of the finished run's directory, to change."""
     return Path(shutil.copytree(finished_run.path, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A throw-away PostgreSQL server. Without PostgreSQL the test is skipped, but fails where it is required."""
+    if postgres.programs() is None or importlib.util.find_spec("psycopg") is None:
+        missing = "needs PostgreSQL's programs (Debian: apt-get install postgresql) and psycopg"
+        if os.environ.get("CI") or os.environ.get("LLMPRUNE_REQUIRE_POSTGRES") == "1":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    with postgres.running() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def proxy_url(postgres_url: str) -> Iterator[str]:
+    """`llmprune storage-proxy` before that server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = "import sys; sys.argv[0] = 'llmprune'; from llmprune.cli import main; main()"
+    command = [sys.executable, "-c", code, "storage-proxy", "--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen(
+        command, env={**os.environ, "LLMPRUNE_STORAGE": postgres_url}, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert f"grpc://127.0.0.1:{port}" in line and "llmprune:***@" in line, line + process.stderr.read()
+        try:
+            yield f"grpc://127.0.0.1:{port}"
+        finally:
+            process.kill()

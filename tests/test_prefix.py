@@ -13,7 +13,7 @@ from families import CASES, IDS, LAYERS, Case, Slices, tiny_model, tiny_parent, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprune.architecture import Architecture, BlockKind
+from llmprune.architecture import Architecture, AttentionChoice, BlockKind, FfnChoice
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.errors import ArchitectureError, ModelError
 from llmprune.measure.prefix import PrefixScorer
@@ -85,7 +85,9 @@ def changed(parent: Parent, *changes: tuple[int, BlockKind, int]) -> Architectur
     """The parent with some blocks changed: (layer, kind, units)."""
     architecture = parent.shape.architecture
     for layer, kind, units in changes:
-        architecture = architecture.with_units(layer, kind, units)
+        architecture = architecture.with_choice(
+            layer, AttentionChoice(units) if kind == "attention" else FfnChoice(units)
+        )
     return architecture
 
 
@@ -154,7 +156,7 @@ def test_the_parent_is_run_once_and_only_if_it_helps(parent: Parent) -> None:
 
 def test_a_candidate_starts_where_a_remembered_one_parts(parent: Parent) -> None:
     incumbent = changed(parent, (0, "ffn", 3), (1, "attention", 1))
-    mutants = [incumbent.with_units(3, "ffn", width) for width in (0, 17, 5)]
+    mutants = [incumbent.with_choice(3, FfnChoice(width)) for width in (0, 17, 5)]
     scorer = scorer_of(parent)
     scorer.score(incumbent)
     assert scorer.states_bytes == 0, "nobody asked to keep it"

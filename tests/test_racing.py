@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from llmprune.architecture import Architecture
+from llmprune.architecture import Architecture, FfnChoice
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.errors import ModelError
 from llmprune.measure.prefix import PrefixScorer
@@ -268,7 +268,7 @@ def test_the_head_of_a_split_is_a_split() -> None:
 def test_a_race_of_real_children_repeats_nothing() -> None:
     parent = tiny_parent(CASES[0])
     library, whole = Slices(parent), parent.shape.architecture
-    racing = [whole, *(whole.with_units(layer, "ffn", 0) for layer in range(4))]
+    racing = [whole, *(whole.with_choice(layer, FfnChoice(0)) for layer in range(4))]
     scorer = PrefixScorer(parent, library, SPLIT, batch_tokens=4 * SEQ_LEN)
     raced = race(scorer, SPLIT, racing)
     assert any(lane.kept for lane in raced)

@@ -109,7 +109,7 @@ def test_the_front_is_what_scripts_rely_on(finished_run: Finished) -> None:
 def test_a_run_directory_holds_what_the_design_says(finished_run: Finished) -> None:
     names = {path.name for path in finished_run.path.iterdir()}
     expected = {"recipe.yaml", "provenance.json", "tokens.safetensors", "library", "tables.json", "study.journal"}
-    assert names == {*expected, "front.json", "children", ".lock"}
+    assert names == {*expected, "front.json", "children", "scores", ".lock"}
     children = strict_json(finished_run.path / "front.json")["children"]
     assert {path.name for path in (finished_run.path / "children").iterdir()} == {child["hash"] for child in children}
     assert len(finished_hashes(finished_run.path)) == finished_run.recipe.search.trials
@@ -158,7 +158,7 @@ def test_raising_the_trials_goes_on(finished_run: Finished, copied: Path, judged
     outcome = search(run)
     assert (outcome.finished_trials, outcome.new_trials, outcome.stopped_by) == (7, 2, "trials")
     assert finished_hashes(copied)[:5] == before
-    assert len(judged) == 2
+    assert [line.split()[0] for line in judged].count("judge") == 2
     old = (copied / "front.json").read_bytes()
     front(run)
     assert (copied / "front.json").read_bytes() != old, "new trials, new front"

@@ -220,17 +220,19 @@ def test_a_session_that_died_while_queueing_is_completed(
 
 
 @pytest.mark.parametrize("judged", [0, 1, 4])
-def test_a_killed_session_costs_the_trial_in_flight_and_that_is_judged_again(judged: int, journal: Path) -> None:
+def test_an_interrupted_session_gives_its_trial_back_and_that_is_judged(judged: int, journal: Path) -> None:
     judge = FakeJudge(interrupt_at=judged)
     with pytest.raises(KeyboardInterrupt):
         run(journal, judge, starts=STARTS)
-    lost = open_study(open_journal(journal), "study", SearchRecipe()).trials[-1 if judged >= 3 else judged]
-    assert lost.state == TrialState.RUNNING
+    trials = open_study(open_journal(journal), "study", SearchRecipe()).trials
+    (given_back,) = [trial for trial in trials if trial.state == TrialState.FAIL]
+    (again,) = [trial for trial in trials if trial.user_attrs.get("retry_of") == given_back.number]
+    assert again.system_attrs["fixed_params"] == given_back.params
+    assert again.user_attrs.get("warm_start") == given_back.user_attrs.get("warm_start")
     judge.interrupt_at = None
     study, outcome = run(journal, judge, starts=STARTS)
     assert (outcome.finished_trials, outcome.new_trials) == (8, 8 - judged)
-    assert study.trials[lost.number].state == TrialState.FAIL
-    assert lost.user_attrs["hash"] in judge.seen
+    assert given_back.user_attrs["hash"] in judge.seen
     assert len(set(judge.seen)) == len(judge.seen) == 8
     assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
 

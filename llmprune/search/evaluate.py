@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -14,13 +15,21 @@ from llmprune.architecture import Architecture
 from llmprune.blocks.library import BlockLibrary
 from llmprune.data.tokens import Split
 from llmprune.measure.host import fingerprint
-from llmprune.measure.quality import Quality, score, score_windows
+from llmprune.measure.quality import Quality, quality_from_windows, score_windows
+from llmprune.measure.scores import WindowScores
 from llmprune.measure.throughput import Speed, Workload, measure_paired
+from llmprune.measure.turns import scoring, timing
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import Size, size_of
 from llmprune.models.surgery import prune
 
 Record = dict[str, Any]
+
+
+class Scorer(Protocol):
+    """Scores whole splits (see `measure.prefix` and `measure.score_store`)."""
+
+    def score(self, architecture: Architecture) -> WindowScores: ...
 
 
 @dataclass(frozen=True)
@@ -32,9 +41,16 @@ class Judge:
     split: Split
     workload: Workload
     repeats: int
-    parent_quality: Quality
+    scorer: Scorer
+    """Scores architectures of `library` on `split`, however cleverly."""
     finish: Callable[[PreTrainedModel, Architecture], None] | None = None
     """What is done to a pruned child before it is judged: what a checkpoint cannot hold, for comparison's sake."""
+
+    @cached_property
+    def parent_quality(self) -> Quality:
+        """The parent's own, on the same tokens."""
+        with scoring(self.workload.device):
+            return quality_from_windows(self.split, self._scored(self.parent.shape.architecture))
 
     def child(self, architecture: Architecture) -> PreTrainedModel:
         """The child that is judged."""
@@ -45,19 +61,31 @@ class Judge:
 
     def score(self, architecture: Architecture) -> Mapping[str, torch.Tensor]:
         """Each source's (N,) nats a window: quality alone, for methods that score many children."""
-        return score_windows(self.child(architecture), self.split)
+        with scoring(self.workload.device):
+            # A child that no checkpoint holds is no slice of the parent, so nothing of the parent's can be reused.
+            return score_windows(self.child(architecture), self.split) if self.finish else self._scored(architecture)
+
+    def _scored(self, architecture: Architecture) -> Mapping[str, torch.Tensor]:
+        return self.scorer.score(architecture).nats
+
+    def quality(self, architecture: Architecture) -> Quality:
+        """The figures of a child on all of the split."""
+        return quality_from_windows(self.split, self.score(architecture))
 
     def judge(self, architecture: Architecture, name: str) -> Record:
         """The whole record of a child: quality, speed paired with the parent, size."""
-        child = self.child(architecture)
-        quality = score(child, self.split)
-        _, (speed,) = measure_paired(self.parent.model, [child], self.workload, self.repeats)
+        quality = self.quality(architecture)
+        with scoring(self.workload.device):
+            child = self.child(architecture)
+        with timing(self.workload.device):
+            _, (speed,) = measure_paired(self.parent.model, [child], self.workload, self.repeats)
         return self._record(name, architecture, quality, speed, size_of(child, self.parent.shape, architecture))
 
     def parent_record(self) -> Record:
         """The parent's own record; its speed-ups are 1 by definition, its tokens per second measured."""
         architecture = self.parent.shape.architecture
-        speed, _ = measure_paired(self.parent.model, [self.parent.model], self.workload, self.repeats)
+        with timing(self.workload.device):
+            speed, _ = measure_paired(self.parent.model, [self.parent.model], self.workload, self.repeats)
         size = size_of(self.parent.model, self.parent.shape, architecture)
         return self._record("parent", architecture, self.parent_quality, speed, size)
 

@@ -1,7 +1,8 @@
-"""The search: an Optuna study over whole children, quality against measured speed, resumable after any end."""
+"""The search: an Optuna study over whole children, quality against measured speed, by any number of workers."""
 
 from __future__ import annotations
 
+import secrets
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
 from optuna.samplers.nsgaii import BaseMutation
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -19,20 +20,26 @@ from llmprune.architecture import Architecture
 from llmprune.errors import ArchitectureError, ModelError
 from llmprune.recipe import SearchRecipe
 from llmprune.search.budgets import metric_value, parse_budget
+from llmprune.search.claims import GAVE_WAY_TO, Answer, claim, has_room, known_trials
 from llmprune.search.evaluate import Judge, Record, is_finite
 from llmprune.search.parameters import suggest, to_params
-from llmprune.search.storage import WARM_START, reap_dead_trials
+from llmprune.search.reaping import WARM_START, Reaper, ask, release
+from llmprune.search.studies import DIRECTIONS, READY, TRIALS, set_attributes
+from llmprune.search.workers import Worker, at_work
 from llmprune.space import Space
 
 # A sampler that proposes known architectures only must not spin for ever.
 PROPOSALS_PER_TRIAL = 20
+
+SECONDS_BETWEEN_LOOKS = 0.5
+"""How often a worker that found no trial to do looks whether another died over one."""
 
 Report = Callable[[int, Record], None]
 
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """Why a search stopped, and what it had done by then."""
+    """Why a worker stopped, how many trials the study had by then, and how many of them this worker added."""
 
     finished_trials: int
     new_trials: int
@@ -54,12 +61,22 @@ def open_study(storage: optuna.storages.BaseStorage, name: str, recipe: SearchRe
     """Create or load the study called `name`: minimise nats per token, maximise the measured speed-up."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # `load_if_exists` would add a line to the journal each time.
-    if name in optuna.get_all_study_names(storage):
-        study = optuna.load_study(storage=storage, study_name=name)
-    else:
-        study = optuna.create_study(storage=storage, study_name=name, directions=["minimize", "maximize"])
+    try:
+        if name not in optuna.get_all_study_names(storage):
+            optuna.create_study(storage=storage, study_name=name, directions=DIRECTIONS)
+    except DuplicatedStudyError:
+        pass  # A search on another host made it in this moment.
+    study = optuna.load_study(storage=storage, study_name=name)
     # A resumed sampler must not repeat the draws of the session before.
     study.sampler = make_sampler(recipe, seed=recipe.seed + len(study.get_trials(deepcopy=False)))
+    return study
+
+
+def join_study(storage: optuna.storages.BaseStorage, name: str, recipe: SearchRecipe) -> optuna.Study:
+    """Load a study that `search` made, to work on it beside others."""
+    study = optuna.load_study(storage=storage, study_name=name)
+    # Two workers that start at once must not draw alike.
+    study.sampler = make_sampler(recipe, seed=secrets.randbits(32))
     return study
 
 
@@ -90,46 +107,118 @@ def run_study(
     starts: Sequence[tuple[str, Architecture]],
     report: Report | None = None,
 ) -> SearchOutcome:
-    """Judge architectures until the recipe's trials or minutes are used up.
+    """Set the study up for workers, and be the first of them."""
+    prepare_study(study, recipe, space, starts)
+    return work(study, judge, recipe, space, report)
 
-    Finished trials of earlier sessions count. A trial that was in flight when a session died is judged again. An
+
+def prepare_study(
+    study: optuna.Study, recipe: SearchRecipe, space: Space, starts: Sequence[tuple[str, Architecture]]
+) -> None:
+    """Set the trial budget that all workers share, and queue the starting points, unless an earlier session did."""
+    set_attributes(study, {TRIALS: recipe.trials})
+    _enqueue_once(study, space, starts)
+
+
+def work(
+    study: optuna.Study, judge: Judge, recipe: SearchRecipe, space: Space, report: Report | None = None
+) -> SearchOutcome:
+    """Judge architectures, beside any number of other workers, until the study's trials or our minutes are used up.
+
+    Finished trials of earlier sessions count. A trial that was in flight when its worker died is judged again. An
     architecture that is proposed a second time is told its known figures, and does not count.
     """
+    with at_work() as worker:
+        return _work(study, judge, recipe, space, report, worker)
+
+
+def _work(
+    study: optuna.Study,
+    judge: Judge,
+    recipe: SearchRecipe,
+    space: Space,
+    report: Report | None,
+    worker: Worker,
+) -> SearchOutcome:
     began = time.monotonic()
-    reap_dead_trials(study)
-    _enqueue_once(study, space, starts)
-    known = {str(trial.user_attrs["hash"]): trial for trial in finished_trials(study)}
-    before = len(known)
+    reaper, own = Reaper(study), 0
     proposals_left = PROPOSALS_PER_TRIAL * recipe.trials
-    stopped_by = "trials"
-    while len(known) < recipe.trials:
+
+    def outcome(stopped_by: str) -> SearchOutcome:
+        return SearchOutcome(len(finished_trials(study)), own, time.monotonic() - began, stopped_by)
+
+    while True:
+        trials, budget = reaper.reap(), study.user_attrs[TRIALS]
+        if len(known_trials(trials)) >= budget:
+            return outcome("trials")
         if recipe.minutes is not None and time.monotonic() - began > 60 * recipe.minutes:
-            stopped_by = "minutes"
-            break
-        if proposals_left == 0:
-            stopped_by = "no new proposals"
-            break
-        proposals_left -= 1
-        trial = study.ask()
-        if isinstance(study.sampler, optuna.samplers.BaseGASampler):
-            # A queued trial gets no generation by itself, and then never becomes a parent.
-            study.sampler.get_trial_generation(study, study.get_trials(deepcopy=False)[trial.number])
-        architecture = suggest(trial, space)
-        if architecture.hash in known:
-            _tell_again(study, trial, known[architecture.hash])
+            return outcome("minutes")
+        if not has_room(trials, budget):
+            # Others work on all that is left, but may die over it.
+            time.sleep(SECONDS_BETWEEN_LOOKS)
             continue
-        record = _judge(study, trial, architecture, judge, recipe)
+        if proposals_left == 0:
+            return outcome("no new proposals")
+        proposals_left -= 1
+        try:
+            record = _one_trial(study, judge, recipe, space, reaper, worker, budget)
+        except UpdateFinishedTrialError:
+            # This worker was silent for so long that another one took its trial.
+            continue
         if record is not None:
-            known[architecture.hash] = study.get_trials(deepcopy=False)[trial.number]
+            own += 1
             if report:
-                report(len(known), record)
-    return SearchOutcome(len(known), len(known) - before, time.monotonic() - began, stopped_by)
+                report(len(finished_trials(study)), record)
+
+
+def _one_trial(
+    study: optuna.Study,
+    judge: Judge,
+    recipe: SearchRecipe,
+    space: Space,
+    reaper: Reaper,
+    worker: Worker,
+    budget: int,
+) -> Record | None:
+    """Ask for an architecture, claim it, judge it; None if that came to nothing.
+
+    Raises UpdateFinishedTrialError if the trial was taken from this worker.
+    """
+    trial, pulse = ask(study, worker)
+    try:
+        with pulse:
+            if isinstance(study.sampler, optuna.samplers.BaseGASampler):
+                # A queued trial gets no generation by itself, and then never becomes a parent.
+                study.sampler.get_trial_generation(study, study.get_trials(deepcopy=False)[trial.number])
+            architecture = suggest(trial, space)
+            answer, other = claim(study, trial, architecture, budget, reaper)
+            if answer is Answer.GO_ON:
+                return _judge(study, trial, architecture, judge, recipe)
+    except UpdateFinishedTrialError:
+        raise
+    except BaseException:
+        # Ctrl-C, or a fault: what was in flight is done by whoever comes next.
+        release(study, trial)
+        raise
+    if answer is Answer.REPEATS:
+        assert other is not None
+        _tell_again(study, trial, other)
+    elif answer is Answer.NO_PLACE and _was_queued(study, trial):
+        # A starting point, or what a dead worker left: kept for a search that goes on.
+        release(study, trial)
+    else:
+        trial.set_user_attr(GAVE_WAY_TO, None if other is None else other.number)
+        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+    return None
+
+
+def _was_queued(study: optuna.Study, trial: Trial) -> bool:
+    return "fixed_params" in study.get_trials(deepcopy=False)[trial.number].system_attrs
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that judged an architecture, each architecture once."""
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [trial for trial in complete if "record" in trial.user_attrs]
+    return list(known_trials(study.get_trials(deepcopy=False)).values())
 
 
 def records(study: optuna.Study) -> list[Record]:
@@ -141,8 +230,6 @@ def _judge(
     study: optuna.Study, trial: Trial, architecture: Architecture, judge: Judge, recipe: SearchRecipe
 ) -> Record | None:
     """Judge, store and tell one trial; None (and a failed trial) if the child cannot run or gives NaN."""
-    trial.set_user_attr("hash", architecture.hash)
-    trial.set_user_attr("architecture", architecture.to_json())
     try:
         record = judge.judge(architecture, f"trial-{trial.number}")
     except (ArchitectureError, ModelError) as error:
@@ -155,28 +242,28 @@ def _judge(
     for text in recipe.budgets:
         budget = parse_budget(text)
         trial.set_constraint(str(budget), budget.violation(metric_value(record, budget.metric)))
-    study.tell(trial, [record["nats_per_token"], metric_value(record, f"{recipe.objective}_speedup")])
-    return record
+    values = [record["nats_per_token"], metric_value(record, f"{recipe.objective}_speedup")]
+    told = study.tell(trial, values, skip_if_finished=True)
+    return record if told.state == TrialState.COMPLETE else None
 
 
 def _fail(study: optuna.Study, trial: Trial, reason: str) -> None:
     trial.set_user_attr("failed_because", reason)
-    study.tell(trial, state=TrialState.FAIL)
+    study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _tell_again(study: optuna.Study, trial: Trial, known: FrozenTrial) -> None:
-    trial.set_user_attr("hash", known.user_attrs["hash"])
     trial.set_user_attr("repeats_trial", known.number)
     for key, value in known.constraints.items():
         trial.set_constraint(key, value)
-    study.tell(trial, known.values)
+    study.tell(trial, known.values, skip_if_finished=True)
 
 
 def _enqueue_once(study: optuna.Study, space: Space, starts: Sequence[tuple[str, Architecture]]) -> None:
     """Queue the warm starts, unless an earlier session did; one that died between two of them is completed."""
-    if study.user_attrs.get("warm_starts_queued"):
+    if study.user_attrs.get(READY):
         return
     for label, architecture in starts:
         attributes: dict[str, Any] = {WARM_START: label}
         study.enqueue_trial(to_params(architecture, space), user_attrs=attributes, skip_if_exists=True)
-    study.set_user_attr("warm_starts_queued", True)
+    study.set_user_attr(READY, True)

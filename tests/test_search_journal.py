@@ -10,10 +10,9 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.trial import TrialState
 
 from llmprune.errors import RunDirectoryError
-from llmprune.search.storage import cut_torn_line, open_journal, reap_dead_trials
+from llmprune.search.journal import cut_torn_line, open_journal
 
 FINISHED = 3
 
@@ -133,33 +132,29 @@ def test_a_journal_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         open_journal(tmp_path / "study.journal")
 
 
-def test_a_trial_in_flight_is_failed_and_proposed_again(journal: Path) -> None:
-    in_flight = open_study(journal).ask()
-    in_flight.suggest_int("x", 0, 9)
-    in_flight.suggest_int("y", 0, 9)
-    study = open_study(journal)
-    assert reap_dead_trials(study) == 1
-    assert reap_dead_trials(study) == 0
-    assert study.trials[in_flight.number].state == TrialState.FAIL
-    again = study.ask()
-    assert {"x": again.suggest_int("x", 0, 9), "y": again.suggest_int("y", 0, 9)} == in_flight.params
+def test_what_a_killed_writer_leaves_is_cut_before_another_writes(journal: Path) -> None:
+    # Both have the journal open when a third is killed in the middle of a line.
+    first, second = open_study(journal), open_study(journal)
+    with journal.open("ab") as file:
+        file.write(b'{"op_code":4,"worker_id":"x"' + b"," * 10_000)
+    judge_one(first)
+    judge_one(second)
+    assert states(journal) == ["COMPLETE"] * (FINISHED + 2)
+    assert [trial.state.name for trial in first.get_trials()] == ["COMPLETE"] * (FINISHED + 2)
 
 
-@pytest.mark.parametrize("suggested", [0, 1, 2])
-def test_a_queued_trial_in_flight_keeps_all_its_parameters(journal: Path, suggested: int) -> None:
-    study, queued = open_study(journal), {"x": 3, "y": 7}
-    study.enqueue_trial(queued, user_attrs={"warm_start": "parent"})
-    in_flight = study.ask()
-    for name in list(queued)[:suggested]:
-        in_flight.suggest_int(name, 0, 9)
-    study = open_study(journal)
-    reap_dead_trials(study)
-    again = study.ask()
-    assert {name: again.suggest_int(name, 0, 9) for name in queued} == queued
-    assert again.user_attrs["warm_start"] == "parent"
-
-
-def test_a_trial_that_proposed_nothing_is_failed_only(journal: Path) -> None:
-    open_study(journal).ask()
-    assert reap_dead_trials(open_study(journal)) == 1
-    assert states(journal) == ["COMPLETE"] * FINISHED + ["FAIL"]
+def test_opening_waits_for_who_writes(journal: Path) -> None:
+    # Half a line of a process that is alive is no torn line.
+    with journal.open("ab") as file, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(b'{"op_code":5,')
+        file.flush()
+        opening = pool.submit(open_journal, journal)
+        with pytest.raises(TimeoutError):
+            opening.result(timeout=0.2)
+        file.write(b'"worker_id":"x","trial_id":99}\n')
+        file.flush()
+        whole = journal.read_bytes()
+        fcntl.flock(file, fcntl.LOCK_UN)
+        opening.result(timeout=10)
+    assert journal.read_bytes() == whole
