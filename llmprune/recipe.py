@@ -14,6 +14,8 @@ SplitName = Literal["calibration", "search", "validation", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("calibration", "search", "validation", "test")
 Objective = Literal["decode", "prefill"]
 SpaceSize = Literal["small", "layer", "medium", "large"]
+SamplerName = Literal["slp", "evopress", "linas", "spdy", "nsga2", "nsga3", "tpe", "gp", "random"]
+OPTUNA_SAMPLERS: tuple[SamplerName, ...] = ("nsga2", "nsga3", "tpe", "gp", "random")
 BaselineName = Literal["uniform", "magnitude", "wanda-sp", "flap", "shortgpt", "sleb", "blockpruner", "milp", "random"]
 BASELINE_NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
 
@@ -96,6 +98,21 @@ class ImportanceRecipe(_Strict):
     damp: float = Field(0.01, gt=0, description="ridge, as a share of the mean diagonal of X^T X")
 
 
+class TablesRecipe(_Strict):
+    """What each choice costs in nats and saves in time, put alone into the parent."""
+
+    tokens: int = Field(4_096, ge=64, description="calibration tokens that choices are scored on")
+    exact: tuple[Literal["attention", "ffn", "drops"], ...] = Field(
+        (),
+        description="blocks (or whole-block drops) scored by putting each choice into the parent, in place of the "
+        "estimate from one backward pass",
+    )
+    path_tokens: int = Field(
+        4_096, ge=64, description="calibration tokens of each estimate along the path of seeds, and of slp's"
+    )
+    path_step: float = Field(1.06, gt=1, description="factor in speed-up between two estimates along the path")
+
+
 class SpaceRecipe(_Strict):
     """Which choices a search may make."""
 
@@ -112,15 +129,27 @@ class SpaceRecipe(_Strict):
 class SearchRecipe(_Strict):
     """How architectures are proposed, and when to stop."""
 
-    sampler: Literal["nsga2", "nsga3", "tpe", "gp", "random"] = "nsga2"
+    sampler: SamplerName = Field(
+        "slp",
+        description="Optuna's own (nsga2 nsga3 tpe gp random), or guided towards the targets by the tables: slp solves "
+        "the knapsack anew at the best child so far, linas searches on predictors, evopress trades rungs at equal "
+        "time, spdy searches the layers' sensitivity coefficients",
+    )
+    reward: Literal["front", "mnas-soft", "mnas-hard"] = Field(
+        "front",
+        description="front: two objectives, quality and speed; mnas-soft, mnas-hard: MnasNet's scalar reward for the "
+        "one target, for Optuna's single-objective search",
+    )
     objective: Objective = Field("decode", description="which measured speed is the second objective")
     budgets: tuple[str, ...] = Field(
         (),
         description="constraints such as 'decode_speedup>=1.3' or 'params<=1e8'; a trial that breaks one is kept, "
         "but ranks behind all that hold them",
     )
-    warm_starts: tuple[Annotated[float, Field(gt=1)], ...] = Field(
-        (1.15, 1.3, 1.5, 2.0), description="speed-ups that the first trials aim at"
+    targets: tuple[Annotated[float, Field(gt=1)], ...] = Field(
+        (1.15, 1.3, 1.5, 2.0),
+        min_length=1,
+        description="speed-ups that the seeds and the guided samplers aim at, in turn",
     )
     population: int = Field(
         12, ge=2, description="population of the evolutionary samplers; seeds fill the first one before chance does"
@@ -128,6 +157,15 @@ class SearchRecipe(_Strict):
     trials: int = Field(100, ge=1, description="stop after this many finished trials")
     minutes: float | None = Field(None, gt=0, description="or after this many minutes, whichever comes first")
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_target_of_a_reward(self) -> SearchRecipe:
+        if self.reward != "front" and (len(self.targets) != 1 or self.sampler not in OPTUNA_SAMPLERS):
+            raise ValueError(
+                f"reward={self.reward} rewards one target with one of Optuna's samplers "
+                f"({', '.join(OPTUNA_SAMPLERS)}); got targets={list(self.targets)}, sampler={self.sampler}"
+            )
+        return self
 
 
 class FrontRecipe(_Strict):
@@ -170,6 +208,7 @@ class Recipe(_Strict):
     data: DataRecipe
     workload: WorkloadRecipe = WorkloadRecipe()
     importance: ImportanceRecipe = ImportanceRecipe()
+    tables: TablesRecipe = TablesRecipe()
     space: SpaceRecipe = SpaceRecipe()
     search: SearchRecipe = SearchRecipe()
     front: FrontRecipe = FrontRecipe()

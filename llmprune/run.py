@@ -29,6 +29,7 @@ from llmprune.search.baselines.methods import ALL_TABLES, METHODS
 from llmprune.search.budgets import Pick, parse_budget, parse_pick, pick_record
 from llmprune.search.evaluate import RECORD_KEYS, Record, is_finite
 from llmprune.search.front import candidates_for_front, holding_budgets, non_dominated
+from llmprune.search.samplers.make import GUIDED
 from llmprune.search.storage import masked, opened_storage
 from llmprune.search.studies import Candidate, check_inputs, elsewhere, on_this_hardware, studies_of_run
 from llmprune.search.study import (
@@ -58,9 +59,12 @@ def start_study(run: Run, storage: BaseStorage) -> optuna.Study:
     """All that the trials of a search need, made or loaded, and its study, ready for workers."""
     rules = run.recipe.search
     tables, facts = run.tables, run.study_facts()
-    study = open_study(storage, facts.name, rules)
+    study = open_study(storage, facts.name, rules, run.guide)
     facts.write(study, rules.trials)
-    starts = warm_starts(tables.delta_nats, tables.influence, tables.costs, rules.objective, rules.warm_starts)
+    starts = warm_starts(tables.delta_nats, tables.influence, tables.costs, rules.objective, rules.targets, run.path)
+    if rules.sampler in GUIDED:
+        # They need somewhere to start from; a population would need variety as well.
+        starts = [start for start in starts if start[0] == "parent" or start in run.path]
     prepare_study(study, rules, run.space, starts)
     noted = {"run": facts.run, "storage": _place(run)}
     if run.directory.read_provenance().get("study") != noted:
@@ -88,7 +92,7 @@ def worker(run: Run, report: Report | None = None) -> SearchOutcome:
         _tell_of_other_hardware(run, found)
         joined = on_this_hardware(found, fingerprint(), place)
         check_inputs(joined, run.study_inputs())
-        return _work(run, join_study(storage, joined.name, run.recipe.search), report)
+        return _work(run, join_study(storage, joined.name, run.recipe.search, run.guide), report)
 
 
 def _work(run: Run, study: optuna.Study, report: Report | None) -> SearchOutcome:

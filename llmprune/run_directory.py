@@ -17,7 +17,7 @@ from llmprune.files import atomic_path, read_json, write_json
 from llmprune.recipe import Recipe, load_recipe, to_yaml
 
 # Changing one of these in mid-run would mix figures that do not compare.
-FIXED_SECTIONS = ("model", "data", "workload", "importance", "space")
+FIXED_SECTIONS = ("model", "data", "workload", "importance", "tables", "space")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class RunDirectory:
     @property
     def tables(self) -> Path:
         return self.path / "tables.json"
+
+    @property
+    def seeds(self) -> Path:
+        return self.path / "seeds.json"
 
     @property
     def scores(self) -> Path:

@@ -175,6 +175,7 @@ def baselines_table(result: Mapping[str, Any]) -> Table:
         "~ interpolated between two measured children. Minutes of choosing; evals: forward passes over the search "
         "tokens, passes for statistics and tables included",
         caption_justify="left",
+        min_width=90,
     )
     table.add_column("method")
     for at in targets:

@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llmprune.architecture import Architecture
 from llmprune.blocks.library import BlockLibrary, Plan, build_libraries, build_library, load_library
+from llmprune.blocks.sensitivity import DeltaNats, estimate_delta_nats
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import TokenSplits, build_token_splits
 from llmprune.errors import RunDirectoryError
 from llmprune.files import read_json, write_json
 from llmprune.measure.host import fingerprint
 from llmprune.measure.prefix import STATES_BYTES, PrefixScorer
+from llmprune.measure.quality import quality_from_windows
+from llmprune.measure.racing import race
 from llmprune.measure.score_store import ScoreStore, StoredScorer
 from llmprune.measure.throughput import Workload
+from llmprune.measure.turns import scoring
 from llmprune.models.parent import Parent, check_lengths, load_parent
 from llmprune.progress import Show, silent
-from llmprune.recipe import BaselineName, Recipe, SplitName
+from llmprune.recipe import BaselineName, Recipe, SearchRecipe, SplitName
 from llmprune.run_directory import RunDirectory, hash_of
+from llmprune.search.allocate import Allocator
 from llmprune.search.baselines.methods import METHODS
 from llmprune.search.budgets import parse_budget, parse_pick
 from llmprune.search.evaluate import Judge
+from llmprune.search.path import path
+from llmprune.search.samplers.guide import Guide
 from llmprune.search.studies import StudyFacts
 from llmprune.search.tables import BlockTables, build_tables
+from llmprune.search.warm_starts import MARGIN
 from llmprune.space import Space
 
 PACKAGES = ("llmprune", "torch", "transformers", "accelerate", "datasets", "optuna", "numpy")
+ESTIMATES_KEPT = 8
+"""Tables that are remembered: a guided sampler asks for the same few incumbents again and again."""
 
 
 @dataclass
@@ -48,6 +59,7 @@ class Run:
     joined: bool = False
     say: Callable[[str], None] = lambda line: None
     """Tells the user one line beside the steps that `show` draws."""
+    _estimates: dict[Architecture, DeltaNats] = field(default_factory=dict)
     _scorers: dict[tuple[SplitName, str], StoredScorer] = field(default_factory=dict)
     _baseline_libraries: dict[str, BlockLibrary] = field(default_factory=dict)
 
@@ -140,7 +152,8 @@ class Run:
     @cached_property
     def tables(self) -> BlockTables:
         path = self.directory.tables
-        key = hash_of(self.library.hash, self.workload.to_json(), fingerprint())
+        rules = self.recipe.tables
+        key = hash_of(self.library.hash, self.workload.to_json(), fingerprint(), rules.tokens, rules.exact)
         if not self.directory.is_done("tables", key, path):
             tables = build_tables(
                 self.parent,
@@ -148,12 +161,62 @@ class Run:
                 self.library,
                 self.workload,
                 self.recipe.workload.repeats,
-                tokens=self.recipe.data.search_tokens,
+                rules,
                 show=self.show,
             )
             write_json(path, tables.to_json())
             self.directory.mark_done("tables", key)
         return BlockTables.from_json(self.space, read_json(path))
+
+    def estimate(self, at: Architecture) -> DeltaNats:
+        """Estimated nats a token of every choice, put alone into an architecture; the last few are remembered."""
+        if at not in self._estimates:
+            with scoring(self.workload.device):
+                found = estimate_delta_nats(
+                    self.parent,
+                    self.tokens["calibration"],
+                    self.library,
+                    tokens=self.recipe.tables.path_tokens,
+                    at=at,
+                )
+            oldest = list(self._estimates)[: len(self._estimates) + 1 - ESTIMATES_KEPT]
+            self._estimates = {a: e for a, e in self._estimates.items() if a not in oldest} | {at: found}
+        return self._estimates[at]
+
+    @cached_property
+    def path(self) -> list[tuple[str, Architecture]]:
+        """Labelled seeds, one for each of the recipe's targets that the path reaches."""
+        search, rules, tables = self.recipe.search, self.recipe.tables, self.tables
+        file, costs = self.directory.seeds, tables.costs
+        key = hash_of(self.library.hash, tables.to_json(), search.objective, search.targets, rules.model_dump())
+        if not self.directory.is_done("seeds", key, file):
+            with self.show("walking from the parent to the targets") as advance:
+                aims = [target * MARGIN for target in search.targets]
+                found = dict(path(self.estimate, costs, search.objective, aims, step=rules.path_step, progress=advance))
+            seeds = [
+                {"label": f"path-{target:g}x", "architecture": found[aim].to_json()}
+                for target, aim in zip(search.targets, aims, strict=True)
+                if aim in found
+            ]
+            write_json(file, seeds)
+            self.directory.mark_done("seeds", key)
+        return [(seed["label"], Architecture.from_json(seed["architecture"])) for seed in read_json(file)]
+
+    @cached_property
+    def guide(self) -> Guide:
+        """What guided samplers know."""
+        tables, search = self.tables, self.recipe.search
+        allocator = Allocator(tables.delta_nats, tables.costs)
+        return Guide(allocator, search.objective, search.targets, self._winner, self.estimate)
+
+    def _winner(self, candidates: Sequence[Architecture]) -> Architecture:
+        """The best of several candidates in a race on the search tokens; the first if none computes numbers."""
+        split = self.tokens["search"]
+        with scoring(self.workload.device):
+            raced = race(self.scorer("search"), split, candidates)
+        finalists = {r.architecture: r.scores for r in raced if r.kept and r.scores is not None}
+        nats = {a: quality_from_windows(split, scores.nats).nats_per_token for a, scores in finalists.items()}
+        return min(nats, key=nats.__getitem__, default=candidates[0])
 
     @property
     def study_name(self) -> str:
@@ -164,13 +227,13 @@ class Run:
             self.tokens["search"].hash,
             self._workload_on_any_device(),
             fingerprint(),
-            [search.objective, list(search.budgets)],
+            [search.objective, list(search.budgets), *_rewarded(search)],
         )[:16]
 
     def study_inputs(self) -> Iterator[tuple[str, str]]:
         """Name and hash of all that decides what a trial means, the cheap ones first."""
         search = self.recipe.search
-        yield "objective and budgets", hash_of(search.objective, list(search.budgets))
+        yield "objective and budgets", hash_of(search.objective, list(search.budgets), *_rewarded(search))
         yield "space", hash_of(self.recipe.space.model_dump(mode="json"))
         assert self.parent, "its hash is known once it is loaded"
         yield "parent", self.parent_hash
@@ -242,3 +305,8 @@ class Run:
             finish = partial(complete, self.parent, library) if complete else None
         scorer = self.scorer(split, library)
         return Judge(self.parent, library, self.tokens[split], self.workload, repeats, scorer, finish)
+
+
+def _rewarded(search: SearchRecipe) -> list[Any]:
+    """What a scalar reward depends on; nothing where there is none."""
+    return [] if search.reward == "front" else [search.reward, list(search.targets)]

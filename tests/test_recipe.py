@@ -61,7 +61,7 @@ def test_the_default_and_the_demo_come_along() -> None:
         ("search.trials=1.5", "search.trials: Input should be a valid integer"),
         ("search.minutes=.inf", "search.minutes: Input should be a finite number"),
         ("search.sampler=annealing", "search.sampler: Input should be 'nsga2', 'nsga3', 'tpe', 'gp' or 'random'"),
-        ("search.warm_starts=[1.2, 0.9]", "search.warm_starts.1: Input should be greater than 1, got 0.9"),
+        ("search.targets=[1.2, 0.9]", "search.targets.1: Input should be greater than 1, got 0.9"),
         ("search.budgets=params<=5", "search.budgets: Input should be a valid tuple"),
         ("importance.damp=.nan", "importance.damp: Input should be"),
         ("workload.generated_tokens=1", "workload.generated_tokens: Input should be greater than or equal to 2"),
@@ -114,7 +114,7 @@ def test_overrides_are_yaml_and_the_last_one_counts(recipe_file: Path) -> None:
     overrides = [
         "search.trials=7",
         "search.trials=8",
-        "search.warm_starts=[1.1, 2]",
+        "search.targets=[1.1, 2]",
         "search.budgets=['params<=1e8']",
         "front.random_draws=null",
         "importance.refit=false",
@@ -122,7 +122,7 @@ def test_overrides_are_yaml_and_the_last_one_counts(recipe_file: Path) -> None:
         'export.pick="decode_speedup>=1.5"',
     ]
     recipe = load_recipe(recipe_file, overrides)
-    assert (recipe.search.trials, recipe.search.warm_starts) == (8, (1.1, 2.0))
+    assert (recipe.search.trials, recipe.search.targets) == (8, (1.1, 2.0))
     assert recipe.search.budgets == ("params<=1e8",)
     assert recipe.front.random_draws is None and not recipe.importance.refit
     assert [(source.name, source.weight) for source in recipe.data.sources] == [("b", 3.0), ("c", 1.0)]

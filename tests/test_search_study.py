@@ -20,8 +20,9 @@ from tiny import linear_costs, record_of, tiny_space
 
 from llmprune.architecture import Architecture, FfnChoice
 from llmprune.recipe import SearchRecipe
+from llmprune.search.samplers.make import OneRung, make_sampler
 from llmprune.search.storage import open_journal
-from llmprune.search.study import OneRung, SearchOutcome, finished_trials, make_sampler, open_study, records, run_study
+from llmprune.search.study import SearchOutcome, finished_trials, open_study, records, run_study
 from llmprune.space import Space
 
 SPACE = tiny_space(layers=3)

@@ -1,10 +1,9 @@
 """A path of children, each a small step from the last, so that later steps know what earlier ones have taken away.
 
-Additive tables are made once, at the parent. Their sums mislead as soon as blocks lean on each other, most for depth
-(ALGORITHMS: an additive score picked a depth cut that an iterative ranking beat by far). Here the table is estimated
-anew at every step, at the child that the path has reached, and the knapsack may change only a few decisions before
-the next estimate: sequential linear programming with a trust region, the way greedy removal (SLEB, arXiv 2402.09025)
-re-ranks after every block, but over all choices at once and for one backward pass a step.
+Additive tables are made once, at the parent, and their sums mislead as soon as blocks lean on each other. Here the
+table is estimated anew at every step, at the child that the path has reached, and the knapsack may change only a few
+decisions before the next estimate: sequential linear programming with a trust region. It is what greedy removal does
+when it re-ranks after every block (SLEB, arXiv 2402.09025), over all choices at once and for one backward pass a step.
 """
 
 from __future__ import annotations
@@ -12,36 +11,50 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from llmprune.architecture import Architecture
+from llmprune.progress import Advance
 from llmprune.search.allocate import Allocator, Near, Scores
 from llmprune.search.costs import CostTable
 
-STEP = 1.06
-"""Factor in speed-up from one estimate to the next."""
 CHANGED_A_STEP = 1 / 4
 """Share of the decisions that a step may change."""
 
-Estimate = Callable[[Architecture], Scores]
-"""Estimated nats a token of every choice, put alone into an architecture (see `estimate_delta_nats`)."""
-
 
 def path(
-    estimate: Estimate, costs: CostTable, phase: str, speedups: Sequence[float], *, step: float = STEP
+    estimate: Callable[[Architecture], Scores],
+    costs: CostTable,
+    phase: str,
+    speedups: Sequence[float],
+    *,
+    step: float,
+    progress: Advance,
 ) -> Iterator[tuple[float, Architecture]]:
     """For each of the estimated `speedups`, ascending, the child that the path reaches it with.
 
-    Ends early if the space has nothing as fast.
+    `estimate` gives the nats a token of every choice, put alone into an architecture; it is asked once for every factor
+    `step` (or less) in speed-up. Ends early if the space has nothing as fast.
     """
     space = costs.space
     radius = max(2, round(CHANGED_A_STEP * len(space.decisions)))
-    at, reached = space.shape.architecture, 1.0
-    for speedup in sorted(speedups):
-        while reached < speedup:
-            # Equal steps, none longer than `step`, the last of which ends at the speed-up.
-            left = speedup / reached
-            reached *= left if left <= step else min(step, left ** (1 / 2)) if left < step**2 else step
-            allocator, wanted = Allocator(estimate(at), costs), {phase: reached}
-            found = allocator.best(wanted, near=Near(at, radius)) or allocator.best(wanted)
-            if found is None:
-                return
-            at = found
-        yield speedup, at
+    at, stops = space.shape.architecture, _stops(speedups, step)
+    for done, reached in enumerate(stops):
+        progress(done, len(stops))
+        allocator, wanted = Allocator(estimate(at), costs), {phase: reached}
+        found = allocator.best(wanted, near=Near(at, radius)) or allocator.best(wanted)
+        if found is None:
+            return
+        at = found
+        if reached in speedups:
+            yield reached, at
+    progress(len(stops), len(stops))
+
+
+def _stops(speedups: Sequence[float], step: float) -> list[float]:
+    """Speed-ups on the way, no two further apart than a factor `step`, the wanted ones among them."""
+    stops, reached = [], 1.0
+    for speedup in sorted(set(speedups)):
+        while reached * step < speedup:
+            reached *= step
+            stops.append(reached)
+        stops.append(speedup)
+        reached = speedup
+    return stops

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import optuna
 from optuna.storages import BaseStorage
-from optuna.study import StudyDirection
 
 from llmprune.errors import StorageError
 from llmprune.search.claims import known_trials
@@ -20,9 +19,6 @@ TRIALS = "trials"
 
 READY = "warm_starts_queued"
 """User attribute of a study that `search` has set up, so that workers may join."""
-
-DIRECTIONS = [StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE]
-"""Nats per token, and the measured speed-up."""
 
 _FIXES = {
     "parent": "give the worker the same model files (model.path)",

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import optuna
-from numpy.typing import NDArray
-from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
-from optuna.samplers.nsgaii import BaseMutation
+from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from llmprune.architecture import Architecture
@@ -24,7 +20,10 @@ from llmprune.search.claims import GAVE_WAY_TO, Answer, claim, has_room, known_t
 from llmprune.search.evaluate import Judge, Record, is_finite
 from llmprune.search.parameters import suggest, to_params
 from llmprune.search.reaping import WARM_START, Reaper, ask, release
-from llmprune.search.studies import DIRECTIONS, READY, TRIALS, set_attributes
+from llmprune.search.reward import directions_of, values_of
+from llmprune.search.samplers.guide import Guide
+from llmprune.search.samplers.make import make_sampler
+from llmprune.search.studies import READY, TRIALS, set_attributes
 from llmprune.search.workers import Worker, at_work
 from llmprune.space import Space
 
@@ -47,56 +46,32 @@ class SearchOutcome:
     stopped_by: str
 
 
-class OneRung(BaseMutation):
-    """Move a block one rung up or down its ladder. Optuna's own choice is any rung: with sixty blocks that soon drops
-    one that the model cannot do without."""
-
-    def mutation(
-        self, param: float, rng: np.random.RandomState, study: optuna.Study, search_space_bounds: NDArray[np.float64]
-    ) -> float:
-        return float(np.clip(param + rng.choice((-1.0, 1.0)), *search_space_bounds))
-
-
-def open_study(storage: optuna.storages.BaseStorage, name: str, recipe: SearchRecipe) -> optuna.Study:
-    """Create or load the study called `name`: minimise nats per token, maximise the measured speed-up."""
+def open_study(
+    storage: optuna.storages.BaseStorage, name: str, recipe: SearchRecipe, guide: Guide | None = None
+) -> optuna.Study:
+    """Create or load the study called `name`: minimise nats per token and maximise the measured speed-up, or maximise
+    the recipe's reward. Guided samplers need a `guide` to propose."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # `load_if_exists` would add a line to the journal each time.
     try:
         if name not in optuna.get_all_study_names(storage):
-            optuna.create_study(storage=storage, study_name=name, directions=DIRECTIONS)
+            optuna.create_study(storage=storage, study_name=name, directions=directions_of(recipe))
     except DuplicatedStudyError:
         pass  # A search on another host made it in this moment.
     study = optuna.load_study(storage=storage, study_name=name)
     # A resumed sampler must not repeat the draws of the session before.
-    study.sampler = make_sampler(recipe, seed=recipe.seed + len(study.get_trials(deepcopy=False)))
+    study.sampler = make_sampler(recipe, draws=len(study.get_trials(deepcopy=False)), guide=guide)
     return study
 
 
-def join_study(storage: optuna.storages.BaseStorage, name: str, recipe: SearchRecipe) -> optuna.Study:
+def join_study(
+    storage: optuna.storages.BaseStorage, name: str, recipe: SearchRecipe, guide: Guide | None = None
+) -> optuna.Study:
     """Load a study that `search` made, to work on it beside others."""
     study = optuna.load_study(storage=storage, study_name=name)
     # Two workers that start at once must not draw alike.
-    study.sampler = make_sampler(recipe, seed=secrets.randbits(32))
+    study.sampler = make_sampler(recipe, draws=secrets.randbits(32), guide=guide)
     return study
-
-
-def make_sampler(recipe: SearchRecipe, *, seed: int) -> optuna.samplers.BaseSampler:
-    """The recipe's sampler, ready for two objectives and constraints."""
-    samplers = optuna.samplers
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        match recipe.sampler:
-            case "nsga2":
-                return samplers.NSGAIISampler(population_size=recipe.population, mutation=OneRung(), seed=seed)
-            case "nsga3":
-                return samplers.NSGAIIISampler(population_size=recipe.population, mutation=OneRung(), seed=seed)
-            case "tpe":
-                # Off by default with several objectives, and layers do depend on each other.
-                return samplers.TPESampler(multivariate=True, seed=seed)
-            case "gp":
-                return samplers.GPSampler(seed=seed)
-            case "random":
-                return samplers.RandomSampler(seed=seed)
 
 
 def run_study(
@@ -242,8 +217,7 @@ def _judge(
     for text in recipe.budgets:
         budget = parse_budget(text)
         trial.set_constraint(str(budget), budget.violation(metric_value(record, budget.metric)))
-    values = [record["nats_per_token"], metric_value(record, f"{recipe.objective}_speedup")]
-    told = study.tell(trial, values, skip_if_finished=True)
+    told = study.tell(trial, values_of(record, recipe), skip_if_finished=True)
     return record if told.state == TrialState.COMPLETE else None
 
 

@@ -12,14 +12,18 @@ from llmprune.blocks.library import BlockLibrary
 from llmprune.blocks.sensitivity import block_influence, estimate_delta_nats
 from llmprune.data.tokens import Split
 from llmprune.errors import RunDirectoryError
+from llmprune.measure.prefix import PrefixScorer
 from llmprune.measure.throughput import Workload, measure_paired
+from llmprune.measure.turns import timing
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import size_of
 from llmprune.models.surgery import prune, skeleton
 from llmprune.progress import Show
+from llmprune.recipe import TablesRecipe
 from llmprune.search.allocate import Allocator
 from llmprune.search.budgets import SIZE_METRICS
 from llmprune.search.costs import CostTable, cost_table, probe_architectures
+from llmprune.search.exact import exact_delta_nats, is_exact
 from llmprune.space import Space
 
 CALIBRATE_AT = (1.3, 1.6)
@@ -28,7 +32,7 @@ CALIBRATE_AT = (1.3, 1.6)
 
 @dataclass(frozen=True)
 class BlockTables:
-    """Estimated `delta_nats` by (layer, choice), each layer's block influence, and the cost table."""
+    """`delta_nats` by (layer, choice), put alone into the parent; each layer's block influence; and the cost table."""
 
     delta_nats: Mapping[tuple[int, BlockChoice], float]
     influence: Sequence[float]
@@ -37,7 +41,7 @@ class BlockTables:
     def to_json(self) -> dict[str, Any]:
         space = self.costs.space
         return {
-            "estimated_delta_nats": [
+            "delta_nats": [
                 {kind: [self.delta_nats[layer, choice] for choice in space.ladder(kind)] for kind in BLOCK_KINDS}
                 for layer in range(space.shape.layers)
             ],
@@ -51,7 +55,7 @@ class BlockTables:
         try:
             delta_nats = {
                 (layer, choice): float(value)
-                for layer, row in enumerate(data["estimated_delta_nats"])
+                for layer, row in enumerate(data["delta_nats"])
                 for kind in BLOCK_KINDS
                 for choice, value in zip(space.ladder(kind), row[kind], strict=True)
             }
@@ -66,30 +70,44 @@ class BlockTables:
 
 
 def build_tables(
-    parent: Parent, split: Split, library: BlockLibrary, workload: Workload, repeats: int, *, tokens: int, show: Show
+    parent: Parent,
+    split: Split,
+    library: BlockLibrary,
+    workload: Workload,
+    repeats: int,
+    rules: TablesRecipe,
+    *,
+    show: Show,
 ) -> BlockTables:
-    """Estimate quality on about `tokens` tokens of `split`, measure time on whole children, and count sizes.
+    """Score choices on about `rules.tokens` tokens of `split`, measure time on whole children, and count sizes.
+
+    Scores are the one-backward estimate, but for those that the rules want exact.
 
     Savings of time are measured one kind of block at a time; in children that mix them they add up to a little less,
     so they are scaled to what a few mixed children really save. Sizes add up exactly.
     """
     with show("estimating what each choice loses") as advance:
-        delta_nats = estimate_delta_nats(parent, split, library, tokens=tokens, progress=advance)
-        influence = block_influence(parent, split, tokens=tokens)
+        delta_nats = estimate_delta_nats(parent, split, library, tokens=rules.tokens, progress=advance)
+        influence = block_influence(parent, split, tokens=rules.tokens)
+    if wanted := [key for key in delta_nats if is_exact(key[1], library.space, rules)]:
+        with show("scoring choices exactly") as advance:
+            scored = split.head(split.first_windows(min(1.0, rules.tokens / split.tokens)))
+            scorer = PrefixScorer(parent, library, scored)
+            delta_nats |= exact_delta_nats(scorer, scored, library.space, wanted, advance)
     probes = probe_architectures(library.space)
     measured: dict[BlockChoice, dict[str, float]] = {}
     with show("measuring what each choice saves") as advance:
         total = len(probes) + len(CALIBRATE_AT)
         for choice, architecture in probes.items():
             advance(len(measured), total)
-            measured[choice] = _speedups(parent, architecture, library, workload, repeats)
+            measured[choice] = speedups_of(parent, architecture, library, workload, repeats)
         costs = cost_table(library.space, measured)
         shares: list[dict[str, float]] = []
         for speedup in CALIBRATE_AT:
             advance(len(measured) + len(shares), total)
             mixed = Allocator(delta_nats, costs).best({"decode": speedup})
             if mixed is not None:
-                found = _speedups(parent, mixed, library, workload, repeats)
+                found = speedups_of(parent, mixed, library, workload, repeats)
                 shares.append({c: _share(1 - 1 / found[c], 1 - costs.relative_time(mixed, c)) for c in found})
         advance(total, total)
     if shares:
@@ -122,10 +140,11 @@ def _share(measured_saving: float, estimated_saving: float) -> float:
     return min(max(measured_saving / estimated_saving, 0.5), 1.25) if estimated_saving > 0 else 1.0
 
 
-def _speedups(
+def speedups_of(
     parent: Parent, architecture: Architecture, library: BlockLibrary, workload: Workload, repeats: int
 ) -> dict[str, float]:
     """Measured speed-ups of a child, by phase."""
     child = prune(parent, architecture, library)
-    _, (speed,) = measure_paired(parent.model, [child], workload, repeats)
+    with timing(workload.device):
+        _, (speed,) = measure_paired(parent.model, [child], workload, repeats)
     return {"decode": speed.decode_speedup.median, "prefill": speed.prefill_speedup.median}

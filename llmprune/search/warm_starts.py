@@ -18,11 +18,17 @@ def warm_starts(
     costs: CostTable,
     phase: str,
     speedups: Sequence[float],
+    path: Sequence[tuple[str, Architecture]] = (),
 ) -> list[tuple[str, Architecture]]:
     """Labelled starting points of the space, best guesses first, without repeats: the parent, then for each speed-up
-    the allocation of least estimated loss, the uniform width, and the depth cut by block influence."""
-    starts: list[tuple[str, Architecture | None]] = [("parent", costs.space.shape.architecture)]
-    starts += [(f"allocated-{s:g}x", Allocator(delta_nats, costs).best({phase: s * MARGIN})) for s in speedups]
+    what the `path` holds, the allocation of least estimated loss (or, where nothing is as fast, the nearest), the
+    uniform width, and the depth cut by block influence."""
+    allocator = Allocator(delta_nats, costs)
+    starts: list[tuple[str, Architecture | None]] = [("parent", costs.space.shape.architecture), *path]
+    for s in speedups:
+        wanted = {phase: s * MARGIN}
+        found = allocator.best(wanted)
+        starts.append((f"allocated-{s:g}x", found) if found else (f"nearest-{s:g}x", allocator.nearest(wanted)))
     starts += [(f"uniform-{s:g}x", uniform_width(costs, phase, s)[0]) for s in speedups]
     starts += [(f"depth-{s:g}x", depth_by_influence(influence, costs, phase, s)) for s in speedups]
     unique: dict[Architecture, str] = {}

@@ -1,0 +1,48 @@
+"""Exact replace-one-block scores: one choice put into the parent, the whole model scored (Puzzle, arXiv 2411.19146)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from llmprune.architecture import Architecture, BlockChoice
+from llmprune.blocks.sensitivity import DeltaNats
+from llmprune.data.tokens import Split
+from llmprune.measure.quality import quality_from_windows
+from llmprune.measure.scores import WindowScores
+from llmprune.progress import Advance
+from llmprune.recipe import TablesRecipe
+from llmprune.space import Space
+
+
+class Scorer(Protocol):
+    """Scores a whole split."""
+
+    def score(self, architecture: Architecture) -> WindowScores: ...
+
+
+def is_exact(choice: BlockChoice, space: Space, rules: TablesRecipe) -> bool:
+    """Whether the rules want this choice scored exactly; the parent's own costs nothing, exactly."""
+    if choice == space.shape.full(choice.kind):
+        return False
+    return choice.kind in rules.exact or (choice.units == 0 and "drops" in rules.exact)
+
+
+def exact_delta_nats(
+    scorer: Scorer, split: Split, space: Space, choices: Iterable[tuple[int, BlockChoice]], progress: Advance
+) -> DeltaNats:
+    """Nats per token that each of `choices` costs, put alone into the parent: {(layer, choice): delta}.
+
+    `scorer` scores `split`; one that starts at the first changed layer makes this about half as dear as a forward pass
+    a choice. Layers are taken in order, so that the scorer's states are used while they are there.
+    """
+    ordered = sorted(choices, key=lambda key: key[0])
+    parent = space.shape.architecture
+    base = quality_from_windows(split, scorer.score(parent).nats).nats_per_token
+    found: DeltaNats = {}
+    for done, (layer, choice) in enumerate(ordered):
+        progress(done, len(ordered))
+        scores = scorer.score(parent.with_choice(layer, choice))
+        found[layer, choice] = quality_from_windows(split, scores.nats).nats_per_token - base
+    progress(len(ordered), len(ordered))
+    return found

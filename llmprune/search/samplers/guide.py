@@ -1,0 +1,170 @@
+"""What guided samplers know: the tables, the speed-ups to aim at, and what the study's trials have measured so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import median
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from llmprune.architecture import Architecture, BlockKind
+from llmprune.recipe import Objective
+from llmprune.search.allocate import Allocator, Scores
+from llmprune.search.samplers.ladders import Indices, Ladders
+from llmprune.space import Space
+
+HOLDS_WITHIN = 0.01
+"""A measured speed-up this share below a target still holds it: paired medians are no more exact."""
+NEAREST_TRIALS = 9
+"""From how many trials, nearest in speed, the estimated speed-up is corrected."""
+LEAST_SAVING = 0.02
+"""Below this share of the parent's time, the ratio of measured to estimated saving is timing noise."""
+RATIO_LIMITS = (0.5, 1.5)
+MOST_SAVING = 0.99
+
+Race = Callable[[Sequence[Architecture]], Architecture]
+Estimate = Callable[[Architecture], Scores]
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What guided samplers know besides the trials.
+
+    `allocator`: the tables, and the knapsack over them. `phase`: whose speed-up is the objective. `targets`: the
+    speed-ups aimed at, in turn. `race`: the best of several candidates, which the caller scores on growing slices of
+    the same tokens. `estimate`: the nats of the tables anew, for one change of any block of an architecture.
+    """
+
+    allocator: Allocator
+    phase: Objective
+    targets: tuple[float, ...]
+    race: Race
+    estimate: Estimate
+
+    def __post_init__(self) -> None:
+        assert self.targets and min(self.targets) > 1, f"targets are speed-ups above 1, one at least: {self.targets}"
+
+    @property
+    def space(self) -> Space:
+        return self.allocator.costs.space
+
+    @cached_property
+    def ladders(self) -> Ladders:
+        return Ladders.of(self.allocator, self.phase)
+
+    def target_of(self, trial_number: int) -> float:
+        return self.targets[trial_number % len(self.targets)]
+
+    def allocate(self, saving: float, allocator: Allocator | None = None) -> Architecture:
+        """The allocation of least estimated loss that saves a share of the parent's time, or comes nearest to it.
+
+        `allocator`: another one over the same space, with other scores.
+        """
+        allocator = allocator or self.allocator
+        wanted: dict[str, float] = {self.phase: 1.0 / (1.0 - saving)}
+        return allocator.best(wanted) or allocator.nearest(wanted)
+
+    def allocator_with(self, factor: Callable[[tuple[int, BlockKind]], float]) -> Allocator:
+        """The allocator with each block's estimated nats multiplied by a factor of its own."""
+        factors = {block: factor(block) for block in self.space.blocks()}
+        scores = {(i, c): factors[i, c.kind] * nats for (i, c), nats in self.allocator.delta_nats.items()}
+        return replace(self.allocator, delta_nats=scores)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One measured architecture. `notes`: the trial's user attributes."""
+
+    number: int
+    indices: Indices
+    nats: float
+    speedup: float
+    notes: Mapping[str, Any]
+
+    def holds(self, target: float) -> bool:
+        return self.speedup >= target * (1.0 - HOLDS_WITHIN)
+
+    def rank(self, target: float) -> tuple[bool, float]:
+        """Sort key: what holds the target comes first, least nats first; then what misses it by least."""
+        return (False, self.nats) if self.holds(target) else (True, target - self.speedup)
+
+
+@dataclass(frozen=True)
+class History:
+    """A study's trials, as a sampler sees them.
+
+    `finished`: measured architectures, each once, by number. `known`: all that were ever proposed, also those that
+    failed, run in another worker or wait in the queue: to propose them again would be a trial wasted.
+    """
+
+    finished: tuple[Finished, ...]
+    known: frozenset[Indices]
+
+    @classmethod
+    def of(cls, study: optuna.Study, guide: Guide, *, but: int) -> History:
+        """Everything in the study except the trial with number `but`, which is being sampled."""
+        finished: dict[Indices, Finished] = {}
+        known = set()
+        for trial in study.get_trials(deepcopy=False):
+            indices = None if trial.number == but else _indices(trial, guide.space)
+            if indices is None:
+                continue
+            known.add(indices)
+            measured = _measured(trial, guide.phase)
+            if measured is not None:
+                nats, speedup = measured
+                finished.setdefault(indices, Finished(trial.number, indices, nats, speedup, trial.user_attrs))
+        return cls(tuple(finished.values()), frozenset(known))
+
+    def best(self, target: float) -> Finished | None:
+        """The least nats among those whose measured speed-up holds the target; if none does, the nearest in speed."""
+        return min(self.finished, key=lambda trial: trial.rank(target), default=None)
+
+    def needed_saving(self, guide: Guide, target: float) -> float:
+        """The *estimated* share of the parent's time to save, so that the *measured* speed-up is `target`.
+
+        What the target needs, divided by the median of measured / estimated saving over the finished trials that are
+        nearest in measured speed (on a log scale); uncorrected as long as there are none.
+        """
+        if not self.finished:
+            return _saving_at(target)
+        estimated = guide.ladders.saving(np.array([trial.indices for trial in self.finished]))
+        ratios = [
+            (abs(math.log(trial.speedup / target)), _saving_at(trial.speedup) / share)
+            for trial, share in zip(self.finished, estimated.tolist(), strict=True)
+            if share >= LEAST_SAVING
+        ]
+        nearest = [ratio for _, ratio in sorted(ratios)[:NEAREST_TRIALS]]
+        ratio = float(np.clip(median(nearest or [1.0]), *RATIO_LIMITS))
+        return min(_saving_at(target) / ratio, MOST_SAVING)
+
+
+def _saving_at(speedup: float) -> float:
+    """Share of the parent's time that a child of this speed-up saves."""
+    return 1.0 - 1.0 / speedup
+
+
+def _indices(trial: FrozenTrial, space: Space) -> Indices | None:
+    """A trial's options, also of one that still waits; None as long as it does not have them all."""
+    params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+    chosen = tuple(params.get(decision.name, -1) for decision in space.decisions)
+    legal = (0 <= index < len(d.options) for index, d in zip(chosen, space.decisions, strict=True))
+    return chosen if all(legal) else None
+
+
+def _measured(trial: FrozenTrial, phase: str) -> tuple[float, float] | None:
+    """Nats per token and measured speed-up; None for a trial that failed, repeats another or is not done."""
+    record = trial.user_attrs.get("record")
+    if trial.state is not TrialState.COMPLETE or record is None:
+        return None
+    nats, speedup = record["nats_per_token"], record[f"{phase}_speedup"]["median"]
+    # An infinite figure is null in JSON.
+    if nats is None or speedup is None or not (math.isfinite(nats) and math.isfinite(speedup) and speedup > 0):
+        return None
+    return float(nats), float(speedup)
