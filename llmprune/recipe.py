@@ -192,6 +192,12 @@ class BaselinesRecipe(_Strict):
     at: tuple[Annotated[float, Field(gt=1)], ...] = Field(
         (1.25, 1.5, 2.0), min_length=1, description="measured speed-ups at which nats lost are compared"
     )
+    greedy_tokens: int | None = Field(
+        None,
+        ge=64,
+        description="search tokens that sleb and blockpruner choose each step by: they score every block at every "
+        "step; default: all",
+    )
 
 
 class ExportRecipe(_Strict):

@@ -191,13 +191,19 @@ def _measure_front(run: Run, chosen: Sequence[Record], beside: Mapping[Entrant, 
 def _entrant(run: Run, name: BaselineName) -> Entrant:
     rules = run.recipe.search
     library = run.baseline_libraries([name])[name]
+    chooser = run.judge("search", 1, name, tokens=_greedy_tokens(run, name))
+    given = partial(Given, run.parent, library, run.tables, rules.objective, _draws(run), rules.seed)
     return Entrant(
         name,
-        partial(Given, run.parent, library, run.tables, rules.objective, _draws(run), rules.seed),
-        run.judge("search", 1, name),
+        partial(given, remember=chooser.scorer.remember),
+        chooser,
         run.judge("validation", run.recipe.front.repeats, name),
-        METHODS[name].preparation_tokens(run.tokens["calibration"].tokens, run.recipe.data.search_tokens),
+        METHODS[name].preparation_tokens(run.tokens["calibration"].tokens, run.recipe.tables.tokens),
     )
+
+
+def _greedy_tokens(run: Run, name: BaselineName) -> int | None:
+    return run.recipe.baselines.greedy_tokens if METHODS[name].greedy else None
 
 
 def baselines(run: Run, rules: BaselinesRecipe) -> dict[str, Any]:
@@ -217,7 +223,10 @@ def baselines(run: Run, rules: BaselinesRecipe) -> dict[str, Any]:
         book.put_parent(parent, hash_of(*same))
     targets = sorted(set(rules.at))
     keys = {
-        name: hash_of(name, METHODS[name].facts(run.recipe.search.seed, _draws(run)), *same) for name in rules.methods
+        name: hash_of(
+            name, METHODS[name].facts(run.recipe.search.seed, _draws(run), run.recipe.baselines.greedy_tokens), *same
+        )
+        for name in rules.methods
     }
     # All at once, so that what several methods need of the calibration tokens comes from one pass.
     run.baseline_libraries(name for name, key in keys.items() if book.missing(name, targets, key))
@@ -230,7 +239,7 @@ def _of_front(run: Run, targets: Sequence[float]) -> list[Entry]:
     if not run.directory.front.is_file():
         return []
     trials = _trials(run)
-    prepared = run.tokens["calibration"].tokens + ALL_TABLES * run.recipe.data.search_tokens
+    prepared = run.tokens["calibration"].tokens + ALL_TABLES * run.recipe.tables.tokens
     seconds = sum(trial.duration.total_seconds() for trial in trials if trial.duration)
     effort = effort_of(len(trials), run.tokens["search"].tokens, prepared, seconds)
     return front_entries(read_front(run.directory), run.speed, targets, effort)

@@ -14,7 +14,7 @@ from llmprune.architecture import Architecture
 from llmprune.blocks.library import BlockLibrary, Plan, build_libraries, build_library, load_library
 from llmprune.blocks.sensitivity import DeltaNats, estimate_delta_nats
 from llmprune.data.store import load_token_splits, save_token_splits
-from llmprune.data.tokens import TokenSplits, build_token_splits
+from llmprune.data.tokens import Split, TokenSplits, build_token_splits
 from llmprune.errors import RunDirectoryError
 from llmprune.files import read_json, write_json
 from llmprune.measure.host import fingerprint
@@ -60,7 +60,7 @@ class Run:
     say: Callable[[str], None] = lambda line: None
     """Tells the user one line beside the steps that `show` draws."""
     _estimates: dict[Architecture, DeltaNats] = field(default_factory=dict)
-    _scorers: dict[tuple[SplitName, str], StoredScorer] = field(default_factory=dict)
+    _scorers: dict[tuple[str, str], StoredScorer] = field(default_factory=dict)
     _baseline_libraries: dict[str, BlockLibrary] = field(default_factory=dict)
 
     @classmethod
@@ -213,7 +213,7 @@ class Run:
         """The best of several candidates in a race on the search tokens; the first if none computes numbers."""
         split = self.tokens["search"]
         with scoring(self.workload.device):
-            raced = race(self.scorer("search"), split, candidates)
+            raced = race(self.scorer(split), split, candidates)
         finalists = {r.architecture: r.scores for r in raced if r.kept and r.scores is not None}
         nats = {a: quality_from_windows(split, scores.nats).nats_per_token for a, scores in finalists.items()}
         return min(nats, key=nats.__getitem__, default=candidates[0])
@@ -283,28 +283,33 @@ class Run:
             for name, i in wanted.items()
         }
 
-    def scorer(self, split: SplitName, library: BlockLibrary | None = None) -> StoredScorer:
+    def scorer(self, split: Split, library: BlockLibrary | None = None) -> StoredScorer:
         """Scores children of the run's (or another) library on a split, none of them twice in the life of the run."""
         library = library or self.library
-        key = split, library.hash
+        key = split.hash, library.hash
         if key not in self._scorers:
             # On validation tokens a few whole children are scored: hidden states would not be read again.
-            states = STATES_BYTES if split == "search" else 0
-            scorer = PrefixScorer(self.parent, library, self.tokens[split], parent_bytes=states, candidate_bytes=states)
+            states = STATES_BYTES if split.name == "search" else 0
+            scorer = PrefixScorer(self.parent, library, split, parent_bytes=states, candidate_bytes=states)
             made_of = hash_of(self.parent_hash, library.hash)
             # The states of one library's children are of no use to another's, and take memory.
             self._scorers = {k: s for k, s in self._scorers.items() if k[1] in (library.hash, self.library.hash)}
-            self._scorers[key] = StoredScorer(scorer, ScoreStore(self.directory.scores, made_of, self.tokens[split]))
+            self._scorers[key] = StoredScorer(scorer, ScoreStore(self.directory.scores, made_of, split))
         return self._scorers[key]
 
-    def judge(self, split: SplitName, repeats: int, baseline: BaselineName | None = None) -> Judge:
-        """What judges candidates, or a baseline's children, on a split."""
+    def judge(
+        self, name: SplitName, repeats: int, baseline: BaselineName | None = None, *, tokens: int | None = None
+    ) -> Judge:
+        """What judges candidates, or a baseline's children, on a split, or on about so many of its first tokens."""
+        split = self.tokens[name]
+        if tokens is not None:
+            split = split.head(split.first_windows(min(1.0, tokens / split.tokens)))
         library, finish = self.library, None
         if baseline is not None:
             library, complete = self.baseline_libraries([baseline])[baseline], METHODS[baseline].finish
             finish = partial(complete, self.parent, library) if complete else None
         scorer = self.scorer(split, library)
-        return Judge(self.parent, library, self.tokens[split], self.workload, repeats, scorer, finish)
+        return Judge(self.parent, library, split, self.workload, repeats, scorer, finish)
 
 
 def _rewarded(search: SearchRecipe) -> list[Any]:

@@ -33,7 +33,7 @@ BoolArray = npt.NDArray[np.bool_]
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
 """Share of the split's windows that a candidate has been scored on after each stage."""
 
-ALPHA = 0.05
+ALPHA = 0.1
 """Level of each single comparison: how often one that is no worse than the best is dropped by chance. It is not
 corrected for the number of candidates and stages, so in long races of near equals lower it, or keep more survivors."""
 
@@ -69,7 +69,7 @@ def mixture_samples(figures: Mapping[str, FloatArray], weights: Mapping[str, flo
 
 
 def smallest_p_value(windows: int) -> float:
-    """The least that `p_value_of_worse` can give for so many windows, 2^-N: five are needed to reject at 0.05."""
+    """The least that `p_value_of_worse` can give for so many windows, 2^-N: four are needed to reject at 0.1."""
     return float(2.0**-windows)
 
 

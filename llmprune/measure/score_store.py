@@ -25,7 +25,8 @@ from llmprune.architecture import Architecture
 from llmprune.data.tokens import Split
 from llmprune.errors import RunDirectoryError
 from llmprune.files import atomic_path
-from llmprune.measure.scores import Counts, WindowScorer, WindowScores
+from llmprune.measure.prefix import PrefixScorer
+from llmprune.measure.scores import Counts, WindowScores
 
 _VERSION = "1"
 _FIGURES = ("nats:", "kl:")
@@ -93,8 +94,9 @@ class ScoreStore:
 class StoredScorer:
     """A scorer that asks the store first, and scores and stores what is missing. A WindowScorer itself."""
 
-    def __init__(self, scorer: WindowScorer, store: ScoreStore) -> None:
+    def __init__(self, scorer: PrefixScorer, store: ScoreStore) -> None:
         self.scorer, self.store = scorer, store
+        self._remembered: Architecture | None = None
         self.found_windows = 0
         """Windows that came from the store."""
         self.scored_windows = 0
@@ -103,6 +105,15 @@ class StoredScorer:
     @property
     def batch_windows(self) -> int:
         return self.scorer.batch_windows
+
+    def remember(self, architecture: Architecture) -> None:
+        """Score it, and keep its hidden states, and no other's, for candidates that begin like it."""
+        if self._remembered is not None:
+            self.scorer.forget(self._remembered)
+        self.scorer.remember(architecture)
+        # Even if its figures are in the store: it is the states that are wanted.
+        self.scorer.score(architecture)
+        self._remembered = architecture
 
     def score(self, architecture: Architecture) -> WindowScores:
         """All windows of the split. Raises as `score_range` does."""

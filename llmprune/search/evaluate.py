@@ -27,9 +27,12 @@ Record = dict[str, Any]
 
 
 class Scorer(Protocol):
-    """Scores whole splits (see `measure.prefix` and `measure.score_store`)."""
+    """Scores whole splits (see `measure.prefix` and `measure.score_store`): faster, what begins like what it is told to
+    remember."""
 
     def score(self, architecture: Architecture) -> WindowScores: ...
+
+    def remember(self, architecture: Architecture) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def _greedy(given: Given, removals: Callable[[Architecture], Iterable[Architectu
     architecture: Architecture | None = given.space.shape.architecture
     while architecture is not None:
         yield architecture
+        given.remember(architecture)
         legal = [child for child in removals(architecture) if _attends(child)] if _may_drop(given.space) else []
         architecture = given.best(legal)
 

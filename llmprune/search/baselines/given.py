@@ -39,6 +39,8 @@ class Given:
     """How many architectures luck may draw."""
     seed: int
     nats: Nats
+    remember: Callable[[Architecture], None] = lambda architecture: None
+    """Told of a child whose variants are scored next: they may start where they part from it."""
 
     @property
     def space(self) -> Space:

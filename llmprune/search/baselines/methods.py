@@ -39,6 +39,8 @@ class Method:
     table_passes: int = 0
     """Passes over the tokens of the block tables that it needs; a backward pass counts as two."""
 
+    greedy: bool = False
+    """Whether it scores every block at every step."""
     draws: bool = False
     """Whether its children depend on the seed."""
 
@@ -57,9 +59,13 @@ class Method:
         """Tokens that are read before anything is chosen."""
         return self.statistics * calibration_tokens + self.table_passes * table_tokens
 
-    def facts(self, seed: int, draws: int) -> list[Any]:
+    def facts(self, seed: int, draws: int, greedy_tokens: int | None) -> list[Any]:
         """What its children depend on beside what all methods' depend on, as JSON."""
-        return [self.importance.model_dump() if self.importance else None, [seed, draws] if self.draws else None]
+        return [
+            self.importance.model_dump() if self.importance else None,
+            [seed, draws] if self.draws else None,
+            *([greedy_tokens] if self.greedy else []),
+        ]
 
 
 def _own(method: str) -> ImportanceRecipe:
@@ -72,8 +78,8 @@ METHODS: Mapping[BaselineName, Method] = {
     "wanda-sp": Method(aimed=uniform, importance=_own("wanda-sp"), statistics=True),
     "flap": Method(path=flap, importance=_own("flap"), finish=compensate, statistics=True),
     "shortgpt": Method(path=shortgpt, table_passes=1),
-    "sleb": Method(path=sleb),
-    "blockpruner": Method(path=blockpruner),
+    "sleb": Method(path=sleb, greedy=True),
+    "blockpruner": Method(path=blockpruner, greedy=True),
     "milp": Method(aimed=milp, statistics=True, table_passes=3),
     "random": Method(aimed=best_of_random, statistics=True, draws=True),
 }
