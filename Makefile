@@ -18,7 +18,7 @@ AT ?=
 METHODS ?=
 TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
 
-.PHONY: setup demo compress search baselines export bench eval test lint typecheck check clean
+.PHONY: setup demo compress search baselines export bench bench-search eval test lint typecheck check clean
 
 setup: $(VENV)/.installed
 
@@ -42,6 +42,15 @@ search: setup
 
 baselines: setup
 	$(LLMPRUNE) baselines '$(OUT)' $(foreach at,$(AT),--at $(at)) $(foreach method,$(METHODS),--method $(method))
+
+# About an hour: nine other methods at equal measured speed, and what each part of the search is worth.
+bench-search: setup
+	$(BIN)/python scripts/fetch_demo_assets.py --to assets/demo
+	$(LLMPRUNE) search runs/bench-search --recipe recipes/bench-smollm2-135m.yaml
+	$(LLMPRUNE) front runs/bench-search
+	$(LLMPRUNE) baselines runs/bench-search
+	$(BIN)/python scripts/bench_search.py runs/bench-search
+	$(BIN)/python scripts/kill_workers.py --trials 200 --every 2
 
 export: setup
 	$(LLMPRUNE) export '$(OUT)' --pick '$(PICK)' --to '$(TO)'

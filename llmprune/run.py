@@ -133,13 +133,16 @@ def front(run: Run) -> dict[str, Any]:
     if not trials:
         raise RunDirectoryError(f"{run.directory.path} has no finished trial; {_where_trials_are(run)}")
     hashes = sorted(record["hash"] for record in trials)
-    key = hash_of(run.study_name, hashes, run.tokens["validation"].hash, rules.model_dump(), pick.text)
+    key = hash_of(
+        run.study_name, hashes, run.tokens["validation"].hash, rules.model_dump(), pick.text, run.recipe.search.targets
+    )
     if not run.directory.is_done("front", key, run.directory.front):
         holding = holding_budgets(trials, [parse_budget(text) for text in run.recipe.search.budgets])
         # What only just holds in the search may miss when it is timed again, so its stricter neighbours come along;
-        # and something has to stand beside the baselines.
-        at_baselines = parse_pick(f"{run.speed}>={rules.baselines_at}")
-        wanted = [pick, pick.stricter(MARGIN), at_baselines, at_baselines.stricter(MARGIN)]
+        # something has to stand beside the baselines; and every target was searched for.
+        speeds = dict.fromkeys((rules.baselines_at, *run.recipe.search.targets))
+        picks = [pick, *(parse_pick(f"{run.speed}>={speed:.17g}") for speed in speeds)]
+        wanted = [one for at in picks for one in (at, at.stricter(MARGIN))]
         chosen = candidates_for_front(holding, run.speed, rules.size, wanted)
         run.baseline_libraries(rules.baselines)
         entrants = [_entrant(run, name) for name in dict.fromkeys(rules.baselines)]
