@@ -34,6 +34,7 @@ from llmprune.search.budgets import parse_budget, parse_pick
 from llmprune.search.evaluate import Judge
 from llmprune.search.path import path
 from llmprune.search.samplers.guide import Guide
+from llmprune.search.samplers.make import GUIDED
 from llmprune.search.studies import StudyFacts
 from llmprune.search.tables import BlockTables, build_tables
 from llmprune.search.warm_starts import MARGIN
@@ -155,6 +156,11 @@ class Run:
         rules = self.recipe.tables
         key = hash_of(self.library.hash, self.workload.to_json(), fingerprint(), rules.tokens, rules.exact)
         if not self.directory.is_done("tables", key, path):
+            if self.joined:
+                raise RunDirectoryError(
+                    f"a worker with a guided sampler needs {path} as llmprune search made it on this kind of hardware; "
+                    "copy it, and provenance.json, from the run directory of llmprune search"
+                )
             tables = build_tables(
                 self.parent,
                 self.tokens["calibration"],
@@ -203,8 +209,10 @@ class Run:
         return [(seed["label"], Architecture.from_json(seed["architecture"])) for seed in read_json(file)]
 
     @cached_property
-    def guide(self) -> Guide:
-        """What guided samplers know."""
+    def guide(self) -> Guide | None:
+        """What guided samplers know; None if the recipe's is none of them."""
+        if self.recipe.search.sampler not in GUIDED:
+            return None
         tables, search = self.tables, self.recipe.search
         allocator = Allocator(tables.delta_nats, tables.costs)
         return Guide(allocator, search.objective, search.targets, self._winner, self.estimate)

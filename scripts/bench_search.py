@@ -147,6 +147,7 @@ class Plain:
 def evaluation(run: Run) -> dict[str, Any]:
     """Candidates decided per minute, kept or rejected against an incumbent, and how often the verdict is the same."""
     split, guide = run.tokens["search"], run.guide
+    assert guide is not None, "the recipe's sampler is a guided one"
     incumbent = dict(run.path)[f"path-{TARGET:g}x"]
     start, generator = np.array(guide.space.indices(incumbent)), np.random.default_rng(0)
     needed = float(guide.ladders.saving(start))
@@ -257,6 +258,7 @@ def samplers(run: Run) -> dict[str, Any]:
 
     def searched(sampler: SamplerName, trials: int, *, seeded: bool) -> tuple[Untimed, float]:
         rules = run.recipe.search.model_copy(update={"sampler": sampler, "trials": trials, "targets": (TARGET,)})
+        assert run.guide is not None, "the recipe's sampler is a guided one"
         guide = replace(run.guide, targets=(TARGET,), race=winner)
         study = open_study(optuna.storages.InMemoryStorage(), sampler, rules, guide)
         labels = ("parent", f"path-{TARGET:g}x")
