@@ -29,6 +29,7 @@ from llmprune.search.baselines.methods import ALL_TABLES, METHODS
 from llmprune.search.budgets import Pick, parse_budget, parse_pick, pick_record
 from llmprune.search.evaluate import RECORD_KEYS, Record, is_finite
 from llmprune.search.front import candidates_for_front, holding_budgets, non_dominated
+from llmprune.search.samplers.guide import HOLDS_WITHIN
 from llmprune.search.samplers.make import GUIDED
 from llmprune.search.storage import masked, opened_storage
 from llmprune.search.studies import Candidate, check_inputs, elsewhere, on_this_hardware, studies_of_run
@@ -138,11 +139,11 @@ def front(run: Run) -> dict[str, Any]:
     )
     if not run.directory.is_done("front", key, run.directory.front):
         holding = holding_budgets(trials, [parse_budget(text) for text in run.recipe.search.budgets])
-        # What only just holds in the search may miss when it is timed again, so its stricter neighbours come along;
-        # something has to stand beside the baselines; and every target was searched for.
-        speeds = dict.fromkeys((rules.baselines_at, *run.recipe.search.targets))
-        picks = [pick, *(parse_pick(f"{run.speed}>={speed:.17g}") for speed in speeds)]
-        wanted = [one for at in picks for one in (at, at.stricter(MARGIN))]
+        # Every target was searched for, and held within what timing can tell; something has to stand beside the
+        # baselines; and what only just holds in the search may miss when it is timed again, so stricter ones follow.
+        speeds = dict.fromkeys((*run.recipe.search.targets, rules.baselines_at))
+        aims = [parse_pick(f"{run.speed}>={speed * (1 - HOLDS_WITHIN):.17g}") for speed in speeds]
+        wanted = [pick, *aims, pick.stricter(MARGIN), *(aim.stricter(MARGIN) for aim in aims)]
         chosen = candidates_for_front(holding, run.speed, rules.size, wanted)
         run.baseline_libraries(rules.baselines)
         entrants = [_entrant(run, name) for name in dict.fromkeys(rules.baselines)]
