@@ -18,7 +18,7 @@ AT ?=
 METHODS ?=
 TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
 
-.PHONY: setup demo compress search baselines export bench bench-search eval test lint typecheck check clean
+.PHONY: setup demo compress search baselines export bench bench-search bench-scaling eval test lint typecheck check clean
 
 setup: $(VENV)/.installed
 
@@ -57,6 +57,10 @@ export: setup
 
 bench: setup
 	$(LLMPRUNE) bench $(DIRS)
+
+bench-scaling: setup
+	$(BIN)/python scripts/count_work.py
+	$(BIN)/python scripts/forecast_shapes.py
 
 eval: setup
 	$(LLMPRUNE) eval $(DIRS)

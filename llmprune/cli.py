@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -30,6 +30,7 @@ from llmprune.terminal import (
     console,
     error_console,
     evaluation_table,
+    forecast_table,
     front_table,
     inspection_table,
     print_json,
@@ -61,6 +62,7 @@ Storage = Annotated[
         help="Where trials are kept: postgresql://USER@HOST:PORT/DATABASE or grpc://HOST:PORT; default: a file in RUN.",
     ),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, stage by stage; write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
@@ -77,6 +79,7 @@ def compress(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", help="Run directory.")] = Path("runs/run"),
     storage: Storage = None,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -84,6 +87,8 @@ def compress(
     from llmprune import run as stages
 
     recipe = _recipe(model_or_recipe, overrides)
+    if dry_run:
+        return _print_forecast(out, recipe, "export", storage, json, quiet)
     with _run(out, recipe, quiet, storage) as (run, report):
         to = Path(recipe.export.to) if recipe.export.to else run.directory.export
         result = stages.compress(run, to, report=report)
@@ -96,12 +101,16 @@ def search(
     overrides: Overrides = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe, Hub id, directory or GGUF, to start a new run.")] = None,
     storage: Storage = None,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Search for architectures; continues the trials that are there, creates RUN (from --recipe) if there is none."""
     from llmprune import run as stages
 
+    if dry_run:
+        recipe_of_run = _recipe_of_run(run_path, recipe, overrides)
+        return _print_forecast(run_path, recipe_of_run, "search", storage, json, quiet)
     with _run(run_path, _recipe_of_run(run_path, recipe, overrides), quiet, storage) as (run, report):
         outcome = stages.search(run, report)
     _print_outcome(outcome, json)
@@ -371,6 +380,15 @@ def _recipe_of_run(run: Path, recipe: str | None, overrides: list[str] | None) -
         raise RecipeError(f"{run} is not a run directory yet; name a recipe or model with --recipe to start one")
     directory.stored_recipe()
     return load_recipe(directory.recipe, overrides)
+
+
+def _print_forecast(
+    path: Path, recipe: Recipe, until: Literal["search", "export"], storage: str | None, json: bool, quiet: bool
+) -> None:
+    from llmprune.inspection import forecast_run
+
+    result = forecast_run(path, recipe, until, shown(quiet=quiet), storage=storage)
+    _print(result, json, lambda: [forecast_table(result)])
 
 
 @contextmanager

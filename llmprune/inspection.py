@@ -1,16 +1,35 @@
-"""What can be pruned from a model, before anything is: sizes, and where the time goes."""
+"""Before anything is pruned: what a model holds and where its time goes, and what a run would cost."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+import optuna
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from llmprune import run as stages
 from llmprune.architecture import BLOCK_KINDS, BlockKind
+from llmprune.blocks.library import load_library, stored_layers
+from llmprune.errors import LlmpruneError, RunDirectoryError
 from llmprune.measure.host import fingerprint
 from llmprune.measure.profile import time_shares
 from llmprune.measure.throughput import Workload
+from llmprune.models.checkpoint import check_destination
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import size_of
+from llmprune.progress import Show, silent
+from llmprune.recipe import Recipe
+from llmprune.run_directory import RunDirectory, hash_of
+from llmprune.search.baselines.methods import own_libraries
+from llmprune.search.budgets import parse_budget, parse_pick, pick_record
+from llmprune.search.forecast import Done, Plan, Until, forecast
+from llmprune.search.rates import measure_rates, process_seconds
+from llmprune.search.storage import opened_storage
+from llmprune.search.study import finished_trials
+from llmprune.workspace import Run
 
 
 def inspect_parent(parent: Parent, workload: Workload, repeats: int) -> dict[str, Any]:
@@ -50,3 +69,130 @@ def _block_size(parent: Parent, layer: int, kind: BlockKind) -> dict[str, int]:
         "params": sum(parameter.numel() for parameter in parameters),
         "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
     }
+
+
+def forecast_run(
+    path: Path, recipe: Recipe, until: Until, show: Show = silent, *, storage: str | None = None
+) -> dict[str, Any]:
+    """What `llmprune search` (or, until "export", `compress`) would cost in this directory; writes nothing there, and
+    no trial into the storage.
+
+    Raises what the command itself would raise before its first stage.
+    """
+    parse_pick(recipe.export.pick)
+    for budget in recipe.search.budgets:
+        parse_budget(budget)
+    directory = _Looked(path)
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"cannot use {path} as a run directory: it is a file")
+    directory.check_recipe(recipe)
+    if until == "export":
+        to = Path(recipe.export.to) if recipe.export.to else directory.export
+        check_destination(to, force=stages.exported_hash(to) is not None)
+    if storage is not None:
+        # As a search does: a storage that cannot be used is found out first.
+        with opened_storage(storage, directory.journal):
+            pass
+    run = Run(directory, recipe, show, storage)
+    parent, space = run.parent, run.space
+    size = size_of(parent.model, parent.shape, parent.shape.architecture)
+    biased = frozenset(kind for kind in BLOCK_KINDS if parent.output_bias(0, kind) is not None)
+    vocabulary = parent.model.config.get_text_config().vocab_size
+    plan = Plan(recipe, space, run.workload, vocabulary, size.bytes, parent.model.dtype.itemsize, biased)
+    with show("measuring what this machine does in a second"):
+        windows = max(plan.windows("search").values())
+        rates = measure_rates(parent, space, run.workload, windows, recipe.data.seq_len)
+        if until == "export":
+            rates = replace(rates, process_s=process_seconds())
+    rows = [stage.to_json(rates) for stage in forecast(plan, _done(run), until=until)]
+    total = {name: sum(row[name] for row in rows) for name in ("forward_equivalents", "seconds", "disk_bytes")}
+    total["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in rows)
+    return {
+        "model": parent.source,
+        **asdict(size),
+        "workload": run.workload.to_json(),
+        "rates": rates.to_json(),
+        "stages": rows,
+        "total": total,
+    }
+
+
+class _NotDone(Exception):
+    """A stage would have to run."""
+
+
+class _Looked(RunDirectory):
+    """A run directory that is only read: facts are not noted, and a stage that is not done is an exception."""
+
+    def is_done(self, stage: str, input_hash: str, *files: Path) -> bool:
+        if not super().is_done(stage, input_hash, *files):
+            raise _NotDone(stage)
+        return True
+
+    def note(self, **facts: Any) -> None:
+        pass
+
+
+def _done(run: Run) -> Done:
+    """How far a run is, asked of its own stages one after the other."""
+    done = Done()
+    if not run.directory.recipe.is_file():
+        return done
+    try:
+        split = run.tokens["calibration"]
+        done = replace(done, tokens=True)
+        key = hash_of(run.parent_hash, split.hash)
+        where, rules = run.directory.library, run.recipe.importance
+        done = replace(done, layers=stored_layers(where, rules, run.space, input_hash=key))
+        if done.layers < run.space.shape.layers:
+            return done
+        # Otherwise the run would build what is missing.
+        run.library = load_library(where, rules, run.space, input_hash=key)
+        assert run.tables
+        done = replace(done, tables=True, trials=_trials(run), baseline_layers=_baseline_layers(run, key))
+        done = replace(done, path=run.path is not None)
+        if done.trials < run.recipe.search.trials:
+            return done
+        front = stages.front(run)
+        return replace(done, front=True, checkpoints_left=_checkpoints_left(run, front))
+    except (_NotDone, LlmpruneError):
+        # What is damaged, the run makes again or refuses; either way it is not done.
+        return done
+
+
+def _trials(run: Run) -> int:
+    """Finished trials, in the storage or in the run's journal.
+
+    The journal is read as it is: opening it for a search would mend its end.
+    """
+    journal = run.directory.journal
+    if run.storage is not None:
+        with opened_storage(run.storage, journal) as storage:
+            return _finished(run, storage)
+    if not journal.is_file() or not journal.read_bytes().endswith(b"\n"):
+        return 0
+    return _finished(run, JournalStorage(JournalFileBackend(str(journal))))
+
+
+def _finished(run: Run, storage: BaseStorage) -> int:
+    if run.study_name not in optuna.get_all_study_names(storage):
+        return 0
+    return len(finished_trials(optuna.load_study(storage=storage, study_name=run.study_name)))
+
+
+def _baseline_layers(run: Run, input_hash: str) -> dict[str, int]:
+    """Finished layers of the libraries that the baselines have of their own."""
+    rules = run.recipe.importance
+    return {
+        own.method: stored_layers(run.directory.library_of(own.method), own, run.space, input_hash=input_hash)
+        for own in own_libraries(run.recipe.front.baselines, rules).values()
+    }
+
+
+def _checkpoints_left(run: Run, front: dict[str, Any]) -> int:
+    left = 0
+    if run.recipe.front.checkpoints == "all":
+        left += sum(not (run.directory.children / record["hash"]).exists() for record in front["children"])
+    to = Path(run.recipe.export.to) if run.recipe.export.to else run.directory.export
+    picked = pick_record(front["children"], parse_pick(run.recipe.export.pick))
+    return left + int(stages.exported_hash(to) != picked["hash"])

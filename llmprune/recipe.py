@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,6 +22,13 @@ BASELINE_NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    free: ClassVar[frozenset[str]] = frozenset()
+    """Keys that no figure depends on: they may change in a run that exists."""
+
+    def decisive(self) -> dict[str, Any]:
+        """All other keys, as JSON values."""
+        return self.model_dump(mode="json", exclude=set(self.free))
 
 
 class ModelRecipe(_Strict):
@@ -96,6 +103,18 @@ class ImportanceRecipe(_Strict):
     method: Literal["obs", "magnitude", "wanda-sp", "flap"] = "obs"
     refit: bool = Field(True, description="re-solve the output projection by least squares")
     damp: float = Field(0.01, gt=0, description="ridge, as a share of the mean diagonal of X^T X")
+    memory_gb: float = Field(
+        2.0,
+        gt=0,
+        description="GiB that the statistics of one pass may take; with more of it, fewer passes over the calibration "
+        "text, with the same result",
+    )
+
+    free: ClassVar[frozenset[str]] = frozenset({"memory_gb"})
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gb * 2**30)
 
 
 class TablesRecipe(_Strict):

@@ -16,7 +16,7 @@ from llmprune.errors import RecipeError, RunDirectoryError
 from llmprune.files import atomic_path, read_json, write_json
 from llmprune.recipe import Recipe, load_recipe, to_yaml
 
-# Changing one of these in mid-run would mix figures that do not compare.
+# Changing one of these in mid-run would mix figures that do not compare; but for the keys that are `free`.
 FIXED_SECTIONS = ("model", "data", "workload", "importance", "tables", "space")
 
 
@@ -115,7 +115,13 @@ class RunDirectory:
             raise RunDirectoryError(f"the run's recipe is damaged: {error}") from None
 
     def adopt(self, recipe: Recipe) -> None:
-        """Store the recipe, or check that it may continue the run that is here.
+        """Store the recipe. Raises as `check_recipe` does."""
+        self.check_recipe(recipe)
+        with atomic_path(self.recipe) as temporary:
+            temporary.write_text(to_yaml(recipe), encoding="utf-8")
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Check that a recipe may start a run here, or continue the one that is here; nothing is written.
 
         Raises RunDirectoryError if a section differs on which stored figures depend, or if the directory holds
         something that is not a run.
@@ -123,7 +129,7 @@ class RunDirectory:
         if self.recipe.is_file():
             stored = self.stored_recipe()
             for section in FIXED_SECTIONS:
-                old, new = (getattr(r, section).model_dump(mode="json") for r in (stored, recipe))
+                old, new = (getattr(r, section).decisive() for r in (stored, recipe))
                 changed = [f"{section}.{key}" for key in new if old[key] != new[key]]
                 if changed:
                     raise RunDirectoryError(
@@ -131,8 +137,6 @@ class RunDirectory:
                         "use another --out, or leave these as they were"
                     )
         self._refuse_what_is_no_run()
-        with atomic_path(self.recipe) as temporary:
-            temporary.write_text(to_yaml(recipe), encoding="utf-8")
 
     def _refuse_what_is_no_run(self) -> None:
         if not self.path.is_dir() or self.recipe.is_file():

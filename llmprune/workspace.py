@@ -29,7 +29,7 @@ from llmprune.progress import Show, silent
 from llmprune.recipe import BaselineName, Recipe, SearchRecipe, SplitName
 from llmprune.run_directory import RunDirectory, hash_of
 from llmprune.search.allocate import Allocator
-from llmprune.search.baselines.methods import METHODS
+from llmprune.search.baselines.methods import METHODS, own_libraries
 from llmprune.search.budgets import parse_budget, parse_pick
 from llmprune.search.evaluate import Judge
 from llmprune.search.path import path
@@ -147,6 +147,7 @@ class Run:
                 self.space,
                 self.directory.library,
                 input_hash=input_hash,
+                memory_bytes=self.recipe.importance.memory_bytes,
                 progress=advance,
             )
 
@@ -271,7 +272,7 @@ class Run:
         """The block library of each baseline: the run's, or its own; all that are missing come from one pass."""
         names = list(names)
         wanted = {name: METHODS[name].importance for name in names}
-        own = {i.method: i for i in wanted.values() if i and i != self.recipe.importance}
+        own = own_libraries(names, self.recipe.importance)
         missing = [recipe for method, recipe in own.items() if method not in self._baseline_libraries]
         if missing:
             split = self.tokens["calibration"]
@@ -283,6 +284,7 @@ class Run:
                     plans,
                     self.space,
                     input_hash=hash_of(self.parent_hash, split.hash),
+                    memory_bytes=self.recipe.importance.memory_bytes,
                     progress=advance,
                 )
             self._baseline_libraries |= {recipe.method: found for recipe, found in zip(missing, built, strict=True)}

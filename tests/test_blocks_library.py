@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmprune.architecture import BLOCK_KINDS, AttentionChoice, BlockKind, FfnChoice
-from llmprune.blocks.library import BlockLibrary, build_library, load_library
+from llmprune.blocks.library import BlockLibrary, build_library, load_library, stored_layers
 from llmprune.blocks.refit import flap_bias, refit, unit_columns
 from llmprune.blocks.statistics import collect_statistics, statistics_bytes
 from llmprune.data.tokens import SourceTokens, Split
@@ -281,6 +281,17 @@ def test_passes_over_the_tokens_change_nothing_but_memory(parent: Parent, split:
     assert same(several, build_library(parent, split, OBS, space, memory_bytes=1))
     assert [total for _, total in steps] == [2 * 7 + LAYERS] * len(steps)
     assert [done for done, _ in steps] == sorted(done for done, _ in steps) and steps[-1][0] == 2 * 7 + LAYERS
+
+
+def test_a_library_is_found_again_with_another_memory_for_statistics(
+    parent: Parent, split: Split, space: Space, tmp_path: Path
+) -> None:
+    built = build_library(parent, split, OBS, space, tmp_path, input_hash="a")
+    leaner = OBS.model_copy(update={"memory_gb": 0.001})
+    assert stored_layers(tmp_path, leaner, space, input_hash="a") == LAYERS
+    assert same(built, load_library(tmp_path, leaner, space, input_hash="a"))
+    other = OBS.model_copy(update={"damp": 2 * OBS.damp})
+    assert stored_layers(tmp_path, other, space, input_hash="a") == 0
 
 
 def replace(file: Path, contents: bytes) -> None:

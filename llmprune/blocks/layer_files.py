@@ -43,7 +43,7 @@ class LayerRepairs:
 def layer_keys(input_hash: str, recipe: ImportanceRecipe, space: Space) -> list[str]:
     """For each layer a hash of all that its file depends on."""
     ladders = [[choice.to_json() for choice in space.ladder(kind)] for kind in BLOCK_KINDS]
-    inputs = [_VERSION, input_hash, recipe.model_dump(mode="json"), ladders]
+    inputs = [_VERSION, input_hash, recipe.decisive(), ladders]
     return [hashlib.sha256(json.dumps([*inputs, i]).encode()).hexdigest() for i in range(space.shape.layers)]
 
 

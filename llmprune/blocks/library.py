@@ -165,6 +165,11 @@ def load_library(directory: Path, recipe: ImportanceRecipe, space: Space, *, inp
     return BlockLibrary(space, tuple(read_layer(layer_path(directory, i), key) for i, key in enumerate(keys)))
 
 
+def stored_layers(directory: Path, recipe: ImportanceRecipe, space: Space, *, input_hash: str) -> int:
+    """How many layers `build_library` with the same arguments would find built."""
+    return len(finished_layers(directory, layer_keys(input_hash, recipe, space)))
+
+
 def solve_block(
     weight_DI: Tensor,
     bias_D: Tensor | None,

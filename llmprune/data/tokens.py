@@ -69,14 +69,8 @@ class Split:
         1 it is all of them. Counts never fall as the share grows.
         """
         assert 0 < share <= 1 and multiple >= 1, f"share {share} must be over 0 and up to 1, multiple {multiple} >= 1"
-        total = sum(len(source.windows) for source in self.sources.values())
         counts = {name: len(source.windows) for name, source in self.sources.items()}
-        if share == 1:
-            return counts
-        return {
-            name: min(count, math.ceil(share * total * self.weights[name] / multiple) * multiple)
-            for name, count in counts.items()
-        }
+        return first_windows(counts, self.weights, share, multiple)
 
     def head(self, counts: Mapping[str, int]) -> Split:
         """The split of the first `counts[name]` windows of each source, the weights as they are."""
@@ -164,6 +158,19 @@ def _check_special_tokens(recipe: DataRecipe, tokenizer: PreTrainedTokenizerBase
         raise DataError("documents are joined by EOS, and this tokenizer has none; set its eos_token")
     if recipe.bos and tokenizer.bos_token_id is None:
         raise DataError("data.bos opens windows with BOS, and this tokenizer has none; set data.bos to false")
+
+
+def first_windows(
+    counts: Mapping[str, int], weights: Mapping[str, float], share: float, multiple: int = 1
+) -> dict[str, int]:
+    """`Split.first_windows`, from the windows and the weight of each source alone."""
+    if share == 1:
+        return dict(counts)
+    total = sum(counts.values())
+    return {
+        name: min(count, math.ceil(share * total * weights[name] / multiple) * multiple)
+        for name, count in counts.items()
+    }
 
 
 def divide_windows(recipe: DataRecipe, split: SplitName, weights: Mapping[str, float]) -> dict[str, int]:

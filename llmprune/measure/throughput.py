@@ -173,6 +173,12 @@ def _warm_up(model: PreTrainedModel, ids_BT: torch.Tensor, workload: Workload) -
         run.decode_step()
 
 
+def passes_of(workload: Workload, repeats: int) -> tuple[int, int]:
+    """Prompts read and decode steps taken by `measure_paired` with one candidate: both models, warm-up included."""
+    warm_up = min(_WARM_UP_STEPS, workload.generated_tokens)
+    return 2 * (1 + repeats * PREFILL_PAIRS), 2 * (warm_up + repeats * workload.generated_tokens)
+
+
 def token_ids(model: PreTrainedModel, workload: Workload) -> torch.Tensor:
     """(batch, prompt and generated tokens) int64: the same for every model, run and machine."""
     shape = (workload.batch, workload.prompt_tokens + workload.generated_tokens)

@@ -35,7 +35,7 @@ def path(
     """
     space = costs.space
     radius = max(2, round(CHANGED_A_STEP * len(space.decisions)))
-    at, stops = space.shape.architecture, _stops(speedups, step)
+    at, stops = space.shape.architecture, stops_of(speedups, step)
     for done, reached in enumerate(stops):
         progress(done, len(stops))
         allocator, wanted = Allocator(estimate(at), costs), {phase: reached}
@@ -48,7 +48,7 @@ def path(
     progress(len(stops), len(stops))
 
 
-def _stops(speedups: Sequence[float], step: float) -> list[float]:
+def stops_of(speedups: Sequence[float], step: float) -> list[float]:
     """Speed-ups on the way, no two further apart than a factor `step`, the wanted ones among them."""
     stops, reached = [], 1.0
     for speedup in sorted(set(speedups)):

@@ -16,7 +16,7 @@ def shortgpt(given: Given) -> Path:
     influence = given.tables.influence
     for layer in sorted(range(len(influence)), key=lambda layer: influence[layer]):
         shorter = architecture.without_layers([layer])
-        if _may_drop(given.space) and _attends(shorter):
+        if may_drop(given.space) and _attends(shorter):
             architecture = shorter
             yield architecture
 
@@ -46,11 +46,11 @@ def _greedy(given: Given, removals: Callable[[Architecture], Iterable[Architectu
     while architecture is not None:
         yield architecture
         given.remember(architecture)
-        legal = [child for child in removals(architecture) if _attends(child)] if _may_drop(given.space) else []
+        legal = [child for child in removals(architecture) if _attends(child)] if may_drop(given.space) else []
         architecture = given.best(legal)
 
 
-def _may_drop(space: Space) -> bool:
+def may_drop(space: Space) -> bool:
     return all(DROPPED[kind] in space.ladder(kind) for kind in BLOCK_KINDS)
 
 

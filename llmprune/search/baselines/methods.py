@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,10 +15,11 @@ from llmprune.models.parent import Parent
 from llmprune.recipe import BaselineName, ImportanceRecipe
 from llmprune.search.baselines.allocation import milp
 from llmprune.search.baselines.chance import best_of_random
-from llmprune.search.baselines.depth import blockpruner, shortgpt, sleb
+from llmprune.search.baselines.depth import blockpruner, may_drop, shortgpt, sleb
 from llmprune.search.baselines.flap import compensate, flap, needs_bias
 from llmprune.search.baselines.given import Aim, Given, Path, along
 from llmprune.search.baselines.uniform import uniform
+from llmprune.space import Space
 
 ALL_TABLES = 4
 """Passes over their tokens that all block tables take: block influence one, a forward and a backward pass three."""
@@ -39,6 +40,8 @@ class Method:
     table_passes: int = 0
     """Passes over the tokens of the block tables that it needs; a backward pass counts as two."""
 
+    most_scored: Callable[[Space, int], int] = lambda space, draws: 0
+    """How many passes over the search tokens it chooses by at the most, in a space and with so many draws of luck."""
     greedy: bool = False
     """Whether it scores every block at every step."""
     draws: bool = False
@@ -62,7 +65,7 @@ class Method:
     def facts(self, seed: int, draws: int, greedy_tokens: int | None) -> list[Any]:
         """What its children depend on beside what all methods' depend on, as JSON."""
         return [
-            self.importance.model_dump() if self.importance else None,
+            self.importance.decisive() if self.importance else None,
             [seed, draws] if self.draws else None,
             *([greedy_tokens] if self.greedy else []),
         ]
@@ -72,17 +75,36 @@ def _own(method: str) -> ImportanceRecipe:
     return ImportanceRecipe.model_validate({"method": method, "refit": False})
 
 
+def _uniforms(space: Space, draws: int) -> int:
+    """All uniform widths are near the speed."""
+    return sum(c.units > 0 for c in space.attention) * sum(c.units > 0 for c in space.ffn)
+
+
+def _removals(space: Space, blocks: int) -> int:
+    """Every removal of one of so many blocks, then of what is left, down to the last; and each child that is varied,
+    once more for its states."""
+    return blocks * (blocks + 3) // 2 if may_drop(space) else 0
+
+
 METHODS: Mapping[BaselineName, Method] = {
-    "uniform": Method(aimed=uniform, statistics=True),
-    "magnitude": Method(aimed=uniform, importance=_own("magnitude")),
-    "wanda-sp": Method(aimed=uniform, importance=_own("wanda-sp"), statistics=True),
+    "uniform": Method(aimed=uniform, statistics=True, most_scored=_uniforms),
+    "magnitude": Method(aimed=uniform, importance=_own("magnitude"), most_scored=_uniforms),
+    "wanda-sp": Method(aimed=uniform, importance=_own("wanda-sp"), statistics=True, most_scored=_uniforms),
     "flap": Method(path=flap, importance=_own("flap"), finish=compensate, statistics=True),
     "shortgpt": Method(path=shortgpt, table_passes=1),
-    "sleb": Method(path=sleb, greedy=True),
-    "blockpruner": Method(path=blockpruner, greedy=True),
+    "sleb": Method(path=sleb, greedy=True, most_scored=lambda space, draws: _removals(space, space.shape.layers)),
+    "blockpruner": Method(
+        path=blockpruner, greedy=True, most_scored=lambda space, draws: _removals(space, 2 * space.shape.layers)
+    ),
     "milp": Method(aimed=milp, statistics=True, table_passes=3),
-    "random": Method(aimed=best_of_random, statistics=True, draws=True),
+    "random": Method(aimed=best_of_random, statistics=True, draws=True, most_scored=lambda space, draws: draws),
 }
+
+
+def own_libraries(names: Iterable[BaselineName], of_run: ImportanceRecipe) -> dict[str, ImportanceRecipe]:
+    """By importance, the libraries that baselines need beside the run's."""
+    wanted = [METHODS[name].importance for name in names]
+    return {own.method: own for own in wanted if own and own.decisive() != of_run.decisive()}
 
 
 def choose(method: Method, given: Given, speedup: float) -> Architecture | None:

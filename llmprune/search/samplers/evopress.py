@@ -10,6 +10,8 @@ from llmprune.search.samplers.ladders import Bools, Indices, Ints, Ladders, as_i
 
 SLACK = 1e-9
 """Share of the parent's time: rounding of sums."""
+CHILDREN = 16
+"""Level switches that are raced for one proposal, lambda in the paper."""
 ATTEMPTS_PER_CHILD = 10
 
 
@@ -23,7 +25,7 @@ class EvoPressSampler(GuidedSampler):
     the first proposal.
     """
 
-    def __init__(self, guide: Guide, *, seed: int, children: int = 16) -> None:
+    def __init__(self, guide: Guide, *, seed: int, children: int = CHILDREN) -> None:
         super().__init__(guide, seed=seed)
         self.children = children
 

@@ -1,0 +1,139 @@
+"""What the block library and the estimate cost, from shapes alone: floating point operations and bytes.
+
+A multiply-add counts as two operations. Lower-order terms (scores, permutations, biases) are left out.
+Shapes: D outputs and I inputs of an output projection, S inputs that a choice keeps, C columns of a unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from llmprune.architecture import BLOCK_KINDS, AttentionChoice, BlockChoice, BlockKind, ParentShape
+from llmprune.recipe import ImportanceRecipe
+from llmprune.space import Space
+
+_HEADER_BYTES = 256
+_HEADER_BYTES_A_TENSOR = 96
+"""What safetensors' header says of a file (two hashes), and of each tensor (name, dtype, shape, place)."""
+
+
+@dataclass(frozen=True)
+class SolverFlops:
+    """Operations in float64; the parts run at rates of their own."""
+
+    inverses: int = 0
+    """Cholesky factor, its inverse, and their product: I^3 / 3 + I^3 + 2 I^3."""
+    eliminations: int = 0
+    """Updates of weight and inverse while units leave: 2 I^3 / 3 + D I^2, whatever the batch."""
+    refits: int = 0
+    """For each chain of nested choices one factor S^3 / 3 and its right-hand side, then S^2 D a choice."""
+
+    @property
+    def total(self) -> int:
+        return self.inverses + self.eliminations + self.refits
+
+    def __add__(self, other: SolverFlops) -> SolverFlops:
+        return SolverFlops(
+            self.inverses + other.inverses, self.eliminations + other.eliminations, self.refits + other.refits
+        )
+
+    def times(self, count: int) -> SolverFlops:
+        return SolverFlops(self.inverses * count, self.eliminations * count, self.refits * count)
+
+
+def inputs_of(shape: ParentShape, kind: BlockKind) -> int:
+    """I: inputs of the block's output projection."""
+    return shape.inputs(shape.full(kind))
+
+
+def stored_choices(space: Space, kind: BlockKind) -> list[BlockChoice]:
+    """The choices that have an output projection of their own: neither a drop nor the parent's."""
+    return [choice for choice in space.ladder(kind) if choice.units and choice != space.shape.full(kind)]
+
+
+def layer_solver_flops(space: Space, recipe: ImportanceRecipe) -> SolverFlops:
+    """Orders and refits of one layer, both blocks."""
+    total = SolverFlops()
+    for kind in BLOCK_KINDS:
+        inputs, outputs = inputs_of(space.shape, kind), space.shape.hidden_size
+        if recipe.method == "obs":
+            # Where query heads can leave, they are ordered by themselves too.
+            orders = 2 if kind == "attention" and _has_queries(space) else 1
+            once = SolverFlops(10 * inputs**3 // 3, 2 * inputs**3 // 3 + outputs * inputs**2)
+            total += once.times(orders)
+        if recipe.refit:
+            total += SolverFlops(refits=sum(_refit_flops(space, counts, kind) for counts in _chains(space, kind)))
+    return total
+
+
+def _refit_flops(space: Space, counts: list[int], kind: BlockKind) -> int:
+    inputs, outputs, most = inputs_of(space.shape, kind), space.shape.hidden_size, max(counts)
+    shared = most**3 // 3 + 2 * most * inputs * outputs + most**2 * outputs
+    return shared + sum(count**2 * outputs for count in counts)
+
+
+def _chains(space: Space, kind: BlockKind) -> Iterator[list[int]]:
+    """Inputs kept by the choices that are solved from one factor: those with as many query heads a group."""
+
+    def queries(choice: BlockChoice) -> int:
+        return (choice.queries_per_group or 0) if isinstance(choice, AttentionChoice) else 0
+
+    for _, chain in groupby(sorted(stored_choices(space, kind), key=queries), key=queries):
+        yield [space.shape.inputs(choice) for choice in chain]
+
+
+def _has_queries(space: Space) -> bool:
+    return any(choice.queries_per_group is not None for choice in space.attention)
+
+
+def gram_flops_per_token(shape: ParentShape) -> int:
+    """Multiplying out the inputs of one layer's output projections, in float32: 2 I^2 a block."""
+    return sum(2 * inputs_of(shape, kind) ** 2 for kind in BLOCK_KINDS)
+
+
+def estimate_flops_per_token(space: Space, *, anywhere: bool = False) -> int:
+    """Local products of one layer in the one-backward estimate at the parent: 2 D S a choice, in the model's dtype.
+
+    `anywhere` else, at most: the parent's own choices are weighed as well.
+    """
+    choices = [choice for kind in BLOCK_KINDS for choice in stored_choices(space, kind)]
+    choices += [space.shape.full(kind) for kind in BLOCK_KINDS] if anywhere else []
+    return sum(2 * space.shape.hidden_size * space.shape.inputs(choice) for choice in choices)
+
+
+def layer_library_bytes(
+    space: Space, dtype_bytes: int, biased: frozenset[BlockKind] = frozenset(), method: str = "obs"
+) -> int:
+    """One layer's file: orders in int64, and weight (and bias, where the parent has one) of every stored choice; for
+    "flap" also scores of units and means of inputs in float64."""
+    shape = space.shape
+    total, tensors = _HEADER_BYTES, 0
+    for kind in BLOCK_KINDS:
+        choices = stored_choices(space, kind)
+        weights = sum(shape.inputs(choice) for choice in choices) * shape.hidden_size
+        biases = len(choices) * shape.hidden_size if kind in biased else 0
+        total += dtype_bytes * (weights + biases) + 8 * shape.units(kind)
+        tensors += 1 + len(choices) * (2 if kind in biased else 1)
+        if method == "flap":
+            total += 8 * (shape.units(kind) + inputs_of(shape, kind))
+            tensors += 2
+    if _has_queries(space):
+        total += 8 * shape.kv_groups * shape.queries_per_group
+        tensors += 1
+    return total + _HEADER_BYTES_A_TENSOR * tensors
+
+
+def solver_bytes(shape: ParentShape) -> int:
+    """Scratch of solving the wider block: about five float64 matrices (I, I) beside the statistics."""
+    return 5 * 8 * max(inputs_of(shape, kind) for kind in BLOCK_KINDS) ** 2
+
+
+def graph_bytes_per_token(shape: ParentShape, dtype_bytes: int) -> int:
+    """What all layers keep of a token for the backward pass, roughly: weights are frozen, so no inputs of theirs, but
+    those of norms (in float32), of attention and of the gate, and what the estimate keeps of each block."""
+    attention = inputs_of(shape, "attention")
+    norms = 2 * (4 + dtype_bytes) * shape.hidden_size
+    blocks = 3 * attention + 2 * shape.kv_groups * shape.head_dim + 4 * shape.ffn_width + 2 * shape.hidden_size
+    return shape.layers * (norms + dtype_bytes * blocks)

@@ -1,0 +1,421 @@
+"""What a search will cost, stage by stage, before anything is run: pure arithmetic on shapes and a recipe.
+
+Counts are exact where the recipe decides them (tokens of statistics, of estimates, of exact scores), and the most there
+can be where the search does, so totals err high:
+
+* Children are as large and as slow as the parent, and each is scored by a whole pass. Really a scorer starts at the
+  first layer that it has no states for, and what is in the store is not scored again.
+* The path reaches every target. slp races a full pool in every trial but the parent's, and each time around a new
+  incumbent, which takes an estimate; evopress races all its children. No race drops anybody before its end: with 16
+  windows, a quarter of them is scored before it could, so a race of many costs a quarter of this at the least.
+* The front's children are as many as `front.size` allows. Every baseline reaches its speed; uniform width finds all
+  widths near it, greedy removal goes on to the last block, every random draw fits.
+
+Left out: fetching, reading and hashing the parent, tokenising text, Python and torch themselves (about half a
+gigabyte), copying the weights of children, knapsacks, predictors and Optuna (milliseconds to seconds a trial), reading
+the library back, the stores of trials and scores, and trials that fail or repeat an earlier architecture. A base-model
+pass of the statistics is counted as a whole scoring pass, though it has no output layer; an exact score by the layers
+that it runs, though it runs the output layer whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from llmprune.architecture import BlockKind
+from llmprune.blocks.sensitivity import WINDOWS_A_BATCH
+from llmprune.blocks.statistics import BATCH_TOKENS, statistics_bytes
+from llmprune.blocks.work import (
+    SolverFlops,
+    estimate_flops_per_token,
+    gram_flops_per_token,
+    graph_bytes_per_token,
+    layer_library_bytes,
+    layer_solver_flops,
+    solver_bytes,
+)
+from llmprune.data.tokens import divide_windows, first_windows
+from llmprune.measure.prefix import STATES_BYTES
+from llmprune.measure.prefix_states import common_steps, last_start, spread, steps_of
+from llmprune.measure.quality import LOGITS_BYTES
+from llmprune.measure.racing import SHARES
+from llmprune.measure.throughput import Workload, passes_of
+from llmprune.recipe import SPLIT_NAMES, Recipe, SamplerName, SplitName
+from llmprune.search.baselines.methods import METHODS, own_libraries
+from llmprune.search.costs import probe_architectures
+from llmprune.search.exact import is_exact
+from llmprune.search.path import stops_of
+from llmprune.search.rates import Rates
+from llmprune.search.samplers import evopress, slp
+from llmprune.search.tables import CALIBRATE_AT
+from llmprune.search.warm_starts import MARGIN
+from llmprune.space import Assignment, Space
+
+BACKWARD_FORWARDS = 1.5
+"""Time of a backward pass in forward passes: weights are frozen, so the products are as many as the forward's, but
+attention is computed again."""
+RACED: Mapping[SamplerName, int] = {"slp": slp.POOL, "evopress": evopress.CHILDREN}
+"""Children that a sampler races for one proposal; the winner is the trial, and not scored again."""
+
+Until = Literal["search", "export"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides what a run costs, but for the machine."""
+
+    recipe: Recipe
+    space: Space
+    workload: Workload
+    vocabulary: int
+    parent_bytes: int
+    """All parameters, tied ones once."""
+    dtype_bytes: int
+    biased: frozenset[BlockKind] = frozenset()
+    """Kinds of block whose output projection has a bias."""
+
+    def windows(self, split: SplitName) -> Mapping[str, int]:
+        """Windows of each source, as the token splits will have them."""
+        return divide_windows(self.recipe.data, split, self._weights)
+
+    def tokens(self, split: SplitName) -> int:
+        return sum(self.windows(split).values()) * self.recipe.data.seq_len
+
+    def estimated_tokens(self, tokens: int) -> int:
+        """Calibration tokens of a one-backward estimate that asks for `tokens`, in whole windows a source."""
+        seq_len, windows = self.recipe.data.seq_len, self.windows("calibration")
+        wanted = {name: max(1, round(tokens * weight / seq_len)) for name, weight in self._weights.items()}
+        return sum(min(wanted[name], windows[name]) for name in windows) * seq_len
+
+    def first_tokens(self, split: SplitName, tokens: int | None) -> int:
+        """About so many of a split's tokens, in whole windows of each source; all without a number."""
+        share = 1.0 if tokens is None else min(1.0, tokens / self.tokens(split))
+        return sum(first_windows(self.windows(split), self._weights, share).values()) * self.recipe.data.seq_len
+
+    @property
+    def exact_tokens(self) -> int:
+        """Calibration tokens of one exact score."""
+        return self.first_tokens("calibration", self.recipe.tables.tokens)
+
+    @cached_property
+    def exact_choices(self) -> list[Assignment]:
+        """The choices that are scored exactly."""
+        space, rules = self.space, self.recipe.tables
+        return [(i, c) for i, kind in space.blocks() for c in space.ladder(kind) if is_exact(c, space, rules)]
+
+    @property
+    def layers_a_pass(self) -> int:
+        """Layers whose statistics are gathered together."""
+        return max(1, self.recipe.importance.memory_bytes // statistics_bytes(self.space.shape))
+
+    def passes(self, layers: int) -> int:
+        """Passes over the calibration tokens that the statistics of so many layers take."""
+        return -(-layers // self.layers_a_pass)
+
+    def kept_states(self, tokens: int) -> int:
+        """How many layers' hidden states of so many tokens a scorer keeps of the parent."""
+        return min(self.space.shape.layers - 1, STATES_BYTES // self.state_bytes(tokens))
+
+    def state_bytes(self, tokens: int) -> int:
+        """Hidden states of one layer."""
+        return tokens * self.space.shape.hidden_size * self.dtype_bytes
+
+    def logits_bytes(self, windows: int) -> int:
+        """Logits of one pass in the model's dtype, and float32 copies of one window."""
+        one = self.recipe.data.seq_len * self.vocabulary
+        return windows * one * self.dtype_bytes + 3 * 4 * one
+
+    @property
+    def _weights(self) -> dict[str, float]:
+        total = sum(source.weight for source in self.recipe.data.sources)
+        return {source.name: source.weight / total for source in self.recipe.data.sources}
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a run directory holds already."""
+
+    tokens: bool = False
+    layers: int = 0
+    """Finished layers of the library."""
+    tables: bool = False
+    path: bool = False
+    trials: int = 0
+    baseline_layers: Mapping[str, int] = field(default_factory=dict)
+    """Finished layers of the baselines' own libraries, by importance."""
+    front: bool = False
+    checkpoints_left: int | None = None
+    """Of the front's and the export; None: all, as many as there can be."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Passes of the workload, of parent and children together, and their tokens, all rows of the batch."""
+
+    comparisons: int = 0
+    prefills: int = 0
+    decode_steps: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage. Tokens are of whole models, parent or child; `seconds` turns all counts into time."""
+
+    stage: str
+    forward_tokens: int = 0
+    """Outside of timing."""
+    backward_tokens: int = 0
+    timing: Timing = field(default_factory=Timing)
+    solver: SolverFlops = field(default_factory=SolverFlops)
+    float32_flops: int = 0
+    """Local products beside the model's own."""
+    children: int = 0
+    processes: int = 0
+    peak_memory_bytes: int = 0
+    disk_bytes: int = 0
+    done: bool = False
+    most_seconds: float | None = None
+
+    @property
+    def forward_equivalents(self) -> float:
+        """Tokens: every pass, a backward one as BACKWARD_FORWARDS."""
+        return self.forward_tokens + BACKWARD_FORWARDS * self.backward_tokens + self.timing.tokens
+
+    def seconds(self, rates: Rates) -> float:
+        """Time of the stage; children count as slow as the parent."""
+        total = (
+            (self.forward_tokens + BACKWARD_FORWARDS * self.backward_tokens) * rates.forward_s_per_token
+            + self.timing.comparisons * rates.comparison_s
+            + self.timing.prefills * rates.prefill_s
+            + self.timing.decode_steps * rates.decode_step_s
+            + (self.solver.inverses + self.solver.refits) / rates.float64_flops_per_s
+            + self.solver.eliminations / rates.elimination_flops_per_s
+            + self.float32_flops / rates.float32_flops_per_s
+            + self.children * rates.child_s
+            + self.processes * rates.process_s
+        )
+        return total if self.most_seconds is None else min(total, self.most_seconds)
+
+    def to_json(self, rates: Rates) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "done": self.done,
+            "forward_tokens": self.forward_tokens,
+            "backward_tokens": self.backward_tokens,
+            "timed_tokens": self.timing.tokens,
+            "forward_equivalents": self.forward_equivalents,
+            "float64_flops": self.solver.total,
+            "float32_flops": self.float32_flops,
+            "seconds": self.seconds(rates),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "disk_bytes": self.disk_bytes,
+        }
+
+
+def forecast(plan: Plan, done: Done | None = None, *, until: Until = "export") -> list[StageCost]:
+    """Every stage of `llmprune search` or, until "export", of `llmprune compress`, in order."""
+    done = done or Done()
+    stages = [
+        StageCost("tokens", disk_bytes=0 if done.tokens else _tokens_bytes(plan), done=done.tokens),
+        _library(plan, done),
+        StageCost("estimate", done=True) if done.tables else _estimate(plan),
+        *([StageCost("exact", done=True) if done.tables else _exact(plan)] if plan.exact_choices else []),
+        StageCost("probes", done=True) if done.tables else _probes(plan),
+        StageCost("path", done=True) if done.path else _path(plan),
+        _search(plan, done),
+    ]
+    if until == "export":
+        stages += [StageCost("front", done=True) if done.front else _front(plan, done), _checkpoints(plan, done)]
+    return stages
+
+
+def _tokens_bytes(plan: Plan) -> int:
+    """Token ids in int32, and an int32 a window."""
+    seq_len = plan.recipe.data.seq_len
+    return sum(4 * sum(plan.windows(split).values()) * (seq_len + 1) for split in SPLIT_NAMES)
+
+
+def _library(plan: Plan, done: Done) -> StageCost:
+    shape, rules = plan.space.shape, plan.recipe.importance
+    missing = shape.layers - done.layers
+    if missing == 0:
+        return StageCost("library", done=True)
+    tokens = plan.tokens("calibration")
+    return StageCost(
+        "library",
+        forward_tokens=plan.passes(missing) * tokens,
+        solver=layer_solver_flops(plan.space, rules).times(missing),
+        float32_flops=missing * tokens * gram_flops_per_token(shape),
+        peak_memory_bytes=plan.parent_bytes + _solving_bytes(plan, missing),
+        disk_bytes=missing * layer_library_bytes(plan.space, plan.dtype_bytes, plan.biased, rules.method),
+    )
+
+
+def _solving_bytes(plan: Plan, layers: int) -> int:
+    """Statistics of a pass, and beside them what a batch or the solver takes."""
+    shape = plan.space.shape
+    statistics = min(layers, plan.layers_a_pass) * statistics_bytes(shape)
+    batch = max(BATCH_TOKENS, plan.recipe.data.seq_len)
+    activations = batch * (3 * shape.ffn_width + 4 * shape.hidden_size) * max(4, plan.dtype_bytes)
+    gram = 4 * max(shape.ffn_width, shape.inputs(shape.full("attention"))) ** 2
+    return statistics + max(activations + gram, solver_bytes(shape))
+
+
+def _estimating_bytes(plan: Plan) -> int:
+    """Graph and logits of a batch."""
+    batch = WINDOWS_A_BATCH * plan.recipe.data.seq_len
+    # The logits, then in float32 their copy, the log-softmax and its gradient, and the gradient of the logits.
+    logits = batch * plan.vocabulary * (2 * plan.dtype_bytes + 3 * 4)
+    return logits + batch * graph_bytes_per_token(plan.space.shape, plan.dtype_bytes)
+
+
+def _estimate(plan: Plan) -> StageCost:
+    """One forward and one backward pass, and one forward pass more for the layers' influence."""
+    tokens = plan.estimated_tokens(plan.recipe.tables.tokens)
+    return StageCost(
+        "estimate",
+        forward_tokens=2 * tokens,
+        backward_tokens=tokens,
+        float32_flops=tokens * plan.space.shape.layers * estimate_flops_per_token(plan.space),
+        peak_memory_bytes=plan.parent_bytes + _estimating_bytes(plan),
+    )
+
+
+def _exact(plan: Plan) -> StageCost:
+    """The parent's pass, and for each choice the layers from the last kept state before its own on."""
+    whole, tokens = plan.space.shape.architecture, plan.exact_tokens
+    layers = ran = len(whole.layers)
+    kept = spread(1, layers - 1, plan.kept_states(tokens))
+    for layer, choice in plan.exact_choices:
+        steps = steps_of(whole.with_choice(layer, choice))
+        shared = min(last_start(steps), common_steps(steps, steps_of(whole)))
+        ran += len(steps) - max((start for start in kept if start <= shared), default=0)
+    return StageCost(
+        "exact",
+        forward_tokens=-(-ran * tokens // layers),
+        children=len(plan.exact_choices),
+        peak_memory_bytes=_judged_bytes(plan, "calibration") + len(kept) * plan.state_bytes(tokens),
+    )
+
+
+def _path(plan: Plan) -> StageCost:
+    """An estimate at every stop on the way to the targets."""
+    aims = [target * MARGIN for target in plan.recipe.search.targets]
+    tokens = len(stops_of(aims, plan.recipe.tables.path_step)) * plan.estimated_tokens(plan.recipe.tables.path_tokens)
+    return StageCost(
+        "path",
+        forward_tokens=tokens,
+        backward_tokens=tokens,
+        float32_flops=tokens * plan.space.shape.layers * estimate_flops_per_token(plan.space, anywhere=True),
+        peak_memory_bytes=plan.parent_bytes + _estimating_bytes(plan),
+    )
+
+
+def _timing(plan: Plan, comparisons: int, repeats: int) -> Timing:
+    """Passes and tokens of so many comparisons of a child with the parent."""
+    workload = plan.workload
+    prefills, steps = (comparisons * passes for passes in passes_of(workload, repeats))
+    return Timing(comparisons, prefills, steps, workload.batch * (workload.prompt_tokens * prefills + steps))
+
+
+def _probes(plan: Plan) -> StageCost:
+    children = len(probe_architectures(plan.space)) + len(CALIBRATE_AT)
+    timing = _timing(plan, children, plan.recipe.workload.repeats)
+    return StageCost("probes", timing=timing, children=children, peak_memory_bytes=2 * plan.parent_bytes)
+
+
+def _judged_bytes(plan: Plan, split: SplitName) -> int:
+    """Parent and child, and the logits of as many windows as go through a pass together."""
+    together = max(1, LOGITS_BYTES // (4 * plan.vocabulary) // plan.recipe.data.seq_len)
+    return 2 * plan.parent_bytes + plan.logits_bytes(min(together, max(plan.windows(split).values())))
+
+
+def _search(plan: Plan, done: Done) -> StageCost:
+    """The parent's pass, which is the first trial as well, and trials; for guided samplers also what they race, and
+    for slp an estimate each."""
+    rules = plan.recipe.search
+    trials = max(0, rules.trials - done.trials)
+    if trials == 0:
+        return StageCost("search", done=True)
+    proposals = trials if done.trials else trials - 1
+    raced = RACED.get(rules.sampler, 1)
+    estimates = proposals if rules.sampler == "slp" else 0
+    estimated = estimates * plan.estimated_tokens(plan.recipe.tables.path_tokens)
+    states = plan.kept_states(plan.tokens("search")) * plan.state_bytes(plan.tokens("search"))
+    estimating = plan.parent_bytes + _estimating_bytes(plan) if estimates else 0
+    return StageCost(
+        "search",
+        forward_tokens=(proposals * raced + 1) * plan.tokens("search") + estimated,
+        backward_tokens=estimated,
+        timing=_timing(plan, trials, plan.recipe.workload.repeats),
+        float32_flops=estimated * plan.space.shape.layers * estimate_flops_per_token(plan.space, anywhere=True),
+        # One to be timed; and one to be scored, anew on each slice of a race.
+        children=trials + proposals * (raced * len(SHARES) if raced > 1 else 1),
+        peak_memory_bytes=states + max(_judged_bytes(plan, "search"), estimating),
+        most_seconds=None if rules.minutes is None else 60 * rules.minutes,
+    )
+
+
+def _front(plan: Plan, done: Done) -> StageCost:
+    """Baselines chosen on search tokens; then the parent, the front and the baselines on validation tokens.
+
+    Libraries that baselines have of their own share their passes. Each has a scorer of its own, which scores the parent
+    too; the run's does so again, since the search may have been in another process.
+    """
+    rules, space = plan.recipe.front, plan.space
+    trials = max(plan.recipe.search.trials, done.trials)
+    draws = trials if rules.random_draws is None else rules.random_draws
+    names = list(dict.fromkeys(rules.baselines))
+    scored = {name: METHODS[name].most_scored(space, draws) for name in names}
+    greedy = plan.first_tokens("search", plan.recipe.baselines.greedy_tokens)
+    search = plan.tokens("search")
+    choosing = sum(count * (greedy if METHODS[name].greedy else search) for name, count in scored.items())
+    # A greedy method keeps the states of the child that it varies beside the parent's.
+    kept = plan.kept_states(search) * (2 if any(METHODS[name].greedy for name in names) else 1)
+    # The parent is the first trial, and no candidate.
+    measured = min(rules.size, trials - 1) + len(names)
+    own = own_libraries(names, plan.recipe.importance)
+    missing = {method: space.shape.layers - done.baseline_layers.get(method, 0) for method in own}
+    most = max(missing.values(), default=0)
+    calibration = plan.tokens("calibration")
+    parents = len(own) + 1
+    return StageCost(
+        "front",
+        forward_tokens=plan.passes(most) * calibration
+        + choosing
+        + parents * search
+        + (measured + parents) * plan.tokens("validation"),
+        timing=_timing(plan, measured + 1, rules.repeats),
+        solver=sum((layer_solver_flops(space, own[m]).times(missing[m]) for m in own), SolverFlops()),
+        float32_flops=most * calibration * gram_flops_per_token(space.shape),
+        children=sum(scored.values()) + 2 * measured,
+        peak_memory_bytes=max(
+            _judged_bytes(plan, "validation"),
+            _judged_bytes(plan, "search") + kept * plan.state_bytes(search),
+            plan.parent_bytes + (_solving_bytes(plan, most) if most else 0),
+        ),
+        disk_bytes=sum(
+            missing[m] * layer_library_bytes(space, plan.dtype_bytes, plan.biased, own[m].method) for m in own
+        ),
+    )
+
+
+def _checkpoints(plan: Plan, done: Done) -> StageCost:
+    """The front's checkpoints and the export, each loaded again by a fresh process."""
+    rules = plan.recipe.front
+    count = 1 + (min(rules.size, plan.recipe.search.trials) if rules.checkpoints == "all" else 0)
+    if done.checkpoints_left is not None:
+        count = done.checkpoints_left
+    if count == 0:
+        return StageCost("checkpoints", done=True)
+    return StageCost(
+        "checkpoints",
+        children=count,
+        processes=count,
+        peak_memory_bytes=3 * plan.parent_bytes,
+        disk_bytes=count * plan.parent_bytes,
+    )

@@ -1,0 +1,123 @@
+"""What the default recipe costs on three published shapes, computed by the forecast's own functions: nothing is run.
+
+    python scripts/forecast_shapes.py [--ffn-step-share 6] [--json]
+
+FFN widths go in steps of about a sixth of the width (a multiple of 128), so that the shapes have as many choices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from typing import Any
+
+import yaml
+
+from llmprune.architecture import ParentShape
+from llmprune.blocks.statistics import statistics_bytes
+from llmprune.blocks.work import (
+    estimate_flops_per_token,
+    gram_flops_per_token,
+    layer_library_bytes,
+    layer_solver_flops,
+    solver_bytes,
+)
+from llmprune.measure.throughput import Workload
+from llmprune.recipe import Recipe, parse_recipe
+from llmprune.recipe_files import DEFAULT_RECIPE, recipe_path
+from llmprune.search.forecast import Plan, forecast
+from llmprune.space import Space
+
+SHAPES = {
+    "SmolLM2-135M": (ParentShape(30, 576, 3, 3, 64, 1536), 49_152, 4, True),
+    "Llama-3.1-8B": (ParentShape(32, 4096, 8, 4, 128, 14_336), 128_256, 2, False),
+    "Llama-3.1-70B": (ParentShape(80, 8192, 8, 8, 128, 28_672), 128_256, 2, False),
+}
+"""Shape, vocabulary, bytes a parameter, whether the output is the embedding."""
+
+
+def layer_parameters(shape: ParentShape) -> int:
+    """A Llama layer: q, k, v, o; gate, up, down; two norms."""
+    heads = shape.rows(shape.full("attention")) * shape.hidden_size
+    return heads + 3 * shape.ffn_width * shape.hidden_size + 2 * shape.hidden_size
+
+
+def figures(name: str, recipe: Recipe, steps: int) -> dict[str, Any]:
+    shape, vocabulary, dtype_bytes, tied = SHAPES[name]
+    step = max(128, shape.ffn_width // steps // 128 * 128)
+    space = Space.of(shape, 1, step)
+    embeddings = vocabulary * shape.hidden_size * (1 if tied else 2)
+    parameters = shape.layers * layer_parameters(shape) + embeddings + shape.hidden_size
+    rules = recipe.workload
+    workload = Workload(rules.batch, rules.prompt_tokens, rules.generated_tokens, "bfloat16", 1, "any")
+    plan = Plan(recipe, space, workload, vocabulary, parameters * dtype_bytes, dtype_bytes)
+    stages = {stage.stage: stage for stage in forecast(plan)}
+    roomy = recipe.importance.model_copy(update={"memory_gb": shape.layers * statistics_bytes(shape) / 2**30})
+    unbounded = forecast(replace(plan, recipe=recipe.model_copy(update={"importance": roomy})))[1]
+    unguided = recipe.model_copy(update={"search": recipe.search.model_copy(update={"sampler": "nsga2"})})
+    by_nsga2 = {stage.stage: stage for stage in forecast(replace(plan, recipe=unguided))}["search"]
+    layer_flops = 2 * layer_parameters(shape)
+    solver = layer_solver_flops(space, recipe.importance)
+    return {
+        "parameters": parameters,
+        "parent bytes": parameters * dtype_bytes,
+        "choices a layer (KV groups + FFN widths)": len(space.attention) + len(space.ffn),
+        "statistics bytes a layer (float64)": statistics_bytes(shape),
+        "statistics bytes of all layers": shape.layers * statistics_bytes(shape),
+        "layers a pass in 2 GiB": plan.layers_a_pass,
+        "calibration passes": stages["library"].forward_tokens // plan.tokens("calibration"),
+        "library forward tokens": stages["library"].forward_tokens,
+        "the same with memory for all layers": unbounded.forward_tokens,
+        "Gram products / layer forward": gram_flops_per_token(shape) / layer_flops,
+        "solver scratch bytes": solver_bytes(shape),
+        "solver float64 TFLOP a layer": solver.total / 1e12,
+        "solver float64 TFLOP in all": shape.layers * solver.total / 1e12,
+        "library bytes a layer": layer_library_bytes(space, dtype_bytes),
+        "library bytes on disk": stages["library"].disk_bytes,
+        "estimate forward tokens": stages["estimate"].forward_tokens,
+        "estimate backward tokens": stages["estimate"].backward_tokens,
+        "estimate local / layer forward": estimate_flops_per_token(space) / layer_flops,
+        "estimate peak bytes beside the parent": stages["estimate"].peak_memory_bytes - plan.parent_bytes,
+        "logits bytes of one scored window": plan.logits_bytes(1),
+        "probes timed tokens": stages["probes"].timing.tokens,
+        "path forward tokens": stages["path"].forward_tokens,
+        "path backward tokens": stages["path"].backward_tokens,
+        "search forward tokens": stages["search"].forward_tokens,
+        "the same with nsga2": by_nsga2.forward_tokens,
+        "search backward tokens": stages["search"].backward_tokens,
+        "search timed tokens": stages["search"].timing.tokens,
+        "front forward tokens": stages["front"].forward_tokens,
+        "checkpoints bytes on disk": stages["checkpoints"].disk_bytes,
+        "forward equivalents in all": sum(stage.forward_equivalents for stage in stages.values()),
+        "model PFLOP in all (2 x parameters x tokens)": 2e-15
+        * parameters
+        * sum(stage.forward_equivalents for stage in stages.values()),
+    }
+
+
+def shown(name: str, value: float) -> str:
+    if "bytes" in name:
+        return f"{value / 1e9:,.2f} GB" if value >= 1e8 else f"{value / 1e6:,.1f} MB"
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ffn-step-share", type=int, default=6, help="FFN widths besides 0, about")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    data = yaml.safe_load(recipe_path(DEFAULT_RECIPE).read_text(encoding="utf-8"))
+    recipe = parse_recipe(data, origin=DEFAULT_RECIPE)
+    columns = {name: figures(name, recipe, arguments.ffn_step_share) for name in SHAPES}
+    if arguments.json:
+        print(json.dumps(columns, indent=2))
+        return
+    print(f"| | {' | '.join(columns)} |")
+    print("|---|" + "---|" * len(columns))
+    for row in next(iter(columns.values())):
+        print(f"| {row} | {' | '.join(shown(row, column[row]) for column in columns.values())} |")
+
+
+if __name__ == "__main__":
+    main()
