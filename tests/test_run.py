@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from conftest import Finished
@@ -31,7 +32,7 @@ from llmprune.run_directory import RunDirectory
 from llmprune.search.budgets import parse_pick
 from llmprune.search.evaluate import Judge
 from llmprune.search.storage import open_journal
-from llmprune.search.study import finished_trials, open_study
+from llmprune.search.study import finished_trials
 from llmprune.workspace import Run
 
 CONTRACT = {
@@ -72,8 +73,7 @@ def finished_hashes(run: Path) -> list[str]:
     """Of the trials in a run's journal; the journal itself is left as it is."""
     copy = run.parent / "journal-to-read"
     shutil.copyfile(run / "study.journal", copy)
-    opened = Run.open(run)
-    study = open_study(open_journal(copy), opened.study_name, opened.recipe.search)
+    study = optuna.load_study(storage=open_journal(copy), study_name=Run.open(run).study_name)
     return [str(trial.user_attrs["hash"]) for trial in finished_trials(study)]
 
 
@@ -108,8 +108,8 @@ def test_the_front_is_what_scripts_rely_on(finished_run: Finished) -> None:
 
 def test_a_run_directory_holds_what_the_design_says(finished_run: Finished) -> None:
     names = {path.name for path in finished_run.path.iterdir()}
-    expected = {"recipe.yaml", "provenance.json", "tokens.safetensors", "library", "tables.json", "study.journal"}
-    assert names == {*expected, "front.json", "children", "scores", ".lock"}
+    inputs = {"recipe.yaml", "provenance.json", "tokens.safetensors", "library", "tables.json", "seeds.json"}
+    assert names == {*inputs, "study.journal", "front.json", "children", "scores", ".lock"}
     children = strict_json(finished_run.path / "front.json")["children"]
     assert {path.name for path in (finished_run.path / "children").iterdir()} == {child["hash"] for child in children}
     assert len(finished_hashes(finished_run.path)) == finished_run.recipe.search.trials
