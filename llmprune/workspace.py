@@ -179,8 +179,9 @@ class Run:
                     tokens=self.recipe.tables.path_tokens,
                     at=at,
                 )
-            oldest = list(self._estimates)[: len(self._estimates) + 1 - ESTIMATES_KEPT]
-            self._estimates = {a: e for a, e in self._estimates.items() if a not in oldest} | {at: found}
+            if len(self._estimates) == ESTIMATES_KEPT:
+                del self._estimates[next(iter(self._estimates))]
+            self._estimates[at] = found
         return self._estimates[at]
 
     @cached_property
