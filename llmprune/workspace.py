@@ -15,7 +15,7 @@ from llmprune.blocks.library import BlockLibrary, Plan, build_libraries, build_l
 from llmprune.blocks.sensitivity import DeltaNats, estimate_delta_nats
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import TokenSplits, build_token_splits
-from llmprune.errors import RunDirectoryError
+from llmprune.errors import ArchitectureError, RunDirectoryError
 from llmprune.files import read_json, write_json
 from llmprune.measure.host import fingerprint
 from llmprune.measure.prefix import STATES_BYTES, PrefixScorer
@@ -201,7 +201,7 @@ class Run:
             ]
             write_json(file, seeds)
             self.directory.mark_done("seeds", key)
-        return [(seed["label"], Architecture.from_json(seed["architecture"])) for seed in read_json(file)]
+        return seeds_from_json(self.space, read_json(file), file)
 
     @cached_property
     def guide(self) -> Guide:
@@ -306,6 +306,20 @@ class Run:
             finish = partial(complete, self.parent, library) if complete else None
         scorer = self.scorer(split, library)
         return Judge(self.parent, library, self.tokens[split], self.workload, repeats, scorer, finish)
+
+
+def seeds_from_json(space: Space, data: Any, file: Path) -> list[tuple[str, Architecture]]:
+    """Labelled architectures of the space. Raises RunDirectoryError on anything else."""
+    try:
+        seeds = [(str(seed["label"]), Architecture.from_json(seed["architecture"])) for seed in data]
+        for _, architecture in seeds:
+            space.indices(architecture)
+    except (KeyError, TypeError, ArchitectureError) as error:
+        raise RunDirectoryError(
+            f"{file} does not hold the seeds of this run's space ({type(error).__name__}: {error}); "
+            "delete it and start again"
+        ) from error
+    return seeds
 
 
 def _rewarded(search: SearchRecipe) -> list[Any]:

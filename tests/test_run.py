@@ -245,6 +245,11 @@ def front_again(run: Path) -> None:
         ("tables.json", b"{", search_again),
         ("tables.json", b"{}", search_again),
         ("tables.json", b"[1]", search_again),
+        ("seeds.json", b"{", search_again),
+        ("seeds.json", b"7", search_again),
+        ("seeds.json", b"{}{}", search_again),
+        ("seeds.json", b'[{"label": "path-1.2x"}]', search_again),
+        ("seeds.json", b'[{"label": "path-1.2x", "architecture": {"layers": []}}]', search_again),
         ("study.journal", b"{}\n{}\n", search_again),
         ("front.json", b"\xff", front_again),
         ("front.json", b"[]", front_again),
@@ -261,7 +266,7 @@ def test_a_damaged_file_is_named_in_one_error(
     assert (copied / name).read_bytes() == content, "damage is for a person to look at"
 
 
-@pytest.mark.parametrize("name", ["tokens.safetensors", "tables.json", "provenance.json", "library"])
+@pytest.mark.parametrize("name", ["tokens.safetensors", "tables.json", "seeds.json", "provenance.json", "library"])
 def test_a_missing_file_is_made_again(name: str, copied: Path) -> None:
     before = Run.open(copied)
     hashes = before.library.hash, before.tokens["search"].hash, before.study_name
