@@ -34,6 +34,7 @@ from llmprune.search.budgets import parse_budget, parse_pick
 from llmprune.search.evaluate import Judge
 from llmprune.search.path import path
 from llmprune.search.samplers.guide import Guide
+from llmprune.search.samplers.make import GUIDED
 from llmprune.search.studies import StudyFacts
 from llmprune.search.tables import BlockTables, build_tables
 from llmprune.search.warm_starts import MARGIN
@@ -153,6 +154,11 @@ class Run:
     def tables(self) -> BlockTables:
         path = self.directory.tables
         rules = self.recipe.tables
+        if self.joined:
+            # Whose tables a worker proposes from is the search's affair, also on another of several like GPUs.
+            if not path.is_file():
+                raise RunDirectoryError(f"a worker needs {path}; copy it from the run directory of llmprune search")
+            return BlockTables.from_json(self.space, read_json(path))
         key = hash_of(self.library.hash, self.workload.to_json(), fingerprint(), rules.tokens, rules.exact)
         if not self.directory.is_done("tables", key, path):
             tables = build_tables(
@@ -204,9 +210,12 @@ class Run:
         return seeds_from_json(self.space, read_json(file), file)
 
     @cached_property
-    def guide(self) -> Guide:
-        """What guided samplers know."""
-        tables, search = self.tables, self.recipe.search
+    def guide(self) -> Guide | None:
+        """What a guided sampler knows; None if the recipe's is none."""
+        search = self.recipe.search
+        if search.sampler not in GUIDED:
+            return None
+        tables = self.tables
         allocator = Allocator(tables.delta_nats, tables.costs)
         return Guide(allocator, search.objective, search.targets, self._winner, self.estimate)
 
