@@ -173,7 +173,7 @@ def baselines(
     quiet: Quiet = False,
 ) -> None:
     """Compare published methods, luck and the run's front at the same measured speed; continues where it stopped."""
-    from llmprune import run as stages
+    from llmprune.comparison import baselines as compared
     from llmprune.recipe import BaselinesRecipe
     from llmprune.terminal import baselines_table
 
@@ -181,7 +181,7 @@ def baselines(
     asked = {key: value for key, value in (("at", at), ("methods", method)) if value}
     rules = parse_section(BaselinesRecipe, recipe.baselines.model_dump() | asked)
     with _run(run_path, recipe, quiet) as (run, _):
-        result = stages.baselines(run, rules)
+        result = compared(run, rules)
     _print(result, json, lambda: [baselines_table(result)])
 
 

@@ -17,7 +17,7 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 FLOORS = [
     ["cli.py"],
     ["__init__.py"],
-    ["terminal.py", "run.py", "checkup.py", "inspection.py", "recipe_files.py"],
+    ["terminal.py", "run.py", "comparison.py", "checkup.py", "inspection.py", "recipe_files.py"],
     ["workspace.py"],
     ["run_directory.py"],
     ["search/"],
