@@ -12,18 +12,15 @@ from typing import Any
 
 from llmprune.architecture import Architecture
 from llmprune.blocks.library import BlockLibrary, Plan, build_libraries, build_library, load_library
-from llmprune.blocks.sensitivity import DeltaNats, estimate_delta_nats
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import TokenSplits, build_token_splits
-from llmprune.errors import ArchitectureError, RunDirectoryError
+from llmprune.errors import RunDirectoryError
 from llmprune.files import read_json, write_json
+from llmprune.guidance import Estimates, Seed, seeds_from_json, seeds_to_json, walked_seeds, winner
 from llmprune.measure.host import fingerprint
 from llmprune.measure.prefix import STATES_BYTES, PrefixScorer
-from llmprune.measure.quality import quality_from_windows
-from llmprune.measure.racing import race
 from llmprune.measure.score_store import ScoreStore, StoredScorer
 from llmprune.measure.throughput import Workload
-from llmprune.measure.turns import scoring
 from llmprune.models.parent import Parent, check_lengths, load_parent
 from llmprune.progress import Show, silent
 from llmprune.recipe import BaselineName, Recipe, SearchRecipe, SplitName
@@ -32,17 +29,13 @@ from llmprune.search.allocate import Allocator
 from llmprune.search.baselines.methods import METHODS
 from llmprune.search.budgets import parse_budget, parse_pick
 from llmprune.search.evaluate import Judge
-from llmprune.search.path import path
 from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.make import GUIDED
 from llmprune.search.studies import StudyFacts
 from llmprune.search.tables import BlockTables, build_tables
-from llmprune.search.warm_starts import MARGIN
 from llmprune.space import Space
 
 PACKAGES = ("llmprune", "torch", "transformers", "accelerate", "datasets", "optuna", "numpy")
-ESTIMATES_KEPT = 8
-"""Tables that are remembered: a guided sampler asks for the same few incumbents again and again."""
 
 
 @dataclass
@@ -60,7 +53,6 @@ class Run:
     joined: bool = False
     say: Callable[[str], None] = lambda line: None
     """Tells the user one line beside the steps that `show` draws."""
-    _estimates: dict[Architecture, DeltaNats] = field(default_factory=dict)
     _scorers: dict[tuple[SplitName, str], StoredScorer] = field(default_factory=dict)
     _baseline_libraries: dict[str, BlockLibrary] = field(default_factory=dict)
 
@@ -174,38 +166,19 @@ class Run:
             self.directory.mark_done("tables", key)
         return BlockTables.from_json(self.space, read_json(path))
 
-    def estimate(self, at: Architecture) -> DeltaNats:
-        """Estimated nats a token of every choice, put alone into an architecture; the last few are remembered."""
-        if at not in self._estimates:
-            with scoring(self.workload.device):
-                found = estimate_delta_nats(
-                    self.parent,
-                    self.tokens["calibration"],
-                    self.library,
-                    tokens=self.recipe.tables.path_tokens,
-                    at=at,
-                )
-            if len(self._estimates) == ESTIMATES_KEPT:
-                del self._estimates[next(iter(self._estimates))]
-            self._estimates[at] = found
-        return self._estimates[at]
+    @cached_property
+    def estimates(self) -> Estimates:
+        split, rules = self.tokens["calibration"], self.recipe.tables
+        return Estimates(self.parent, split, self.library, rules.path_tokens, self.workload.device)
 
     @cached_property
-    def path(self) -> list[tuple[str, Architecture]]:
-        """Labelled seeds, one for each of the recipe's targets that the path reaches."""
+    def path(self) -> list[Seed]:
+        """Labelled seeds, one for each of the recipe's targets that a path from the parent reaches."""
         search, rules, tables = self.recipe.search, self.recipe.tables, self.tables
-        file, costs = self.directory.seeds, tables.costs
+        file = self.directory.seeds
         key = hash_of(self.library.hash, tables.to_json(), search.objective, search.targets, rules.model_dump())
         if not self.directory.is_done("seeds", key, file):
-            with self.show("walking from the parent to the targets") as advance:
-                aims = [target * MARGIN for target in search.targets]
-                found = dict(path(self.estimate, costs, search.objective, aims, step=rules.path_step, progress=advance))
-            seeds = [
-                {"label": f"path-{target:g}x", "architecture": found[aim].to_json()}
-                for target, aim in zip(search.targets, aims, strict=True)
-                if aim in found
-            ]
-            write_json(file, seeds)
+            write_json(file, seeds_to_json(walked_seeds(self.estimates.at, tables.costs, search, rules, self.show)))
             self.directory.mark_done("seeds", key)
         return seeds_from_json(self.space, read_json(file), file)
 
@@ -215,18 +188,12 @@ class Run:
         search = self.recipe.search
         if search.sampler not in GUIDED:
             return None
-        tables = self.tables
-        allocator = Allocator(tables.delta_nats, tables.costs)
-        return Guide(allocator, search.objective, search.targets, self._winner, self.estimate)
 
-    def _winner(self, candidates: Sequence[Architecture]) -> Architecture:
-        """The best of several candidates in a race on the search tokens; the first if none computes numbers."""
-        split = self.tokens["search"]
-        with scoring(self.workload.device):
-            raced = race(self.scorer("search"), split, candidates)
-        finalists = {r.architecture: r.scores for r in raced if r.kept and r.scores is not None}
-        nats = {a: quality_from_windows(split, scores.nats).nats_per_token for a, scores in finalists.items()}
-        return min(nats, key=nats.__getitem__, default=candidates[0])
+        def raced(candidates: Sequence[Architecture]) -> Architecture:
+            return winner(self.scorer("search"), self.tokens["search"], candidates, self.workload.device)
+
+        allocator = Allocator(self.tables.delta_nats, self.tables.costs)
+        return Guide(allocator, search.objective, search.targets, raced, self.estimates.at)
 
     @property
     def study_name(self) -> str:
@@ -315,20 +282,6 @@ class Run:
             finish = partial(complete, self.parent, library) if complete else None
         scorer = self.scorer(split, library)
         return Judge(self.parent, library, self.tokens[split], self.workload, repeats, scorer, finish)
-
-
-def seeds_from_json(space: Space, data: Any, file: Path) -> list[tuple[str, Architecture]]:
-    """Labelled architectures of the space. Raises RunDirectoryError on anything else."""
-    try:
-        seeds = [(str(seed["label"]), Architecture.from_json(seed["architecture"])) for seed in data]
-        for _, architecture in seeds:
-            space.indices(architecture)
-    except (KeyError, TypeError, ArchitectureError) as error:
-        raise RunDirectoryError(
-            f"{file} does not hold the seeds of this run's space ({type(error).__name__}: {error}); "
-            "delete it and start again"
-        ) from error
-    return seeds
 
 
 def _rewarded(search: SearchRecipe) -> list[Any]:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from conftest import Finished
 
-from llmprune import workspace as guidance
+from llmprune import guidance
 from llmprune.architecture import Architecture
-from llmprune.workspace import ESTIMATES_KEPT, Run
+from llmprune.guidance import ESTIMATES_KEPT
+from llmprune.workspace import Run
 
 
 def test_the_last_few_estimates_are_remembered(finished_run: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,9 +24,9 @@ def test_the_last_few_estimates_are_remembered(finished_run: Finished, monkeypat
     places = [run.space.shape.architecture, *(run.space.architecture([i % 3] * 5 + [i // 3]) for i in range(9))]
     places = list(dict.fromkeys(places))[: ESTIMATES_KEPT + 1]
     for at in [*places[:-1], *places[:-1]]:
-        run.estimate(at)
+        run.estimates.at(at)
     assert asked == places[:-1]
     # One more, and the oldest is forgotten, no other.
     for at in [places[-1], *places[1:], places[0]]:
-        run.estimate(at)
+        run.estimates.at(at)
     assert asked == [*places, places[0]]

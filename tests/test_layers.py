@@ -18,7 +18,7 @@ FLOORS = [
     ["cli.py", "cli_options.py"],
     ["__init__.py"],
     ["terminal.py", "run.py", "comparison.py", "checkup.py", "inspection.py", "recipe_files.py"],
-    ["workspace.py"],
+    ["workspace.py", "guidance.py"],
     ["run_directory.py"],
     ["search/"],
     ["blocks/"],
