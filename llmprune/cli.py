@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
 
-from llmprune.errors import LlmpruneError, RecipeError, StorageError
-from llmprune.recipe import (
-    SPLIT_NAMES,
-    ModelRecipe,
-    Recipe,
-    SplitName,
-    WorkloadRecipe,
-    apply_overrides,
-    load_recipe,
-    parse_recipe,
-    parse_section,
-    with_absolute_paths,
+from llmprune.cli_options import (
+    Batch,
+    Device,
+    DryRun,
+    Dtype,
+    Force,
+    Generated,
+    Json,
+    Overrides,
+    Prompt,
+    Quiet,
+    Repeats,
+    RunPath,
+    Storage,
+    Threads,
+    emit,
+    model_recipe,
+    opened_run,
+    recipe_from,
+    recipe_of_run,
+    speaker,
+    split_name,
+    workload_recipe,
 )
-from llmprune.recipe_files import DEFAULT_RECIPE, copy_recipe, recipe_names, recipe_path
+from llmprune.errors import LlmpruneError, StorageError
+from llmprune.recipe import Recipe, load_recipe, parse_section
+from llmprune.recipe_files import copy_recipe, recipe_names
 from llmprune.terminal import (
     bench_table,
-    console,
     error_console,
     evaluation_table,
     forecast_table,
@@ -50,28 +60,6 @@ app = typer.Typer(
 recipes = typer.Typer(help="The recipes that come with llmprune.", no_args_is_help=True)
 app.add_typer(recipes, name="recipes")
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. search.trials=100")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
-Storage = Annotated[
-    str | None,
-    typer.Option(
-        envvar="LLMPRUNE_STORAGE",
-        metavar="URL",
-        help="Where trials are kept: postgresql://USER@HOST:PORT/DATABASE or grpc://HOST:PORT; default: a file in RUN.",
-    ),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, stage by stage; write nothing.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Batch = Annotated[int, typer.Option(help="Sequences at a time.")]
-Prompt = Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.")]
-Generated = Annotated[int, typer.Option("--generated-tokens", help="Tokens decoded after it.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's own choice.")]
-Repeats = Annotated[int, typer.Option(help="Interleaved repeats.")]
-
 
 @app.command()
 def compress(
@@ -86,13 +74,13 @@ def compress(
     """Run every stage: search, re-measure the front, write its checkpoints, export the recipe's pick."""
     from llmprune import run as stages
 
-    recipe = _recipe(model_or_recipe, overrides)
+    recipe = recipe_from(model_or_recipe, overrides)
     if dry_run:
         return _print_forecast(out, recipe, "export", storage, json, quiet)
-    with _run(out, recipe, quiet, storage) as (run, report):
+    with opened_run(out, recipe, quiet, storage) as (run, report):
         to = Path(recipe.export.to) if recipe.export.to else run.directory.export
         result = stages.compress(run, to, report=report)
-    _print(result, json, lambda: [front_table(result), f"exported {result['exported']['hash']} to {to}"])
+    emit(result, json, lambda: [front_table(result), f"exported {result['exported']['hash']} to {to}"])
 
 
 @app.command()
@@ -108,10 +96,10 @@ def search(
     """Search for architectures; continues the trials that are there, creates RUN (from --recipe) if there is none."""
     from llmprune import run as stages
 
+    of_run = recipe_of_run(run_path, recipe, overrides)
     if dry_run:
-        recipe_of_run = _recipe_of_run(run_path, recipe, overrides)
-        return _print_forecast(run_path, recipe_of_run, "search", storage, json, quiet)
-    with _run(run_path, _recipe_of_run(run_path, recipe, overrides), quiet, storage) as (run, report):
+        return _print_forecast(run_path, of_run, "search", storage, json, quiet)
+    with opened_run(run_path, of_run, quiet, storage) as (run, report):
         outcome = stages.search(run, report)
     _print_outcome(outcome, json)
 
@@ -123,7 +111,7 @@ def worker(run_path: RunPath, storage: Storage = None, json: Json = False, quiet
     from llmprune.workspace import Run
 
     run = Run.join(run_path, shown(quiet=quiet), storage=storage)
-    run.say = _say(quiet)
+    run.say = speaker(quiet)
     _print_outcome(stages.worker(run, None if quiet else print_trial(error_console())), json)
 
 
@@ -141,13 +129,13 @@ def storage_proxy(
 
     if storage is None:
         raise StorageError("a proxy stands before a database; name it with --storage postgresql://...")
-    serve_proxy(storage, host, port, _say(quiet))
+    serve_proxy(storage, host, port, speaker(quiet))
 
 
 def _print_outcome(outcome: SearchOutcome, as_json: bool) -> None:
     from dataclasses import asdict
 
-    _print(
+    emit(
         asdict(outcome),
         as_json,
         lambda: [
@@ -168,9 +156,9 @@ def front(
     """Re-measure the best trials on validation tokens, beside the baselines; prints the front."""
     from llmprune import run as stages
 
-    with _run(run_path, _recipe_of_run(run_path, None, overrides), quiet, storage) as (run, _):
+    with opened_run(run_path, recipe_of_run(run_path, None, overrides), quiet, storage) as (run, _):
         measured = stages.front(run)
-    _print(measured, json, lambda: [front_table(measured)])
+    emit(measured, json, lambda: [front_table(measured)])
 
 
 @app.command()
@@ -182,16 +170,16 @@ def baselines(
     quiet: Quiet = False,
 ) -> None:
     """Compare published methods, luck and the run's front at the same measured speed; continues where it stopped."""
-    from llmprune import run as stages
+    from llmprune.comparison import baselines as compared
     from llmprune.recipe import BaselinesRecipe
     from llmprune.terminal import baselines_table
 
-    recipe = _recipe_of_run(run_path, None, None)
+    recipe = recipe_of_run(run_path, None, None)
     asked = {key: value for key, value in (("at", at), ("methods", method)) if value}
     rules = parse_section(BaselinesRecipe, recipe.baselines.model_dump() | asked)
-    with _run(run_path, recipe, quiet) as (run, _):
-        result = stages.baselines(run, rules)
-    _print(result, json, lambda: [baselines_table(result)])
+    with opened_run(run_path, recipe, quiet) as (run, _):
+        result = compared(run, rules)
+    emit(result, json, lambda: [baselines_table(result)])
 
 
 @app.command()
@@ -207,11 +195,11 @@ def export(
     from llmprune import run as stages
     from llmprune.search.budgets import parse_pick
 
-    recipe = _recipe_of_run(run_path, None, None)
+    recipe = recipe_of_run(run_path, None, None)
     wanted = parse_pick(pick or recipe.export.pick)
-    with _run(run_path, recipe, quiet) as (run, _):
+    with opened_run(run_path, recipe, quiet) as (run, _):
         written = stages.export(run, wanted, to or run.directory.export, force=force)
-    _print(
+    emit(
         written,
         json,
         lambda: [
@@ -239,11 +227,11 @@ def inspect(
     from llmprune.measure.throughput import Workload
     from llmprune.models.parent import load_parent
 
-    rules = _workload(batch, prompt_tokens, generated_tokens, threads, repeats)
+    rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats)
     with shown(quiet=quiet)("loading and timing"):
-        parent = load_parent(_model(model, device, dtype))
+        parent = load_parent(model_recipe(model, device, dtype))
         result = inspect_parent(parent, Workload.from_recipe(rules, dtype, str(parent.device)), repeats)
-    _print(result, json, lambda: [inspection_table(result)])
+    emit(result, json, lambda: [inspection_table(result)])
 
 
 @app.command()
@@ -262,9 +250,9 @@ def bench(
     """Time checkpoints side by side in one interleaved run."""
     from llmprune.checkup import bench as bench_models
 
-    rules = _workload(batch, prompt_tokens, generated_tokens, threads, repeats)
-    result = bench_models([_model(model, device, dtype) for model in models], rules, shown(quiet=quiet))
-    _print(result, json, lambda: [bench_table(result)])
+    rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats)
+    result = bench_models([model_recipe(model, device, dtype) for model in models], rules, shown(quiet=quiet))
+    emit(result, json, lambda: [bench_table(result)])
 
 
 @app.command("eval")
@@ -285,9 +273,9 @@ def evaluate(
     """Perplexity of a checkpoint on held-out tokens, and its tokens per second."""
     from llmprune.checkup import evaluate as evaluate_model
 
-    rules = _workload(batch, prompt_tokens, generated_tokens, threads, repeats)
-    result = evaluate_model(_model(model, device, dtype), data, _split_name(split), rules, shown(quiet=quiet))
-    _print(result, json, lambda: [evaluation_table(result)])
+    rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats)
+    result = evaluate_model(model_recipe(model, device, dtype), data, split_name(split), rules, shown(quiet=quiet))
+    emit(result, json, lambda: [evaluation_table(result)])
 
 
 @app.command()
@@ -305,7 +293,7 @@ def validate(
     parse_pick(checked.export.pick)
     for budget in checked.search.budgets:
         parse_budget(budget)
-    _print(checked.model_dump(mode="json"), json, lambda: [to_yaml(checked).rstrip()])
+    emit(checked.model_dump(mode="json"), json, lambda: [to_yaml(checked).rstrip()])
 
 
 @app.command()
@@ -318,7 +306,7 @@ def schema(json: Json = True, quiet: Quiet = False) -> None:
 def recipes_ls(json: Json = False, quiet: Quiet = False) -> None:
     """List the recipes."""
     names = recipe_names()
-    _print({"recipes": names}, json, lambda: list(names))
+    emit({"recipes": names}, json, lambda: list(names))
 
 
 @recipes.command("cp")
@@ -348,86 +336,10 @@ def _one_line(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines())
 
 
-def _print(data: Any, as_json: bool, lines: Any) -> None:
-    if as_json:
-        print_json(data)
-        return
-    target = console()
-    for line in lines():
-        target.print(line, markup=False) if isinstance(line, str) else target.print(line)
-
-
-def _recipe(model_or_recipe: str, overrides: list[str] | None) -> Recipe:
-    """A recipe file, or the default recipe for a model."""
-    if model_or_recipe.endswith((".yaml", ".yml")):
-        return with_absolute_paths(load_recipe(Path(model_or_recipe), overrides))
-    import yaml
-
-    path = recipe_path(DEFAULT_RECIPE)
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    data["model"]["path"] = model_or_recipe
-    data = apply_overrides(data, overrides or [])
-    return with_absolute_paths(parse_recipe(data, origin=f"the default recipe for {model_or_recipe}"))
-
-
-def _recipe_of_run(run: Path, recipe: str | None, overrides: list[str] | None) -> Recipe:
-    from llmprune.run_directory import RunDirectory
-
-    if recipe is not None:
-        return _recipe(recipe, overrides)
-    directory = RunDirectory(run)
-    if not directory.recipe.is_file():
-        raise RecipeError(f"{run} is not a run directory yet; name a recipe or model with --recipe to start one")
-    directory.stored_recipe()
-    return load_recipe(directory.recipe, overrides)
-
-
 def _print_forecast(
     path: Path, recipe: Recipe, until: Literal["search", "export"], storage: str | None, json: bool, quiet: bool
 ) -> None:
     from llmprune.inspection import forecast_run
 
     result = forecast_run(path, recipe, until, shown(quiet=quiet), storage=storage)
-    _print(result, json, lambda: [forecast_table(result)])
-
-
-@contextmanager
-def _run(path: Path, recipe: Recipe, quiet: bool, storage: str | None = None) -> Iterator[tuple[Any, Any]]:
-    """A locked run, and the callback that tells of its trials."""
-    from llmprune.run_directory import RunDirectory
-    from llmprune.workspace import Run
-
-    with RunDirectory(path).locked():
-        run = Run.start(path, recipe, shown(quiet=quiet))
-        run.storage, run.say = storage, _say(quiet)
-        yield run, None if quiet else print_trial(error_console())
-
-
-def _say(quiet: bool) -> Callable[[str], None]:
-    """A line for the user beside the steps: on stderr, like them."""
-    target = error_console()
-    return (lambda line: None) if quiet else lambda line: target.print(line, markup=False, soft_wrap=True)
-
-
-def _model(path: str, device: str, dtype: str) -> ModelRecipe:
-    return parse_section(ModelRecipe, {"path": path, "device": device, "dtype": dtype})
-
-
-def _workload(
-    batch: int, prompt_tokens: int, generated_tokens: int, threads: int | None, repeats: int
-) -> WorkloadRecipe:
-    values = {
-        "batch": batch,
-        "prompt_tokens": prompt_tokens,
-        "generated_tokens": generated_tokens,
-        "threads": threads,
-        "repeats": repeats,
-    }
-    return parse_section(WorkloadRecipe, values)
-
-
-def _split_name(name: str) -> SplitName:
-    for known in SPLIT_NAMES:
-        if name == known:
-            return known
-    raise RecipeError(f"--split is one of {', '.join(SPLIT_NAMES)}; got {name!r}")
+    emit(result, json, lambda: [forecast_table(result)])

@@ -5,29 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
-from optuna.trial import FrozenTrial
 
 from llmprune.architecture import Architecture
+from llmprune.comparison import entrant, trials_of
 from llmprune.errors import ExportError, ModelError, RunDirectoryError, StorageError
 from llmprune.files import read_json, write_json
 from llmprune.measure.host import fingerprint
 from llmprune.models.checkpoint import METADATA_FILE, check_destination, write_checkpoint
 from llmprune.models.surgery import prune
-from llmprune.recipe import BaselineName, BaselinesRecipe
-from llmprune.run_directory import RunDirectory, hash_of
-from llmprune.search.baselines.book import Book, Entry
-from llmprune.search.baselines.contest import Entrant, choose_beside, compare, front_entries
-from llmprune.search.baselines.given import Given
-from llmprune.search.baselines.ledger import effort_of
-from llmprune.search.baselines.methods import ALL_TABLES, METHODS
+from llmprune.run_directory import hash_of, read_front
+from llmprune.search.baselines.contest import Entrant, choose_beside
+from llmprune.search.baselines.methods import METHODS
 from llmprune.search.budgets import Pick, parse_budget, parse_pick, pick_record
-from llmprune.search.evaluate import RECORD_KEYS, Record, is_finite
+from llmprune.search.evaluate import Record, is_finite
 from llmprune.search.front import candidates_for_front, holding_budgets, non_dominated
 from llmprune.search.samplers.guide import HOLDS_WITHIN
 from llmprune.search.samplers.make import GUIDED
@@ -36,7 +31,6 @@ from llmprune.search.studies import Candidate, check_inputs, elsewhere, on_this_
 from llmprune.search.study import (
     Report,
     SearchOutcome,
-    finished_trials,
     join_study,
     open_study,
     prepare_study,
@@ -128,7 +122,7 @@ def front(run: Run) -> dict[str, Any]:
     rules, pick = run.recipe.front, parse_pick(run.recipe.export.pick)
     with opened_storage(run.storage, run.directory.journal) as storage:
         facts = run.study_facts()
-        found = [trial.user_attrs["record"] for trial in _trials_of(storage, facts.name)]
+        found = [trial.user_attrs["record"] for trial in trials_of(storage, facts.name)]
         trials = [record for record in found if record["hash"] != run.parent.shape.architecture.hash]
         _tell_of_other_hardware(run, studies_of_run(storage, facts.run))
     if not trials:
@@ -146,7 +140,7 @@ def front(run: Run) -> dict[str, Any]:
         wanted = [pick, *aims, pick.stricter(MARGIN), *(aim.stricter(MARGIN) for aim in aims)]
         chosen = candidates_for_front(holding, run.speed, rules.size, wanted)
         run.baseline_libraries(rules.baselines)
-        entrants = [_entrant(run, name) for name in dict.fromkeys(rules.baselines)]
+        entrants = [entrant(run, name) for name in dict.fromkeys(rules.baselines)]
         beside = choose_beside(entrants, rules.baselines_at, run.show)
         write_json(run.directory.front, _measure_front(run, chosen, beside))
         run.directory.mark_done("front", key)
@@ -162,13 +156,6 @@ def _where_trials_are(run: Run) -> str:
     return f"its search was made with --storage {searched}"
 
 
-def _trials_of(storage: BaseStorage, name: str) -> list[FrozenTrial]:
-    """A study's finished trials, none if there is no study yet."""
-    if name not in optuna.get_all_study_names(storage):
-        return []
-    return finished_trials(optuna.load_study(storage=storage, study_name=name))
-
-
 def _measure_front(run: Run, chosen: Sequence[Record], beside: Mapping[Entrant, Architecture]) -> dict[str, Any]:
     candidates = [(record["name"], Architecture.from_json(record["architecture"])) for record in chosen]
     judge = run.judge("validation", run.recipe.front.repeats)
@@ -179,103 +166,17 @@ def _measure_front(run: Run, chosen: Sequence[Record], beside: Mapping[Entrant, 
             advance(len(children), len(candidates) + len(beside))
             children.append(judge.judge(architecture, name))
         baselines: list[Record] = []
-        for entrant, architecture in beside.items():
+        for rival, architecture in beside.items():
             advance(len(children) + len(baselines), len(candidates) + len(beside))
             # A child whose logits are NaN is no baseline.
             with suppress(ModelError):
-                baselines.append(entrant.measure(architecture))
+                baselines.append(rival.measure(architecture))
         advance(len(candidates) + len(beside), len(candidates) + len(beside))
     return {
         "parent": parent,
         "children": non_dominated(filter(is_finite, children), run.speed),
         "baselines": baselines,
     }
-
-
-def _entrant(run: Run, name: BaselineName) -> Entrant:
-    rules = run.recipe.search
-    library = run.baseline_libraries([name])[name]
-    chooser = run.judge("search", 1, name, tokens=_greedy_tokens(run, name))
-    given = partial(Given, run.parent, library, run.tables, rules.objective, _draws(run), rules.seed)
-    return Entrant(
-        name,
-        partial(given, remember=chooser.scorer.remember),
-        chooser,
-        run.judge("validation", run.recipe.front.repeats, name),
-        METHODS[name].preparation_tokens(run.tokens["calibration"].tokens, run.recipe.tables.tokens),
-    )
-
-
-def _greedy_tokens(run: Run, name: BaselineName) -> int | None:
-    return run.recipe.baselines.greedy_tokens if METHODS[name].greedy else None
-
-
-def baselines(run: Run, rules: BaselinesRecipe) -> dict[str, Any]:
-    """What each method loses at the same measured speed-ups, on the tokens and at the workload of the front, beside
-    the children of the front if there is one; kept in `baselines.json`.
-
-    Raises RunDirectoryError if the run has no tables.
-    """
-    if not run.directory.tables.is_file():
-        raise RunDirectoryError(f"{run.directory.path} has no tables yet; run llmprune search first")
-    book = Book.open(run.directory.baselines, run.directory.baseline_scores)
-    same = [run.tables.to_json(), run.study_name, run.tokens["validation"].hash, run.recipe.front.repeats]
-    parent = book.parent(hash_of(*same))
-    if parent is None:
-        with run.show("measuring the parent"):
-            parent = run.judge("validation", run.recipe.front.repeats).parent_record()
-        book.put_parent(parent, hash_of(*same))
-    targets = sorted(set(rules.at))
-    keys = {
-        name: hash_of(
-            name, METHODS[name].facts(run.recipe.search.seed, _draws(run), run.recipe.baselines.greedy_tokens), *same
-        )
-        for name in rules.methods
-    }
-    # All at once, so that what several methods need of the calibration tokens comes from one pass.
-    run.baseline_libraries(name for name, key in keys.items() if book.missing(name, targets, key))
-    found = compare(book, partial(_entrant, run), keys, targets, parent, run.speed, run.show)
-    return {"parent": parent, "speed": run.speed, "results": [*_of_front(run, targets), *found]}
-
-
-def _of_front(run: Run, targets: Sequence[float]) -> list[Entry]:
-    """The search itself; nothing if there is no front."""
-    if not run.directory.front.is_file():
-        return []
-    trials = _trials(run)
-    prepared = run.tokens["calibration"].tokens + ALL_TABLES * run.recipe.tables.tokens
-    seconds = sum(trial.duration.total_seconds() for trial in trials if trial.duration)
-    effort = effort_of(len(trials), run.tokens["search"].tokens, prepared, seconds)
-    return front_entries(read_front(run.directory), run.speed, targets, effort)
-
-
-def _draws(run: Run) -> int:
-    draws = run.recipe.front.random_draws
-    return len(_trials(run)) if draws is None else draws
-
-
-def _trials(run: Run) -> list[FrozenTrial]:
-    with opened_storage(run.storage, run.directory.journal) as storage:
-        return _trials_of(storage, run.study_name)
-
-
-def read_front(directory: RunDirectory) -> dict[str, Any]:
-    """The front that is stored. Raises RunDirectoryError if there is none, or it is damaged."""
-    if not directory.front.is_file():
-        raise RunDirectoryError(f"{directory.path} has no front yet; run llmprune front first")
-    data = read_json(directory.front)
-    if not _is_front(data):
-        raise RunDirectoryError(f"{directory.front} is damaged; delete it and run llmprune front again")
-    return data
-
-
-def _is_front(data: Any) -> TypeGuard[dict[str, Any]]:
-    if not isinstance(data, dict) or {"parent", "children", "baselines"} - data.keys():
-        return False
-    if not isinstance(data["children"], list) or not isinstance(data["baselines"], list):
-        return False
-    every = [data["parent"], *data["children"], *data["baselines"]]
-    return all(isinstance(record, dict) and record.keys() >= RECORD_KEYS for record in every)
 
 
 def export(run: Run, pick: Pick, to: Path, *, force: bool = False) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from llmprune.errors import RecipeError, RunDirectoryError
 from llmprune.files import atomic_path, read_json, write_json
 from llmprune.recipe import Recipe, load_recipe, to_yaml
+from llmprune.search.evaluate import RECORD_KEYS
 
 # Changing one of these in mid-run would mix figures that do not compare; but for the keys that are `free`.
 FIXED_SECTIONS = ("model", "data", "workload", "importance", "tables", "space")
@@ -175,3 +176,22 @@ def _all_mappings(provenance: dict[str, Any]) -> bool:
 def hash_of(*inputs: Any) -> str:
     """SHA-256, as hex, over the JSON of what a stage depends on."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def read_front(directory: RunDirectory) -> dict[str, Any]:
+    """The front that is stored. Raises RunDirectoryError if there is none, or it is damaged."""
+    if not directory.front.is_file():
+        raise RunDirectoryError(f"{directory.path} has no front yet; run llmprune front first")
+    data = read_json(directory.front)
+    if not _is_front(data):
+        raise RunDirectoryError(f"{directory.front} is damaged; delete it and run llmprune front again")
+    return data
+
+
+def _is_front(data: Any) -> TypeGuard[dict[str, Any]]:
+    if not isinstance(data, dict) or {"parent", "children", "baselines"} - data.keys():
+        return False
+    if not isinstance(data["children"], list) or not isinstance(data["baselines"], list):
+        return False
+    every = [data["parent"], *data["children"], *data["baselines"]]
+    return all(isinstance(record, dict) and record.keys() >= RECORD_KEYS for record in every)

@@ -12,18 +12,15 @@ from typing import Any
 
 from llmprune.architecture import Architecture
 from llmprune.blocks.library import BlockLibrary, Plan, build_libraries, build_library, load_library
-from llmprune.blocks.sensitivity import DeltaNats, estimate_delta_nats
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import Split, TokenSplits, build_token_splits
 from llmprune.errors import RunDirectoryError
 from llmprune.files import read_json, write_json
+from llmprune.guidance import Estimates, Seed, seeds_from_json, seeds_to_json, walked_seeds, winner
 from llmprune.measure.host import fingerprint
 from llmprune.measure.prefix import STATES_BYTES, PrefixScorer
-from llmprune.measure.quality import quality_from_windows
-from llmprune.measure.racing import race
 from llmprune.measure.score_store import ScoreStore, StoredScorer
 from llmprune.measure.throughput import Workload
-from llmprune.measure.turns import scoring
 from llmprune.models.parent import Parent, check_lengths, load_parent
 from llmprune.progress import Show, silent
 from llmprune.recipe import BaselineName, Recipe, SearchRecipe, SplitName
@@ -32,17 +29,13 @@ from llmprune.search.allocate import Allocator
 from llmprune.search.baselines.methods import METHODS, own_libraries
 from llmprune.search.budgets import parse_budget, parse_pick
 from llmprune.search.evaluate import Judge
-from llmprune.search.path import path
 from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.make import GUIDED
 from llmprune.search.studies import StudyFacts
 from llmprune.search.tables import BlockTables, build_tables
-from llmprune.search.warm_starts import MARGIN
 from llmprune.space import Space
 
 PACKAGES = ("llmprune", "torch", "transformers", "accelerate", "datasets", "optuna", "numpy")
-ESTIMATES_KEPT = 8
-"""Tables that are remembered: a guided sampler asks for the same few incumbents again and again."""
 
 
 @dataclass
@@ -60,7 +53,6 @@ class Run:
     joined: bool = False
     say: Callable[[str], None] = lambda line: None
     """Tells the user one line beside the steps that `show` draws."""
-    _estimates: dict[Architecture, DeltaNats] = field(default_factory=dict)
     _scorers: dict[tuple[str, str], StoredScorer] = field(default_factory=dict)
     _baseline_libraries: dict[str, BlockLibrary] = field(default_factory=dict)
 
@@ -155,13 +147,13 @@ class Run:
     def tables(self) -> BlockTables:
         path = self.directory.tables
         rules = self.recipe.tables
+        if self.joined:
+            # Whose tables a worker proposes from is the search's affair, also on another of several like GPUs.
+            if not path.is_file():
+                raise RunDirectoryError(f"a worker needs {path}; copy it from the run directory of llmprune search")
+            return BlockTables.from_json(self.space, read_json(path))
         key = hash_of(self.library.hash, self.workload.to_json(), fingerprint(), rules.tokens, rules.exact)
         if not self.directory.is_done("tables", key, path):
-            if self.joined:
-                raise RunDirectoryError(
-                    f"a worker with a guided sampler needs {path} as llmprune search made it on this kind of hardware; "
-                    "copy it, and provenance.json, from the run directory of llmprune search"
-                )
             tables = build_tables(
                 self.parent,
                 self.tokens["calibration"],
@@ -175,57 +167,34 @@ class Run:
             self.directory.mark_done("tables", key)
         return BlockTables.from_json(self.space, read_json(path))
 
-    def estimate(self, at: Architecture) -> DeltaNats:
-        """Estimated nats a token of every choice, put alone into an architecture; the last few are remembered."""
-        if at not in self._estimates:
-            with scoring(self.workload.device):
-                found = estimate_delta_nats(
-                    self.parent,
-                    self.tokens["calibration"],
-                    self.library,
-                    tokens=self.recipe.tables.path_tokens,
-                    at=at,
-                )
-            oldest = list(self._estimates)[: len(self._estimates) + 1 - ESTIMATES_KEPT]
-            self._estimates = {a: e for a, e in self._estimates.items() if a not in oldest} | {at: found}
-        return self._estimates[at]
+    @cached_property
+    def estimates(self) -> Estimates:
+        split, rules = self.tokens["calibration"], self.recipe.tables
+        return Estimates(self.parent, split, self.library, rules.path_tokens, self.workload.device)
 
     @cached_property
-    def path(self) -> list[tuple[str, Architecture]]:
-        """Labelled seeds, one for each of the recipe's targets that the path reaches."""
+    def path(self) -> list[Seed]:
+        """Labelled seeds, one for each of the recipe's targets that a path from the parent reaches."""
         search, rules, tables = self.recipe.search, self.recipe.tables, self.tables
-        file, costs = self.directory.seeds, tables.costs
+        file = self.directory.seeds
         key = hash_of(self.library.hash, tables.to_json(), search.objective, search.targets, rules.model_dump())
         if not self.directory.is_done("seeds", key, file):
-            with self.show("walking from the parent to the targets") as advance:
-                aims = [target * MARGIN for target in search.targets]
-                found = dict(path(self.estimate, costs, search.objective, aims, step=rules.path_step, progress=advance))
-            seeds = [
-                {"label": f"path-{target:g}x", "architecture": found[aim].to_json()}
-                for target, aim in zip(search.targets, aims, strict=True)
-                if aim in found
-            ]
-            write_json(file, seeds)
+            write_json(file, seeds_to_json(walked_seeds(self.estimates.at, tables.costs, search, rules, self.show)))
             self.directory.mark_done("seeds", key)
-        return [(seed["label"], Architecture.from_json(seed["architecture"])) for seed in read_json(file)]
+        return seeds_from_json(self.space, read_json(file), file)
 
     @cached_property
     def guide(self) -> Guide | None:
-        """What guided samplers know; None if the recipe's is none of them."""
-        if self.recipe.search.sampler not in GUIDED:
+        """What a guided sampler knows; None if the recipe's is none."""
+        search = self.recipe.search
+        if search.sampler not in GUIDED:
             return None
-        tables, search = self.tables, self.recipe.search
-        allocator = Allocator(tables.delta_nats, tables.costs)
-        return Guide(allocator, search.objective, search.targets, self._winner, self.estimate)
 
-    def _winner(self, candidates: Sequence[Architecture]) -> Architecture:
-        """The best of several candidates in a race on the search tokens; the first if none computes numbers."""
-        split = self.tokens["search"]
-        with scoring(self.workload.device):
-            raced = race(self.scorer(split), split, candidates)
-        finalists = {r.architecture: r.scores for r in raced if r.kept and r.scores is not None}
-        nats = {a: quality_from_windows(split, scores.nats).nats_per_token for a, scores in finalists.items()}
-        return min(nats, key=nats.__getitem__, default=candidates[0])
+        def raced(candidates: Sequence[Architecture]) -> Architecture:
+            return winner(self.scorer(self.tokens["search"]), self.tokens["search"], candidates, self.workload.device)
+
+        allocator = Allocator(self.tables.delta_nats, self.tables.costs)
+        return Guide(allocator, search.objective, search.targets, raced, self.estimates.at)
 
     @property
     def study_name(self) -> str:

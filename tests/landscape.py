@@ -57,7 +57,16 @@ class Landscape:
 
     def guide_for(self, targets: Sequence[float]) -> Guide:
         # The race's slices of tokens are short: its scores are off by a little.
-        return Guide(self.allocator, "decode", tuple(targets), lambda raced: min(raced, key=self.noisy_nats))
+        race = lambda raced: min(raced, key=self.noisy_nats)  # noqa: E731
+        return Guide(self.allocator, "decode", tuple(targets), race, self.estimate)
+
+    def estimate(self, at: Architecture) -> dict[Any, float]:
+        """What each change of one block truly costs there, with the errors of the tables: at the parent, the tables."""
+        here = self.nats(at)
+        return {
+            (layer, choice): self.errors[layer, choice.kind] * (self.nats(at.with_choice(layer, choice)) - here)
+            for layer, choice in self.loss
+        }
 
     @cached_property
     def loss(self) -> dict[Any, float]:
@@ -71,10 +80,16 @@ class Landscape:
         }
 
     @cached_property
-    def allocator(self) -> Allocator:
+    def errors(self) -> dict[Any, float]:
+        """The factor by which tables and estimates are off, for each block."""
         rng = np.random.default_rng(self.seed + 1)
-        off = {block: rng.lognormal(0.0, self.table_noise) for block in self.space.blocks()}
-        delta_nats = {(layer, choice): off[layer, choice.kind] * loss for (layer, choice), loss in self.loss.items()}
+        return {block: rng.lognormal(0.0, self.table_noise) for block in self.space.blocks()}
+
+    @cached_property
+    def allocator(self) -> Allocator:
+        delta_nats = {
+            (layer, choice): self.errors[layer, choice.kind] * loss for (layer, choice), loss in self.loss.items()
+        }
         rows, full = self.space.shape.rows, self.space.shape.full
         whole = {"attention": 0.2 / self.space.shape.layers, "ffn": 0.6 / self.space.shape.layers}
         saving = {

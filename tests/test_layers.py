@@ -15,10 +15,10 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 
 # Top first. A module may import from its own floor and from those below; within a floor, circles are found apart.
 FLOORS = [
-    ["cli.py"],
+    ["cli.py", "cli_options.py"],
     ["__init__.py"],
-    ["terminal.py", "run.py", "checkup.py", "inspection.py", "recipe_files.py"],
-    ["workspace.py"],
+    ["terminal.py", "run.py", "comparison.py", "checkup.py", "inspection.py", "recipe_files.py"],
+    ["workspace.py", "guidance.py"],
     ["run_directory.py"],
     ["search/"],
     ["blocks/"],

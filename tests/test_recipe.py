@@ -204,5 +204,5 @@ def test_a_recipe_is_copied_but_never_over_another_file(tmp_path: Path) -> None:
     assert copied.read_text() == "mine"
     with pytest.raises(RecipeError, match=r"cannot write .*: No such file"):
         copy_recipe("default", tmp_path / "missing" / "x.yaml")
-    with pytest.raises(RecipeError, match="no recipe is called 'best'; there are: .*default"):
+    with pytest.raises(RecipeError, match=r"no recipe is called 'best'; there are: .*default"):
         copy_recipe("best", tmp_path)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from conftest import Finished
@@ -31,7 +32,7 @@ from llmprune.run_directory import RunDirectory
 from llmprune.search.budgets import parse_pick
 from llmprune.search.evaluate import Judge
 from llmprune.search.storage import open_journal
-from llmprune.search.study import finished_trials, open_study
+from llmprune.search.study import finished_trials
 from llmprune.workspace import Run
 
 CONTRACT = {
@@ -72,8 +73,7 @@ def finished_hashes(run: Path) -> list[str]:
     """Of the trials in a run's journal; the journal itself is left as it is."""
     copy = run.parent / "journal-to-read"
     shutil.copyfile(run / "study.journal", copy)
-    opened = Run.open(run)
-    study = open_study(open_journal(copy), opened.study_name, opened.recipe.search)
+    study = optuna.load_study(storage=open_journal(copy), study_name=Run.open(run).study_name)
     return [str(trial.user_attrs["hash"]) for trial in finished_trials(study)]
 
 
@@ -108,8 +108,8 @@ def test_the_front_is_what_scripts_rely_on(finished_run: Finished) -> None:
 
 def test_a_run_directory_holds_what_the_design_says(finished_run: Finished) -> None:
     names = {path.name for path in finished_run.path.iterdir()}
-    expected = {"recipe.yaml", "provenance.json", "tokens.safetensors", "library", "tables.json", "study.journal"}
-    assert names == {*expected, "front.json", "children", "scores", ".lock"}
+    inputs = {"recipe.yaml", "provenance.json", "tokens.safetensors", "library", "tables.json", "seeds.json"}
+    assert names == {*inputs, "study.journal", "front.json", "children", "scores", ".lock"}
     children = strict_json(finished_run.path / "front.json")["children"]
     assert {path.name for path in (finished_run.path / "children").iterdir()} == {child["hash"] for child in children}
     assert len(finished_hashes(finished_run.path)) == finished_run.recipe.search.trials
@@ -245,6 +245,11 @@ def front_again(run: Path) -> None:
         ("tables.json", b"{", search_again),
         ("tables.json", b"{}", search_again),
         ("tables.json", b"[1]", search_again),
+        ("seeds.json", b"{", search_again),
+        ("seeds.json", b"7", search_again),
+        ("seeds.json", b"{}{}", search_again),
+        ("seeds.json", b'[{"label": "path-1.2x"}]', search_again),
+        ("seeds.json", b'[{"label": "path-1.2x", "architecture": {"layers": []}}]', search_again),
         ("study.journal", b"{}\n{}\n", search_again),
         ("front.json", b"\xff", front_again),
         ("front.json", b"[]", front_again),
@@ -261,7 +266,7 @@ def test_a_damaged_file_is_named_in_one_error(
     assert (copied / name).read_bytes() == content, "damage is for a person to look at"
 
 
-@pytest.mark.parametrize("name", ["tokens.safetensors", "tables.json", "provenance.json", "library"])
+@pytest.mark.parametrize("name", ["tokens.safetensors", "tables.json", "seeds.json", "provenance.json", "library"])
 def test_a_missing_file_is_made_again(name: str, copied: Path) -> None:
     before = Run.open(copied)
     hashes = before.library.hash, before.tokens["search"].hash, before.study_name

@@ -52,7 +52,7 @@ def nats_at_targets(landscape: Landscape, sampler: BaseSampler, trials: int) -> 
     return [landscape.best(study, target) for target in TARGETS]
 
 
-@pytest.mark.parametrize(("name", "gain"), [("evopress", 0.35), ("spdy", 0.25), ("linas", 0.25)])
+@pytest.mark.parametrize(("name", "gain"), [("evopress", 0.35), ("spdy", 0.25), ("linas", 0.25), ("slp", 0.35)])
 def test_with_sixty_decisions_a_guided_sampler_beats_chance(name: str, gain: float) -> None:
     sampler = (
         LinasSampler(SIXTY.guide, seed=0, initial=12, generations=40)
@@ -95,7 +95,9 @@ def test_one_seed_gives_one_search_however_often_it_restarts(name: str) -> None:
     restarted = landscape.study()
     again = [a for _ in range(5) for a in landscape.run(restarted, sampler_of(name, landscape), 3)]
     other = landscape.run(landscape.study(), sampler_of(name, landscape, seed=1), 15)
-    assert whole == again != other
+    assert whole == again
+    # The knapsacks of slp leave nothing to chance as long as there is something new around its incumbents.
+    assert (whole == other) == (name == "slp")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -151,7 +153,7 @@ def test_queued_trials_pass_untouched(name: str) -> None:
     assert COEFFICIENTS not in study.trials[0].user_attrs
 
 
-@pytest.mark.parametrize("name", ["evopress", "spdy"])
+@pytest.mark.parametrize("name", ["evopress", "spdy", "slp"])
 def test_proposals_hold_the_corrected_budget_and_so_the_measured_target(name: str) -> None:
     study = SIXTY.study()
     study.sampler = GUIDED[name](SIXTY.guide, seed=0)
@@ -163,7 +165,9 @@ def test_proposals_hold_the_corrected_budget_and_so_the_measured_target(name: st
         architecture = SIXTY.finish(study, trial)
         saved = 1.0 - SIXTY.allocator.costs.relative_time(architecture, "decode")
         assert saved >= history.needed_saving(SIXTY.guide, target) - 1e-4
-        assert target * 0.999 <= SIXTY.speedup(architecture) < target * 1.01
+        assert target * 0.999 <= SIXTY.speedup(architecture)
+        # Solutions of slp that must differ from each other may differ by being faster.
+        assert SIXTY.speedup(architecture) < target * (1.1 if name == "slp" else 1.01)
 
 
 def test_the_correction_is_what_was_measured_near_the_target() -> None:
@@ -249,16 +253,16 @@ def test_linas_says_which_predictors_proposed_a_trial() -> None:
 @pytest.mark.parametrize("name", ["nsga2", "nsga3", "tpe", "gp", "random", *NAMES])
 def test_every_name_of_the_recipe_makes_a_sampler(name: str) -> None:
     recipe = SearchRecipe.model_validate({"sampler": name})
-    sampler = make_sampler(recipe, seed=3, guide=SIXTY.guide)
+    sampler = make_sampler(recipe, draws=3, guide=SIXTY.guide)
     assert isinstance(sampler, BaseSampler)
     if name == "nsga2":
         assert isinstance(sampler, optuna.samplers.NSGAIISampler)
         assert isinstance(sampler._child_generation_strategy._mutation, OneRung)  # type: ignore[attr-defined]
     if name in GUIDED:
         with pytest.raises(AssertionError, match=f"search.sampler={name}"):
-            make_sampler(recipe, seed=3, guide=None)
+            make_sampler(recipe, draws=3, guide=None)
     else:
-        assert make_sampler(recipe, seed=3, guide=None)
+        assert make_sampler(recipe, draws=3, guide=None)
 
 
 def test_one_rung_moves_by_one_and_stays_in_bounds() -> None:

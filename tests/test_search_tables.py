@@ -20,7 +20,7 @@ from llmprune.models.parent import Parent
 from llmprune.models.sizes import size_of
 from llmprune.models.surgery import prune
 from llmprune.progress import silent
-from llmprune.recipe import ImportanceRecipe, WorkloadRecipe
+from llmprune.recipe import ImportanceRecipe, TablesRecipe, WorkloadRecipe
 from llmprune.search import tables
 from llmprune.search.budgets import SIZE_METRICS
 from llmprune.search.costs import CostTable
@@ -95,7 +95,7 @@ def test_calibration_scales_times_and_leaves_sizes_alone(drop: bool, monkeypatch
     probes = len(tables.probe_architectures(space))
     library = build_library(parent, split, ImportanceRecipe(), space)
     workload = Workload.from_recipe(WorkloadRecipe(prompt_tokens=8, generated_tokens=4), "float32", "cpu")
-    built = build_tables(parent, split, library, workload, 1, tokens=64, show=silent)
+    built = build_tables(parent, split, library, workload, 1, TablesRecipe(tokens=64), show=silent)
     assert measured > probes, "some mixed child was measured"
     assert set(built.costs.saving) == {"decode", "prefill", *SIZE_METRICS}
     assert_sizes_are_exact(built.costs, parent)

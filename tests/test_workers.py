@@ -18,7 +18,7 @@ from tiny import contents
 from llmprune import run as stages
 from llmprune import workspace
 from llmprune.data.store import load_token_splits, save_token_splits
-from llmprune.errors import StorageError
+from llmprune.errors import RunDirectoryError, StorageError
 from llmprune.measure.host import fingerprint
 from llmprune.models.parent import Parent
 from llmprune.recipe import SplitName
@@ -40,6 +40,27 @@ def test_a_worker_joins_and_writes_nothing(copied: Path) -> None:
     outcome = worker(Run.join(copied))
     assert (outcome.new_trials, outcome.stopped_by) == (0, "trials")
     assert contents(copied) == before
+
+
+def test_a_worker_proposes_from_the_tables_of_the_search_and_makes_none(copied: Path) -> None:
+    # As on another of several like GPUs: the tables' key is not the one that it would give them.
+    directory = RunDirectory(copied)
+    directory.mark_done("tables", "0" * 64)
+    before = contents(copied)
+    assert worker(Run.join(copied)).finished_trials == 5
+    assert contents(copied) == before
+    directory.tables.unlink()
+    with pytest.raises(RunDirectoryError, match=r"a worker needs .*tables\.json; copy it from the run directory of"):
+        worker(Run.join(copied))
+    assert not directory.tables.exists()
+
+
+def test_a_worker_of_one_of_optuna_s_samplers_needs_no_tables(copied: Path) -> None:
+    run = Run.join(copied)
+    run.directory.tables.unlink()
+    rules = run.recipe.search.model_copy(update={"sampler": "random"})
+    run.recipe = run.recipe.model_copy(update={"search": rules})
+    assert worker(run).finished_trials == 5
 
 
 def test_a_worker_does_not_wait_for_the_lock_of_search(copied: Path) -> None:

@@ -41,11 +41,13 @@ class SlpSampler(GuidedSampler):
         tried = sum(trial.notes.get(FROM) == at.hash for trial in history.finished)
         allocator = replace(self.guide.allocator, delta_nats=self.guide.estimate(at))
         wanted: dict[str, float] = {self.guide.phase: 1.0 / (1.0 - question.needed_saving)}
-        near = Near(at, RADII[tried % len(RADII)])
-        # As many more as are known already around here, so that some are left.
-        pool = allocator.pool(wanted, count=POOL + min(tried, POOL), distance=APART, near=near)
-        unknown = [found for found in pool if space.indices(found) not in history.known][:POOL]
-        if not unknown:
-            return None
-        best = self.guide.race(unknown) if len(unknown) > 1 else unknown[0]
-        return Proposal(space.indices(best), {FROM: at.hash})
+        # A size at which all is known leads on to the next.
+        for turn in range(tried, tried + len(RADII)):
+            near = Near(at, RADII[turn % len(RADII)])
+            # As many more as are known already around here, so that some are left.
+            pool = allocator.pool(wanted, count=POOL + min(tried, POOL), distance=APART, near=near)
+            unknown = [found for found in pool if space.indices(found) not in history.known][:POOL]
+            if unknown:
+                best = self.guide.race(unknown) if len(unknown) > 1 else unknown[0]
+                return Proposal(space.indices(best), {FROM: at.hash})
+        return None

@@ -1,0 +1,129 @@
+"""What the commands of `llmprune` share: their options, the recipe and run behind them, and how results are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmprune.errors import RecipeError
+from llmprune.recipe import (
+    SPLIT_NAMES,
+    ModelRecipe,
+    Recipe,
+    SplitName,
+    WorkloadRecipe,
+    apply_overrides,
+    load_recipe,
+    parse_recipe,
+    parse_section,
+    with_absolute_paths,
+)
+from llmprune.recipe_files import DEFAULT_RECIPE, recipe_path
+from llmprune.terminal import console, error_console, print_json, print_trial, shown
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. search.trials=100")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        envvar="LLMPRUNE_STORAGE",
+        metavar="URL",
+        help="Where trials are kept: postgresql://USER@HOST:PORT/DATABASE or grpc://HOST:PORT; default: a file in RUN.",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, stage by stage; write nothing.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Batch = Annotated[int, typer.Option(help="Sequences at a time.")]
+Prompt = Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.")]
+Generated = Annotated[int, typer.Option("--generated-tokens", help="Tokens decoded after it.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's own choice.")]
+Repeats = Annotated[int, typer.Option(help="Interleaved repeats.")]
+
+
+def emit(data: Any, as_json: bool, lines: Any) -> None:
+    """The result on stdout: one JSON object, or what `lines()` gives."""
+    if as_json:
+        print_json(data)
+        return
+    target = console()
+    for line in lines():
+        target.print(line, markup=False) if isinstance(line, str) else target.print(line)
+
+
+def recipe_from(model_or_recipe: str, overrides: list[str] | None) -> Recipe:
+    """A recipe file, or the default recipe for a model."""
+    if model_or_recipe.endswith((".yaml", ".yml")):
+        return with_absolute_paths(load_recipe(Path(model_or_recipe), overrides))
+    import yaml
+
+    path = recipe_path(DEFAULT_RECIPE)
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data["model"]["path"] = model_or_recipe
+    data = apply_overrides(data, overrides or [])
+    return with_absolute_paths(parse_recipe(data, origin=f"the default recipe for {model_or_recipe}"))
+
+
+def recipe_of_run(run: Path, recipe: str | None, overrides: list[str] | None) -> Recipe:
+    """The recipe that a run goes on with; with `recipe`, the one that it starts with. Raises RecipeError."""
+    from llmprune.run_directory import RunDirectory
+
+    if recipe is not None:
+        return recipe_from(recipe, overrides)
+    directory = RunDirectory(run)
+    if not directory.recipe.is_file():
+        raise RecipeError(f"{run} is not a run directory yet; name a recipe or model with --recipe to start one")
+    directory.stored_recipe()
+    return load_recipe(directory.recipe, overrides)
+
+
+@contextmanager
+def opened_run(path: Path, recipe: Recipe, quiet: bool, storage: str | None = None) -> Iterator[tuple[Any, Any]]:
+    """A locked run, and the callback that tells of its trials."""
+    from llmprune.run_directory import RunDirectory
+    from llmprune.workspace import Run
+
+    with RunDirectory(path).locked():
+        run = Run.start(path, recipe, shown(quiet=quiet))
+        run.storage, run.say = storage, speaker(quiet)
+        yield run, None if quiet else print_trial(error_console())
+
+
+def speaker(quiet: bool) -> Callable[[str], None]:
+    """A line for the user beside the steps: on stderr, like them."""
+    target = error_console()
+    return (lambda line: None) if quiet else lambda line: target.print(line, markup=False, soft_wrap=True)
+
+
+def model_recipe(path: str, device: str, dtype: str) -> ModelRecipe:
+    """The model section of a command's options. Raises RecipeError."""
+    return parse_section(ModelRecipe, {"path": path, "device": device, "dtype": dtype})
+
+
+def workload_recipe(
+    batch: int, prompt_tokens: int, generated_tokens: int, threads: int | None, repeats: int
+) -> WorkloadRecipe:
+    """The workload section of a command's options. Raises RecipeError."""
+    values = {
+        "batch": batch,
+        "prompt_tokens": prompt_tokens,
+        "generated_tokens": generated_tokens,
+        "threads": threads,
+        "repeats": repeats,
+    }
+    return parse_section(WorkloadRecipe, values)
+
+
+def split_name(name: str) -> SplitName:
+    """A split by name. Raises RecipeError."""
+    for known in SPLIT_NAMES:
+        if name == known:
+            return known
+    raise RecipeError(f"--split is one of {', '.join(SPLIT_NAMES)}; got {name!r}")
