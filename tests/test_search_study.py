@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 import warnings
 from collections import Counter
@@ -15,11 +16,15 @@ import numpy as np
 import optuna
 import pytest
 from optuna.exceptions import ExperimentalWarning
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from tiny import linear_costs, record_of, tiny_space
 
 from llmprune.architecture import Architecture, FfnChoice
-from llmprune.recipe import SearchRecipe
+from llmprune.errors import RecipeError
+from llmprune.recipe import OPTUNA_SAMPLERS, SearchRecipe, parse_section
+from llmprune.search.reward import HARD, SOFT
+from llmprune.search.reward import reward as mnas_reward
 from llmprune.search.samplers.make import OneRung, make_sampler
 from llmprune.search.storage import open_journal
 from llmprune.search.study import SearchOutcome, finished_trials, open_study, records, run_study
@@ -104,6 +109,35 @@ def test_a_trial_keeps_its_record_and_is_told_both_objectives(journal: Path) -> 
 def test_the_second_objective_is_the_recipes(journal: Path) -> None:
     study, _ = run(journal, FakeJudge(), objective="prefill")
     assert {trial.values[1] for trial in finished_trials(study)} == {1.0}
+
+
+@pytest.mark.parametrize("sampler", OPTUNA_SAMPLERS)
+@pytest.mark.parametrize("reward", ["mnas-soft", "mnas-hard"])
+def test_a_reward_is_the_only_objective_and_is_maximised(reward: str, sampler: str, journal: Path) -> None:
+    judge, rules = FakeJudge(), {"reward": reward, "sampler": sampler, "targets": [1.3]}
+    for trials in (6, 11):
+        study, outcome = run(journal, judge, trials=trials, starts=STARTS, **rules)
+        assert (outcome.finished_trials, outcome.stopped_by) == (trials, "trials")
+    assert study.directions == [StudyDirection.MAXIMIZE]
+    assert len(judge.seen) == len(set(judge.seen)) == 11
+    w = SOFT if reward == "mnas-soft" else HARD
+    worth = {}
+    for trial in finished_trials(study):
+        worth[trial.number] = mnas_reward(trial.user_attrs["record"], phase="decode", target=1.3, w=w)
+        assert trial.values == [worth[trial.number]]
+    assert worth[study.best_trial.number] == max(worth.values())
+
+
+@pytest.mark.parametrize("rules", [{"targets": [1.2, 1.5], "sampler": "tpe"}, {"targets": [1.2], "sampler": "slp"}])
+@pytest.mark.parametrize("reward", ["mnas-soft", "mnas-hard"])
+def test_a_reward_is_for_one_target_and_one_of_optuna_s_samplers(reward: str, rules: dict[str, Any]) -> None:
+    message = (
+        rf"reward={reward} rewards one target with one of Optuna's samplers \(nsga2, nsga3, tpe, gp, random\); "
+        rf"got targets={re.escape(str(rules['targets']))}, sampler={rules['sampler']}"
+    )
+    with pytest.raises(RecipeError, match=message):
+        parse_section(SearchRecipe, {"reward": reward, **rules})
+    assert parse_section(SearchRecipe, rules).reward == "front"
 
 
 def test_a_resumed_search_goes_on_counting_and_draws_anew(journal: Path) -> None:
