@@ -18,8 +18,11 @@ from llmprune.search.baselines.contest import Entrant, compare, front_entries
 from llmprune.search.baselines.given import Given
 from llmprune.search.baselines.ledger import effort_of
 from llmprune.search.baselines.methods import ALL_TABLES, METHODS
+from llmprune.search.path import stops_of
+from llmprune.search.samplers.slp import FROM
 from llmprune.search.storage import opened_storage
 from llmprune.search.study import finished_trials
+from llmprune.search.warm_starts import MARGIN
 from llmprune.workspace import Run
 
 
@@ -46,17 +49,28 @@ def baselines(run: Run, rules: BaselinesRecipe) -> dict[str, Any]:
     # All at once, so that what several methods need of the calibration tokens comes from one pass.
     run.baseline_libraries(name for name, key in keys.items() if book.missing(name, targets, key))
     found = compare(book, partial(entrant, run), keys, targets, parent, run.speed, run.show)
-    return {"parent": parent, "speed": run.speed, "results": [*_of_front(run, targets), *found]}
+    return {"parent": parent, "speed": run.speed, "results": [*_of_front(run, targets, book), *found]}
 
 
-def _of_front(run: Run, targets: Sequence[float]) -> list[Entry]:
-    """The search itself; nothing if there is no front."""
+def _of_front(run: Run, targets: Sequence[float], book: Book) -> list[Entry]:
+    """The search itself; nothing if there is no front.
+
+    Its evaluations are all windows that its trials and races have scored in this run directory, in full slices. An
+    estimate along the path, or at an incumbent, is a forward and a backward pass.
+    """
     if not run.directory.front.is_file():
         return []
-    trials = _trials(run)
-    prepared = run.tokens["calibration"].tokens + ALL_TABLES * run.recipe.tables.tokens
+    trials, split, rules = _trials(run), run.tokens["search"], run.recipe.tables
+    windows = sum(len(source.windows) for source in split.sources.values())
+    baselines_own = book.scored() - {str(trial.user_attrs["hash"]) for trial in trials}
+    scored = run.scorer(split).store.windows()
+    evaluations = round(sum(n for key, n in scored.items() if key not in baselines_own) / windows)
+    estimates = len({trial.user_attrs[FROM] for trial in trials if FROM in trial.user_attrs})
+    if run.directory.seeds.is_file():
+        estimates += len(stops_of([target * MARGIN for target in run.recipe.search.targets], rules.path_step))
+    prepared = run.tokens["calibration"].tokens + ALL_TABLES * rules.tokens + 3 * estimates * rules.path_tokens
     seconds = sum(trial.duration.total_seconds() for trial in trials if trial.duration)
-    effort = effort_of(len(trials), run.tokens["search"].tokens, prepared, seconds)
+    effort = effort_of(evaluations, split.tokens, prepared, seconds)
     return front_entries(read_front(run.directory), run.speed, targets, effort)
 
 

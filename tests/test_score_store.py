@@ -157,3 +157,14 @@ def test_workers_that_write_at_once_leave_one_whole_file(tmp_path: Path) -> None
     with ThreadPoolExecutor(3) as workers:
         assert list(workers.map(work, range(3))) == [0, 0, 0]
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+
+
+def test_the_store_tells_how_many_windows_it_holds(tmp_path: Path) -> None:
+    store = ScoreStore(tmp_path, "library", split_of())
+    assert store.windows() == {}
+    whole = WindowScores(figures())
+    store.put(FIRST, whole)
+    store.put(SECOND, whole.head({"news": 2, ODD: 1}))
+    assert store.windows() == {FIRST.hash: 9, SECOND.hash: 3}
+    store.path(SECOND).write_bytes(b"torn")
+    assert store.windows() == {FIRST.hash: 9}, "a corrupt file holds nothing"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -66,6 +67,15 @@ class ScoreStore:
         nats, kl = ({name.partition(":")[2]: t for name, t in found.items() if name.startswith(f)} for f in _FIGURES)
         scores = WindowScores(nats, kl if self._top_k is not None else None)
         return scores if self._fits(scores) else None
+
+    def windows(self) -> dict[str, int]:
+        """By an architecture's hash, how many windows of it are stored; corrupt files are left out."""
+        found = {}
+        for path in sorted(self._directory.glob("*.safetensors")):
+            with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+                sizes = (file.get_slice(name).get_shape()[0] for name in file.keys() if name.startswith(_FIGURES[0]))  # noqa: SIM118
+                found[path.stem] = sum(sizes)
+        return found
 
     def put(self, architecture: Architecture, scores: WindowScores) -> None:
         """Replace what is known of an architecture. Raises RunDirectoryError if it cannot be written."""

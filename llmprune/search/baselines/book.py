@@ -83,6 +83,10 @@ class Book:
             self._memos[name] = (input_hash, {})
         return self._memos[name][1]
 
+    def scored(self) -> set[str]:
+        """Hashes of all architectures that methods have scored to choose among."""
+        return {key for _, memo in self._memos.values() for key in memo}
+
     def save_scores(self) -> None:
         """Write the scores, unless that was done a moment ago: there may be thousands."""
         if time.monotonic() - self._saved > SECONDS_BETWEEN_SAVES:
