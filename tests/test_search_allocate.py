@@ -244,6 +244,19 @@ def test_warm_starts_are_unique_and_open_with_the_parent() -> None:
         assert costs.speedup(found[labels.index(f"allocated-{speedup:g}x")], "decode") >= speedup * MARGIN * (1 - 1e-6)
 
 
+def test_warm_starts_take_the_path_first_and_the_nearest_where_nothing_is_as_fast() -> None:
+    space = tiny_space(layers=4, ffn_step=8)
+    costs, scores, influence = linear_costs(space, attention=0.08, ffn=0.14), quadratic_loss(space), [0.5] * 4
+    plain = warm_starts(scores, influence, costs, "decode", (1.3, 90.0))
+    labels = [label for label, _ in plain]
+    assert labels[:3] == ["parent", "allocated-1.3x", "nearest-90x"]
+    assert plain[2][1] == Allocator(scores, costs).nearest({"decode": 90.0 * MARGIN})
+    # What the path and the allocation agree on is a seed of the path; what is not of the space is none.
+    path = [("path-1.3x", plain[1][1]), ("path-2x", space.shape.architecture.with_choice(0, AttentionChoice(1, 1)))]
+    along = warm_starts(scores, influence, costs, "decode", (1.3, 90.0), path)
+    assert [label for label, _ in along] == ["parent", "path-1.3x", *labels[2:]]
+
+
 def test_uniform_widths_are_sorted_by_their_distance_to_the_speed() -> None:
     space = tiny_space(ffn_step=8)
     costs = linear_costs(space)
