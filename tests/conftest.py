@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tensors of tests are slower on several threads; and processes that tests start must make the same host fingerprint.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Tests take turns among themselves, not with a search that runs on this host: each would wait for the other.
+os.environ["LLMPRUNE_TURNS"] = tempfile.mkdtemp(prefix="llmprune-turns-")
 
 import postgres
 from tiny import paired_by_bytes, tiny_recipe
@@ -30,6 +33,10 @@ from llmprune.run_directory import RunDirectory
 from llmprune.search import evaluate, tables
 from llmprune.search.budgets import parse_pick
 from llmprune.workspace import Run
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["LLMPRUNE_TURNS"], ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ HOLD = "import sys, time; from llmprune.measure.turns import timing\nwith timing
 
 @pytest.fixture(autouse=True)
 def of_this_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("LLMPRUNE_TURNS", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 

@@ -1,8 +1,8 @@
 """Turns of the processes of one host: many may score at a time, one may time, and not while others score.
 
 A speed that is measured beside another process's work is not the model's. The locks are the kernel's (`flock`), on
-files in the system's temporary directory, one pair for each kind of device: a process that ends lets go, however it
-ends. Processes meet only where they see the same temporary directory, so containers have to share it.
+files in the system's temporary directory (or in $LLMPRUNE_TURNS), one pair for each kind of device: a process that
+ends lets go, however it ends. Processes meet only where they see the same directory, so containers have to share it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from llmprune.errors import RunDirectoryError
+
+DIRECTORY = "LLMPRUNE_TURNS"
+"""Environment variable: where the lock files are, if not in the system's temporary directory."""
 
 
 def scoring(device: str) -> AbstractContextManager[None]:
@@ -46,7 +49,7 @@ def _turn(device: str, mode: int) -> Iterator[None]:
 
 def _open(kind: str, part: str) -> int:
     """A descriptor of a lock file that every user of the host can lock: that needs to read it, no more."""
-    path = Path(tempfile.gettempdir()) / f"llmprune-{kind}.{part}"
+    path = Path(os.environ.get(DIRECTORY) or tempfile.gettempdir()) / f"llmprune-{kind}.{part}"
     try:
         # Linux refuses O_CREAT on another user's file in a sticky directory, so who finds the file only opens it.
         with suppress(FileNotFoundError):
@@ -61,5 +64,5 @@ def _open(kind: str, part: str) -> int:
     except OSError as error:
         raise RunDirectoryError(
             f"workers of one host take turns through {path}, which cannot be opened: {error.strerror}; "
-            "remove it, or set TMPDIR to a directory that all of them share"
+            f"remove it, or set {DIRECTORY} to a directory that all of them share"
         ) from None
