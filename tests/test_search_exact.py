@@ -9,19 +9,21 @@ import torch
 from families import CASES, IDS, tiny_parent, tokens
 from tiny import paired_by_bytes
 
-from llmprune.architecture import BlockChoice
+from llmprune.architecture import Architecture, BlockChoice
 from llmprune.blocks.library import BlockLibrary, build_library
 from llmprune.blocks.sensitivity import estimate_delta_nats
 from llmprune.data.tokens import SourceTokens, Split
+from llmprune.errors import ModelError
 from llmprune.measure.prefix import PrefixScorer
 from llmprune.measure.quality import quality_from_windows, score_windows
+from llmprune.measure.scores import WindowScores
 from llmprune.measure.throughput import Workload
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import prune
 from llmprune.progress import silent
 from llmprune.recipe import ImportanceRecipe, TablesRecipe, WorkloadRecipe
 from llmprune.search import tables
-from llmprune.search.exact import exact_delta_nats, is_exact
+from llmprune.search.exact import BROKEN, exact_delta_nats, is_exact
 from llmprune.search.tables import BlockTables, build_tables
 from llmprune.space import Space
 
@@ -112,3 +114,22 @@ def test_choices_are_scored_by_layer_and_counted(parent: Parent, library: BlockL
     found = exact_delta_nats(scorer, split, library.space, choices, lambda *at: told.append(at))
     assert list(found) == sorted(choices, key=lambda key: key[0])
     assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_a_choice_that_breaks_the_model_costs_a_number_all_the_same(
+    parent: Parent, library: BlockLibrary, split: Split
+) -> None:
+    scorer = PrefixScorer(parent, library, split)
+    broken, whole = library.space.ffn[0], library.space.shape.architecture
+
+    class Fragile:
+        def score(self, architecture: Architecture) -> WindowScores:
+            if architecture == whole.with_choice(1, broken):
+                raise ModelError("logits must be numbers")
+            found = scorer.score(architecture)
+            infinite = architecture == whole.with_choice(2, broken)
+            return WindowScores({name: n / 0.0 if infinite else n for name, n in found.nats.items()})
+
+    choices = [(layer, broken) for layer in range(3)]
+    found = exact_delta_nats(Fragile(), split, library.space, choices, lambda done, total: None)
+    assert [found[layer, broken] == BROKEN for layer in range(3)] == [False, True, True]

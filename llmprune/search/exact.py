@@ -8,11 +8,15 @@ from typing import Protocol
 from llmprune.architecture import Architecture, BlockChoice
 from llmprune.blocks.sensitivity import DeltaNats
 from llmprune.data.tokens import Split
+from llmprune.errors import ArchitectureError, ModelError
 from llmprune.measure.quality import quality_from_windows
 from llmprune.measure.scores import WindowScores
 from llmprune.progress import Advance
 from llmprune.recipe import TablesRecipe
 from llmprune.space import Space
+
+BROKEN = 100.0
+"""Nats a token: more than any text costs, and still a number that a solver can add."""
 
 
 class Scorer(Protocol):
@@ -34,7 +38,8 @@ def exact_delta_nats(
     """Nats per token that each of `choices` costs, put alone into the parent: {(layer, choice): delta}.
 
     `scorer` scores `split`; one that starts at the first changed layer makes this about half as dear as a forward pass
-    a choice. Layers are taken in order, so that the scorer's states are used while they are there.
+    a choice. Layers are taken in order, so that the scorer's states are used while they are there. A choice that breaks
+    the model (NaN, infinite loss, no attention left) costs BROKEN.
     """
     ordered = sorted(choices, key=lambda key: key[0])
     parent = space.shape.architecture
@@ -42,7 +47,11 @@ def exact_delta_nats(
     found: DeltaNats = {}
     for done, (layer, choice) in enumerate(ordered):
         progress(done, len(ordered))
-        scores = scorer.score(parent.with_choice(layer, choice))
-        found[layer, choice] = quality_from_windows(split, scores.nats).nats_per_token - base
+        try:
+            scores = scorer.score(parent.with_choice(layer, choice))
+            delta = quality_from_windows(split, scores.nats).nats_per_token - base
+        except (ArchitectureError, ModelError):
+            delta = BROKEN
+        found[layer, choice] = min(delta, BROKEN)
     progress(len(ordered), len(ordered))
     return found
