@@ -19,6 +19,8 @@ from llmprune.files import read_json, write_json
 from llmprune.guidance import Estimates, Seed, seeds_from_json, seeds_to_json, walked_seeds, winner
 from llmprune.measure.host import fingerprint
 from llmprune.measure.prefix import STATES_BYTES, PrefixScorer
+from llmprune.measure.quality import batch_windows
+from llmprune.measure.racing import race_batch
 from llmprune.measure.score_store import ScoreStore, StoredScorer
 from llmprune.measure.throughput import Workload
 from llmprune.models.parent import Parent, check_lengths, load_parent
@@ -269,7 +271,16 @@ class Run:
         if key not in self._scorers:
             # On validation tokens a few whole children are scored: hidden states would not be read again.
             states = STATES_BYTES if split.name == "search" else 0
-            scorer = PrefixScorer(self.parent, library, split, parent_bytes=states, candidate_bytes=states)
+            batch = batch_windows(self.parent.model, split.seq_len)
+            batch = min(batch, race_batch(split)) if split.name == "search" else batch
+            scorer = PrefixScorer(
+                self.parent,
+                library,
+                split,
+                parent_bytes=states,
+                candidate_bytes=states,
+                batch_tokens=batch * split.seq_len,
+            )
             made_of = hash_of(self.parent_hash, library.hash)
             # The states of one library's children are of no use to another's, and take memory.
             self._scorers = {k: s for k, s in self._scorers.items() if k[1] in (library.hash, self.library.hash)}

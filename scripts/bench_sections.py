@@ -18,10 +18,11 @@ from llmprune.blocks.sensitivity import estimate_delta_nats
 from llmprune.data.tokens import Split
 from llmprune.measure.prefix import PrefixScorer
 from llmprune.measure.quality import quality_from_windows, score, score_windows
-from llmprune.measure.racing import mixture_samples, race
+from llmprune.measure.racing import mixture_samples, race, race_batch
 from llmprune.measure.scores import WindowScores
 from llmprune.models.surgery import prune
 from llmprune.recipe import OPTUNA_SAMPLERS, SamplerName
+from llmprune.search.allocate import Near
 from llmprune.search.baselines import random_architecture
 from llmprune.search.samplers.evopress import level_switch
 from llmprune.search.samplers.ladders import as_indices
@@ -115,7 +116,10 @@ class Plain:
 
     run: Run
     split: Split
-    batch_windows: int = 1
+
+    @property
+    def batch_windows(self) -> int:
+        return race_batch(self.split)
 
     def score_range(
         self, architecture: Architecture, start: Mapping[str, int], stop: Mapping[str, int]
@@ -135,7 +139,11 @@ def evaluation(run: Run) -> dict[str, Any]:
     incumbent = dict(run.path)[f"path-{TARGET:g}x"]
     start, generator = np.array(guide.space.indices(incumbent)), np.random.default_rng(0)
     needed = float(guide.ladders.saving(start))
-    candidates: dict[Architecture, None] = {}
+    # Half from the knapsack at the incumbent, where the search looks, half level switches.
+    allocator = replace(guide.allocator, delta_nats=guide.estimate(incumbent))
+    wanted: dict[str, float] = {guide.phase: 1.0 / (1.0 - needed)}
+    pool = allocator.pool(wanted, count=CANDIDATES // 2 + 1, distance=2, near=Near(incumbent, 8))
+    candidates: dict[Architecture, None] = dict.fromkeys([a for a in pool if a != incumbent][: CANDIDATES // 2])
     while len(candidates) < CANDIDATES:
         switched = level_switch(start, guide.ladders, needed, generator)
         if switched is not None:
@@ -161,7 +169,9 @@ def evaluation(run: Run) -> dict[str, Any]:
         "prefix reuse and racing by top-K KL": lambda group: decided(by_kl, group, growing, "kl"),
     }
     seconds, verdicts = dict.fromkeys(ways, 0.0), {name: list[bool]() for name in ways}
-    groups = [list(candidates)[i : i + 4] for i in range(0, CANDIDATES, 4)]
+    every = list(candidates)
+    # One of each kind in turn.
+    groups = [every[i :: CANDIDATES // 4] for i in range(CANDIDATES // 4)]
     with run.show("deciding candidates") as advance:
         for i, group in enumerate(groups):
             advance(i, len(groups))
@@ -184,14 +194,17 @@ def evaluation(run: Run) -> dict[str, Any]:
             }
             for name in ways
         },
+        # Seconds of a masked candidate are the parent's own.
         "sliced_child_against_masked_parent": sliced[1] / sliced[0],
+        "masked_full_pass_seconds": sliced[1],
         "layer_passes_saved_by_prefix": prefix.work.saved,
     }
 
 
 def prefix_scorer(run: Run, split: Split, incumbent: Architecture, top_k: int | None) -> PrefixScorer:
     """Has the parent's and the incumbent's states already, as in a search that goes on."""
-    scorer = PrefixScorer(run.parent, run.library, split, top_k=top_k)
+    batch = race_batch(split) * split.seq_len
+    scorer = PrefixScorer(run.parent, run.library, split, top_k=top_k, batch_tokens=batch)
     scorer.remember(incumbent)
     scorer.score(incumbent)
     return scorer

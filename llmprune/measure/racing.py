@@ -123,6 +123,11 @@ def stages_of(split: Split, shares: Sequence[float] = SHARES, multiple: int = 1)
     return stages
 
 
+def race_batch(split: Split) -> int:
+    """Windows of a forward pass small enough for a race, which stops between passes, to stop after a quarter."""
+    return max(1, min(len(source.windows) for source in split.sources.values()) // 4)
+
+
 def race(
     scorer: WindowScorer,
     split: Split,
