@@ -127,18 +127,16 @@ def front(run: Run) -> dict[str, Any]:
         _tell_of_other_hardware(run, studies_of_run(storage, facts.run))
     if not trials:
         raise RunDirectoryError(f"{run.directory.path} has no finished trial; {_where_trials_are(run)}")
-    hashes = sorted(record["hash"] for record in trials)
-    key = hash_of(
-        run.study_name, hashes, run.tokens["validation"].hash, rules.model_dump(), pick.text, run.recipe.search.targets
-    )
+    holding = holding_budgets(trials, [parse_budget(text) for text in run.recipe.search.budgets])
+    # Every target was searched for, and held within what timing can tell; something has to stand beside the baselines;
+    # and what only just holds in the search may miss when it is timed again, so stricter ones follow.
+    speeds = dict.fromkeys((*run.recipe.search.targets, rules.baselines_at))
+    aims = [parse_pick(f"{run.speed}>={speed * (1 - HOLDS_WITHIN):.17g}") for speed in speeds]
+    wanted = [pick, *aims, pick.stricter(MARGIN), *(aim.stricter(MARGIN) for aim in aims)]
+    chosen = candidates_for_front(holding, run.speed, rules.size, wanted)
+    hashes = [sorted(record["hash"] for record in records) for records in (trials, chosen)]
+    key = hash_of(run.study_name, hashes, run.tokens["validation"].hash, rules.model_dump())
     if not run.directory.is_done("front", key, run.directory.front):
-        holding = holding_budgets(trials, [parse_budget(text) for text in run.recipe.search.budgets])
-        # Every target was searched for, and held within what timing can tell; something has to stand beside the
-        # baselines; and what only just holds in the search may miss when it is timed again, so stricter ones follow.
-        speeds = dict.fromkeys((*run.recipe.search.targets, rules.baselines_at))
-        aims = [parse_pick(f"{run.speed}>={speed * (1 - HOLDS_WITHIN):.17g}") for speed in speeds]
-        wanted = [pick, *aims, pick.stricter(MARGIN), *(aim.stricter(MARGIN) for aim in aims)]
-        chosen = candidates_for_front(holding, run.speed, rules.size, wanted)
         run.baseline_libraries(rules.baselines)
         entrants = [entrant(run, name) for name in dict.fromkeys(rules.baselines)]
         beside = choose_beside(entrants, rules.baselines_at, run.show)
