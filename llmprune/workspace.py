@@ -35,6 +35,7 @@ from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.make import GUIDED
 from llmprune.search.studies import StudyFacts
 from llmprune.search.tables import BlockTables, build_tables
+from llmprune.search.warm_starts import MARGIN
 from llmprune.space import Space
 
 PACKAGES = ("llmprune", "torch", "transformers", "accelerate", "datasets", "optuna", "numpy")
@@ -196,7 +197,12 @@ class Run:
             return winner(self.scorer(self.tokens["search"]), self.tokens["search"], candidates, self.workload.device)
 
         allocator = Allocator(self.tables.delta_nats, self.tables.costs)
-        return Guide(allocator, search.objective, search.targets, raced, self.estimates.at)
+        return Guide(allocator, search.objective, self._aims(), raced, self.estimates.at)
+
+    def _aims(self) -> tuple[float, ...]:
+        """The targets; those that the export's pick demands are aimed at from above, since a pick is a hard limit."""
+        demanded = {b.limit for b in parse_pick(self.recipe.export.pick).budgets if b.metric == self.speed}
+        return tuple(target * MARGIN if target in demanded else target for target in self.recipe.search.targets)
 
     @property
     def study_name(self) -> str:

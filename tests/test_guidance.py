@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import Finished
 from llmprune import guidance
 from llmprune.architecture import Architecture
 from llmprune.guidance import ESTIMATES_KEPT
+from llmprune.search.warm_starts import MARGIN
 from llmprune.workspace import Run
 
 
@@ -30,3 +32,12 @@ def test_the_last_few_estimates_are_remembered(finished_run: Finished, monkeypat
     for at in [places[-1], *places[1:], places[0]]:
         run.estimates.at(at)
     assert asked == [*places, places[0]]
+
+
+def test_a_target_that_the_pick_demands_is_aimed_at_from_above(finished_run: Finished) -> None:
+    run = Run.open(finished_run.path)
+    search = run.recipe.search.model_copy(update={"targets": (1.2, 1.5)})
+    for pick, aims in (("decode_speedup>=1.5", (1.2, 1.5 * MARGIN)), ("ppl_ratio<=2", (1.2, 1.5))):
+        export = run.recipe.export.model_copy(update={"pick": pick})
+        changed = replace(run, recipe=run.recipe.model_copy(update={"search": search, "export": export}))
+        assert changed.guide is not None and changed.guide.targets == aims

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import get_args
@@ -278,3 +279,21 @@ def test_depth_drops_the_layers_of_least_influence() -> None:
     assert depth_by_influence(influence, costs, "decode", 2.6) is None
     without_drops = Space.of(space.shape, 1, 16, drop=False)
     assert depth_by_influence(influence, linear_costs(without_drops), "decode", 1.1) is None
+
+
+def test_the_solver_leaves_stdout_to_results(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmprune.search import allocate as module
+
+    solve = module.milp
+
+    def chatty(*args: object, **options: object) -> object:
+        os.write(1, b"HighsMipSolverData")
+        return solve(*args, **options)
+
+    monkeypatch.setattr(module, "milp", chatty)
+    space = tiny_space()
+    assert Allocator(quadratic_loss(space), linear_costs(space)).best({"decode": 1.2}) is not None
+    print("result")
+    assert capfd.readouterr().out == "result\n"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -115,13 +118,14 @@ class Allocator:
             (np.ones(count), (owners, range(count))), shape=(len(self._space.decisions), count + extra)
         )
         attends = np.array([self._keeps_attention(option) for _, option in self._variables] + [0.0] * extra)
-        solution = milp(
-            np.append(objective, np.ones(extra)),
-            integrality=np.append(np.ones(count), np.zeros(extra)),
-            bounds=Bounds(0, np.append(np.ones(count), np.full(extra, np.inf))),
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(attends[None, :], 1, np.inf), *limits],
-            options={"time_limit": SECONDS, "mip_rel_gap": 1e-4},
-        )
+        with _no_stdout():
+            solution = milp(
+                np.append(objective, np.ones(extra)),
+                integrality=np.append(np.ones(count), np.zeros(extra)),
+                bounds=Bounds(0, np.append(np.ones(count), np.full(extra, np.inf))),
+                constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(attends[None, :], 1, np.inf), *limits],
+                options={"time_limit": SECONDS, "mip_rel_gap": 1e-4},
+            )
         if solution.x is None:
             return None
         chosen = [option for (_, option), x in zip(self._variables, solution.x, strict=False) if x > 0.5]
@@ -130,3 +134,18 @@ class Allocator:
     @staticmethod
     def _keeps_attention(option: Sequence[Assignment]) -> float:
         return float(any(choice.kind == "attention" and choice.units > 0 for _, choice in option))
+
+
+@contextmanager
+def _no_stdout() -> Iterator[None]:
+    """HiGHS prints a line of its own now and then, whatever it is told, and stdout is for results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(nowhere)
+        os.close(kept)
