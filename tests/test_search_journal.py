@@ -12,7 +12,7 @@ import optuna
 import pytest
 
 from llmprune.errors import RunDirectoryError
-from llmprune.search.journal import cut_torn_line, open_journal
+from llmprune.search.journal import _KernelLock, cut_torn_line, open_journal
 
 FINISHED = 3
 
@@ -158,3 +158,17 @@ def test_opening_waits_for_who_writes(journal: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_UN)
         opening.result(timeout=10)
     assert journal.read_bytes() == whole
+
+
+def test_a_lock_that_an_interrupt_left_held_does_not_stop_its_own_process(tmp_path: Path) -> None:
+    lock = _KernelLock(str(tmp_path / "study.journal"))
+    lock.acquire()  # and Ctrl-C before anything could release it
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            assert pool.submit(lock.acquire).result(timeout=5)
+        finally:
+            lock.release()
+    other = _KernelLock(str(tmp_path / "study.journal"))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(other.acquire).result(timeout=5), "nothing of the first is left"
+    other.release()

@@ -50,22 +50,27 @@ class _KernelLock(JournalFileOpenLock):
     def __init__(self, journal: str) -> None:
         super().__init__(journal)
         self._journal = journal
+        self._descriptor: int | None = None
 
     def acquire(self) -> bool:
-        descriptor = os.open(self._journal, os.O_RDWR | os.O_CREAT, 0o644)
+        # Ctrl-C between here and the `try` of Optuna's context manager leaves the lock held, and this process would
+        # wait for itself when it gives its trial back. Threads come one at a time: JournalStorage has a lock of its own.
+        self.release()
+        self._descriptor = os.open(self._journal, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
             # A worker killed while it wrote leaves a torn line, and what is appended to one cannot be read. Nobody
             # writes now, so what has no end here is never going to have one.
-            _cut_tail(descriptor)
+            _cut_tail(self._descriptor)
         except BaseException:
-            os.close(descriptor)
+            self.release()
             raise
-        self._descriptor = descriptor
         return True
 
     def release(self) -> None:
-        os.close(self._descriptor)
+        held, self._descriptor = self._descriptor, None
+        if held is not None:
+            os.close(held)
 
 
 def _cut_tail(descriptor: int) -> None:
