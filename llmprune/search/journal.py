@@ -54,7 +54,7 @@ class _KernelLock(JournalFileOpenLock):
 
     def acquire(self) -> bool:
         # Ctrl-C between here and the `try` of Optuna's context manager leaves the lock held, and this process would
-        # wait for itself when it gives its trial back. Threads come one at a time: JournalStorage has a lock of its own.
+        # wait for itself when it gives its trial back. Threads come one at a time: JournalStorage sees to that.
         self.release()
         self._descriptor = os.open(self._journal, os.O_RDWR | os.O_CREAT, 0o644)
         try:
