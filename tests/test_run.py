@@ -40,7 +40,11 @@ CONTRACT = {
     *("nats_per_token", "nats_per_byte", "ppl", "ppl_ratio", "per_source"),
     *("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_speedup", "decode_speedup"),
 }
-SEARCH = "import sys; sys.argv[0] = 'llmprune'; from llmprune.cli import main; main()"
+# A test run in the background of a script ignores Ctrl-C, and so would its processes.
+SEARCH = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv[0] = 'llmprune'; "
+    "from llmprune.cli import main; main()"
+)
 
 
 @pytest.fixture
