@@ -18,6 +18,9 @@ SamplerName = Literal["slp", "evopress", "linas", "spdy", "nsga2", "nsga3", "tpe
 OPTUNA_SAMPLERS: tuple[SamplerName, ...] = ("nsga2", "nsga3", "tpe", "gp", "random")
 BaselineName = Literal["uniform", "magnitude", "wanda-sp", "flap", "shortgpt", "sleb", "blockpruner", "milp", "random"]
 BASELINE_NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
+FormatName = Literal["hf", "hf-uniform", "gguf", "vllm"]
+FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
+GgufType = Literal["f32", "f16", "q8_0"]
 
 
 class _Strict(BaseModel):
@@ -226,6 +229,24 @@ class ExportRecipe(_Strict):
     to: str | None = Field(None, description="directory; default RUN/export")
 
 
+class DeployRecipe(_Strict):
+    """Where the child will be served, and on what terms."""
+
+    formats: tuple[FormatName, ...] = Field(
+        ("hf",),
+        min_length=1,
+        description="the search proposes only what all of these can hold; `llmprune formats` states their limits",
+    )
+    gguf_type: GgufType = Field("f16", description="how gguf stores the weights of projections and embeddings")
+    licence: str | None = Field(
+        None,
+        description="SPDX or Hub name of the parent's licence (apache-2.0, llama3.2, ...): naming it says that you know "
+        "its terms; `llmprune push` asks for it",
+    )
+
+    free: ClassVar[frozenset[str]] = frozenset({"gguf_type", "licence"})
+
+
 class Recipe(_Strict):
     """Everything about a run."""
 
@@ -239,6 +260,7 @@ class Recipe(_Strict):
     front: FrontRecipe = FrontRecipe()
     baselines: BaselinesRecipe = BaselinesRecipe()
     export: ExportRecipe = ExportRecipe()
+    deploy: DeployRecipe = DeployRecipe()
 
 
 Section = TypeVar("Section", bound=_Strict)
