@@ -7,8 +7,9 @@ Sections, each stored in RUN/bench-SECTION.json when it is done and not run agai
   costs       the additive cost table against the measured time of mixed children
   evaluation  candidates decided per minute: plain full passes, prefix reuse, racing, both, and racing by KL
   samplers    quality after a few trials of each sampler against 200 trials of NSGA-II from random starts
+  patience    the samplers that do not race, with 100 trials each
 RUN is a run directory that `llmprune search` has made. Quality is in nats a token on its search tokens (fewer for
-`scores` and `samplers`; each result says how many); all timings are taken in turns.
+`scores`, `samplers` and `patience`; each result says how many); all timings are taken in turns.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench_sections import costs, evaluation, samplers, scores
+from bench_sections import costs, evaluation, patience, samplers, scores
 
 from llmprune.files import read_json, write_json
 from llmprune.run_directory import RunDirectory
@@ -30,6 +31,7 @@ SECTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "costs": costs,
     "evaluation": evaluation,
     "samplers": samplers,
+    "patience": patience,
 }
 
 
@@ -58,6 +60,15 @@ def lines(name: str, found: Mapping[str, Any]) -> list[str]:
                 for way, row in found["ways"].items()
             ),
             f"  a sliced child scores {found['sliced_child_against_masked_parent']:.2f}x as fast as a masked parent",
+        ]
+    if name == "patience":
+        return [
+            f"samplers that do not race, {found['trials']} trials each:",
+            *(
+                f"  {sampler}: +{row['nats_lost']:.3f} nats (+{row['nats_lost_held_out']:.3f} held out) in "
+                f"{row['minutes']:.1f} minutes"
+                for sampler, row in found["samplers"].items()
+            ),
         ]
     cold = found["cold_nsga2"]
     return [

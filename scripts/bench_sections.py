@@ -21,7 +21,7 @@ from llmprune.measure.quality import quality_from_windows, score, score_windows
 from llmprune.measure.racing import mixture_samples, race, race_batch
 from llmprune.measure.scores import WindowScores
 from llmprune.models.surgery import prune
-from llmprune.recipe import OPTUNA_SAMPLERS, SamplerName
+from llmprune.recipe import SamplerName
 from llmprune.search.allocate import Near
 from llmprune.search.baselines import random_architecture
 from llmprune.search.samplers.evopress import level_switch
@@ -38,8 +38,10 @@ CANDIDATES = 12
 SAMPLER_TOKENS = 1024
 SAMPLER_TRIALS = 10
 COLD_TRIALS = 200
+PATIENT_TRIALS = 100
 TARGET = 1.5
 SAMPLERS: tuple[SamplerName, ...] = ("slp", "evopress", "linas", "spdy", "nsga2", "nsga3", "tpe", "gp", "random")
+RACING: tuple[SamplerName, ...] = ("slp", "evopress")
 
 
 def head(split: Split, tokens: int) -> Split:
@@ -241,53 +243,78 @@ class Untimed:
         return min(((n, a) for s, n, a in self.seen[:trials] if s >= 0.99 * TARGET), key=lambda pair: pair[0])
 
 
+@dataclass
+class Contest:
+    """Samplers on one slice of tokens, from the parent and the path's seed, or from chance alone."""
+
+    run: Run
+
+    def __post_init__(self) -> None:
+        self.split = head(self.run.tokens["search"], SAMPLER_TOKENS)
+        self.held_out = head(self.run.tokens["validation"], 4 * SAMPLER_TOKENS)
+        self._scorer = PrefixScorer(self.run.parent, self.run.library, self.split)
+        self._check = PrefixScorer(self.run.parent, self.run.library, self.held_out)
+        whole = self.run.space.shape.architecture
+        self.base, self._base_out = self._nats(self._scorer, whole), self._nats(self._check, whole)
+
+    def searched(self, sampler: SamplerName, trials: int, *, seeded: bool = True) -> tuple[Untimed, float]:
+        """What the judge saw, and minutes."""
+        rules = self.run.recipe.search.model_copy(update={"sampler": sampler, "trials": trials, "targets": (TARGET,)})
+        assert self.run.guide is not None, "the recipe's sampler is a guided one"
+        guide = replace(self.run.guide, targets=(TARGET,), race=self._winner)
+        study = open_study(optuna.storages.InMemoryStorage(), sampler, rules, guide)
+        labels = ("parent", f"path-{TARGET:g}x")
+        whole = self.run.space.shape.architecture
+        starts = [("parent", whole), *((n, a) for n, a in self.run.path if n in labels)] if seeded else []
+        judge, began = Untimed(self.run, self.split, self._scorer, []), time.monotonic()
+        with self.run.show(f"{trials} trials of {sampler}") as advance:
+            run_study(study, judge, rules, self.run.space, starts, lambda done, _: advance(done, trials))  # type: ignore[arg-type]
+        return judge, (time.monotonic() - began) / 60
+
+    def row(self, sampler: SamplerName, trials: int) -> tuple[dict[str, Any], Untimed]:
+        judge, minutes = self.searched(sampler, trials)
+        nats, architecture = judge.best()
+        lost_out = self._nats(self._check, architecture) - self._base_out
+        lost = {"nats_lost": nats - self.base, "nats_lost_held_out": lost_out}
+        return {**lost, "minutes": minutes, "trials": trials}, judge
+
+    def tokens(self) -> dict[str, Any]:
+        return {"target": TARGET, "tokens": self.split.tokens, "held_out_tokens": self.held_out.tokens}
+
+    def _winner(self, candidates: Sequence[Architecture]) -> Architecture:
+        raced = [r for r in race(self._scorer, self.split, candidates) if r.kept and r.scores is not None]
+        return min(raced, key=lambda r: nats_of(self.split, r.scores)).architecture  # type: ignore[arg-type]
+
+    @staticmethod
+    def _nats(scorer: PrefixScorer, architecture: Architecture) -> float:
+        return quality_from_windows(scorer.split, scorer.score(architecture).nats).nats_per_token
+
+
 def samplers(run: Run) -> dict[str, Any]:
     """For each sampler from the same seeds: nats lost at TARGET (estimated speed) after some trials, and minutes; and
     how many trials it takes to what NSGA-II has after COLD_TRIALS from random starts."""
-    split, held_out = head(run.tokens["search"], SAMPLER_TOKENS), head(run.tokens["validation"], 4 * SAMPLER_TOKENS)
-    scorer, check = PrefixScorer(run.parent, run.library, split), PrefixScorer(run.parent, run.library, held_out)
-    whole = run.space.shape.architecture
-    base, base_out = (quality_from_windows(s.split, s.score(whole).nats).nats_per_token for s in (scorer, check))
-
-    def winner(candidates: Sequence[Architecture]) -> Architecture:
-        raced = [r for r in race(scorer, split, candidates) if r.kept and r.scores is not None]
-        return min(raced, key=lambda r: nats_of(split, r.scores)).architecture  # type: ignore[arg-type]
-
-    def searched(sampler: SamplerName, trials: int, *, seeded: bool) -> tuple[Untimed, float]:
-        rules = run.recipe.search.model_copy(update={"sampler": sampler, "trials": trials, "targets": (TARGET,)})
-        assert run.guide is not None, "the recipe's sampler is a guided one"
-        guide = replace(run.guide, targets=(TARGET,), race=winner)
-        study = open_study(optuna.storages.InMemoryStorage(), sampler, rules, guide)
-        labels = ("parent", f"path-{TARGET:g}x")
-        starts = [("parent", whole), *((name, a) for name, a in run.path if name in labels)] if seeded else []
-        judge, began = Untimed(run, split, scorer, []), time.monotonic()
-        with run.show(f"{trials} trials of {sampler}") as advance:
-            run_study(study, judge, rules, run.space, starts, lambda done, _: advance(done, trials))  # type: ignore[arg-type]
-        return judge, (time.monotonic() - began) / 60
-
-    cold, cold_minutes = searched("nsga2", COLD_TRIALS, seeded=False)
+    contest = Contest(run)
+    cold, cold_minutes = contest.searched("nsga2", COLD_TRIALS, seeded=False)
     goal = cold.best()[0]
     rows: dict[str, Any] = {}
     for name in SAMPLERS:
-        judge, minutes = searched(name, SAMPLER_TRIALS, seeded=True)
+        rows[name], judge = contest.row(name, SAMPLER_TRIALS)
         held = [i for i, (s, n, _) in enumerate(judge.seen, 1) if s >= 0.99 * TARGET and n <= goal]
-        nats, architecture = judge.best()
-        out = quality_from_windows(held_out, check.score(architecture).nats).nats_per_token
-        rows[name] = {
-            "nats_lost": nats - base,
-            "nats_lost_held_out": out - base_out,
-            "minutes": minutes,
-            "trials_to_cold_nsga2": held[0] if held else None,
-            "guided": name not in OPTUNA_SAMPLERS,
-        }
+        rows[name]["trials_to_cold_nsga2"] = held[0] if held else None
     return {
-        "target": TARGET,
-        "tokens": split.tokens,
-        "held_out_tokens": held_out.tokens,
+        **contest.tokens(),
         "trials": SAMPLER_TRIALS,
         "samplers": rows,
-        "cold_nsga2": {"trials": COLD_TRIALS, "nats_lost": goal - base, "minutes": cold_minutes},
+        "cold_nsga2": {"trials": COLD_TRIALS, "nats_lost": goal - contest.base, "minutes": cold_minutes},
     }
+
+
+def patience(run: Run) -> dict[str, Any]:
+    """Those samplers that score one child a trial, with so many trials that they have scored as many children, and
+    taken about as long, as those that race several have in SAMPLER_TRIALS."""
+    contest = Contest(run)
+    rows = {name: contest.row(name, PATIENT_TRIALS)[0] for name in SAMPLERS if name not in RACING}
+    return {**contest.tokens(), "trials": PATIENT_TRIALS, "samplers": rows}
 
 
 def seconds_of(work: Callable[[], Any], times: int = 3) -> float:
