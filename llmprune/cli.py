@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.markup import escape
 
+from llmprune.cli_checkpoints import app as of_checkpoints
 from llmprune.cli_options import (
     Batch,
     Device,
@@ -58,6 +59,7 @@ app = typer.Typer(
     add_completion=False,
 )
 recipes = typer.Typer(help="The recipes that come with llmprune.", no_args_is_help=True)
+app.add_typer(of_checkpoints)
 app.add_typer(recipes, name="recipes")
 
 

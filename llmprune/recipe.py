@@ -244,7 +244,7 @@ class DeployRecipe(_Strict):
         "its terms; `llmprune push` asks for it",
     )
 
-    free: ClassVar[frozenset[str]] = frozenset({"gguf_type", "licence"})
+    free: ClassVar[frozenset[str]] = frozenset({"licence"})
 
 
 class Recipe(_Strict):

@@ -13,6 +13,7 @@ from optuna.storages import BaseStorage
 
 from llmprune.architecture import Architecture
 from llmprune.comparison import entrant, trials_of
+from llmprune.deploy.write import write_formats
 from llmprune.errors import ExportError, ModelError, RunDirectoryError, StorageError
 from llmprune.files import read_json, write_json
 from llmprune.measure.host import fingerprint
@@ -191,7 +192,7 @@ def export(run: Run, pick: Pick, to: Path, *, force: bool = False) -> dict[str, 
             "checkpoint holds; it is there to compare, pick another"
         )
     with run.show(f"exporting {record['hash']} and proving it"):
-        return _write(run, dict(record), to, force=force)
+        return _write(run, dict(record), to, force=force, formats=True)
 
 
 def write_children(run: Run) -> list[Path]:
@@ -206,7 +207,7 @@ def write_children(run: Run) -> list[Path]:
     return paths
 
 
-def _write(run: Run, record: Record, to: Path, *, force: bool) -> dict[str, Any]:
+def _write(run: Run, record: Record, to: Path, *, force: bool, formats: bool = False) -> dict[str, Any]:
     architecture = Architecture.from_json(record["architecture"])
     own = [name for name, method in METHODS.items() if name == record["name"] and method.importance]
     library = run.baseline_libraries(own)[own[0]] if own else run.library
@@ -220,8 +221,20 @@ def _write(run: Run, record: Record, to: Path, *, force: bool) -> dict[str, Any]
     for source in recipe["data"]["sources"]:
         source["path"] = source["path"] and Path(source["path"]).name
     metadata = {"figures": record, "provenance": provenance, "recipe": recipe}
-    proof = write_checkpoint(child, run.parent.tokenizer, architecture, metadata, to, force=force)
-    return {"directory": str(to), "hash": record["hash"], "proof": asdict(proof), "figures": record}
+    written: list[dict[str, Any]] = []
+
+    def further(staging: Path) -> None:
+        if formats:
+            written.extend(write_formats(child, run.parent.tokenizer, run.recipe.deploy, staging))
+
+    proof = write_checkpoint(child, run.parent.tokenizer, architecture, metadata, to, force=force, further=further)
+    return {
+        "directory": str(to),
+        "hash": record["hash"],
+        "proof": asdict(proof),
+        "formats": written,
+        "figures": record,
+    }
 
 
 def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = False) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from llmprune.recipe import Recipe, load_recipe, to_yaml
 from llmprune.search.evaluate import RECORD_KEYS
 
 # Changing one of these in mid-run would mix figures that do not compare; but for the keys that are `free`.
-FIXED_SECTIONS = ("model", "data", "workload", "importance", "tables", "space")
+FIXED_SECTIONS = ("model", "data", "workload", "importance", "tables", "space", "deploy")
 
 
 @dataclass(frozen=True)

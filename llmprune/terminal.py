@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -256,6 +256,16 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
     for name, row in rows.items():
         figures = (f"{row['nats_per_token']:.4f}", f"{row['nats_per_byte']:.4f}", f"{row['ppl']:.2f}")
         table.add_row(name, f"{row['tokens']:,}", *figures)
+    return table
+
+
+def formats_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What each format can hold."""
+    table = Table(title="Formats", show_lines=True)
+    for column in ("format", "holds", "served by"):
+        table.add_column(column, overflow="fold", no_wrap=column == "format")
+    for row in rows:
+        table.add_row(row["format"], row["holds"], row["served_by"])
     return table
 
 

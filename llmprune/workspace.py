@@ -14,6 +14,7 @@ from llmprune.architecture import Architecture
 from llmprune.blocks.library import BlockLibrary, Plan, build_libraries, build_library, load_library
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import Split, TokenSplits, build_token_splits
+from llmprune.deploy.formats import check_parent, cut
 from llmprune.errors import RunDirectoryError
 from llmprune.files import read_json, write_json
 from llmprune.guidance import Estimates, Seed, seeds_from_json, seeds_to_json, walked_seeds, winner
@@ -87,6 +88,7 @@ class Run:
             parent = load_parent(self.recipe.model)
             self.parent_hash = parent.hash
         check_lengths(parent, self.recipe)
+        check_parent(parent, self.recipe.deploy, self.recipe.space.size)
         if self.joined:
             return parent
         known = self.directory.read_provenance().get("parent", {}).get("hash", self.parent_hash)
@@ -105,7 +107,8 @@ class Run:
     @cached_property
     def space(self) -> Space:
         rules = self.recipe.space
-        return Space.of(self.parent.shape, rules.kv_groups_step, rules.ffn_step, drop=rules.drop, size=rules.size)
+        whole = Space.of(self.parent.shape, rules.kv_groups_step, rules.ffn_step, drop=rules.drop, size=rules.size)
+        return cut(whole, self.parent, self.recipe.deploy)
 
     @cached_property
     def workload(self) -> Workload:

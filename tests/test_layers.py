@@ -15,14 +15,15 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 
 # Top first. A module may import from its own floor and from those below; within a floor, circles are found apart.
 FLOORS = [
-    ["cli.py", "cli_options.py"],
+    ["cli.py", "cli_checkpoints.py", "cli_options.py"],
     ["__init__.py"],
-    ["terminal.py", "run.py", "comparison.py", "checkup.py", "inspection.py", "recipe_files.py"],
+    ["terminal.py", "run.py", "comparison.py", "checkup.py", "conversion.py", "inspection.py", "recipe_files.py"],
     ["workspace.py", "guidance.py"],
     ["run_directory.py"],
     ["search/"],
     ["blocks/"],
     ["measure/"],
+    ["deploy/"],
     ["models/"],
     ["data/"],
     ["files.py", "progress.py", "recipe.py", "architecture.py", "space.py"],
@@ -30,7 +31,12 @@ FLOORS = [
 ]
 WITHOUT_TORCH = ("errors.py", "files.py", "progress.py", "recipe.py", "architecture.py", "space.py", "recipe_files.py")
 # Copied beside a checkpoint, or run as a script by a stranger's interpreter.
-ALONE = ("models/modeling_pruned.py", "models/proof.py")
+ALONE = (
+    "models/modeling_pruned.py",
+    "models/proof.py",
+    "deploy/configuration_decilm.py",
+    "deploy/decilm_proof.py",
+)
 
 
 def tree(module: str) -> ast.Module:

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,14 +63,16 @@ def write_checkpoint(
     directory: Path,
     *,
     force: bool = False,
+    further: Callable[[Path], None] = lambda staging: None,
 ) -> Proof:
     """Save `child`, prove the files, then move them to `directory`: it appears whole and proven, or not at all.
 
-    `metadata` joins the architecture and the proof in `llmprune.json`.
+    `metadata` joins the architecture and the proof in `llmprune.json`; `further` may add files to the directory
+    before it is moved.
     Raises ExportError if the directory is taken, the disk is full, or the proof fails.
     """
     check_destination(directory, force=force)
-    with _staging(directory) as staging:
+    with staging_beside(directory) as staging:
         _save(child, tokenizer, staging)
         proof = prove(child, tokenizer, staging)
         write_json(
@@ -87,7 +89,8 @@ def write_checkpoint(
                 **metadata,
             },
         )
-        _replace(staging, directory)
+        further(staging)
+        move_into_place(staging, directory)
     return proof
 
 
@@ -99,16 +102,25 @@ def prove(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, che
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Path(scratch) / "inputs.safetensors"
         save_file(_proof_inputs(child, tokenizer), inputs)
+        found = in_fresh_process(llmprune.models.proof.__file__, checkpoint, inputs, child.device)
+    return _judge(found, child)
+
+
+def in_fresh_process(script: str, checkpoint: Path, *arguments: object) -> dict[str, Any]:
+    """What a script of ours, run as a stranger's interpreter would, prints of a checkpoint as its last line: JSON.
+
+    Raises ExportError if it fails.
+    """
+    with tempfile.TemporaryDirectory() as modules:
         environment = {
             **os.environ,
             # A module cache of its own: neither reads nor leaves code in the user's.
-            "HF_MODULES_CACHE": str(Path(scratch) / "modules"),
+            "HF_MODULES_CACHE": modules,
             "HF_HUB_OFFLINE": "1",
             "PYTHONWARNINGS": "ignore",
         }
-        script = llmprune.models.proof.__file__
         finished = subprocess.run(
-            [sys.executable, "-P", script, str(checkpoint), str(inputs), str(child.device)],
+            [sys.executable, "-P", script, str(checkpoint), *map(str, arguments)],
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -118,7 +130,8 @@ def prove(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, che
     if finished.returncode != 0:
         last = (finished.stderr.strip().splitlines() or ["no output"])[-1]
         raise ExportError(f"the checkpoint does not load in a fresh process: {last}")
-    return _judge(json.loads(finished.stdout.strip().splitlines()[-1]), child)
+    found: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
+    return found
 
 
 def _proof_inputs(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, torch.Tensor]:
@@ -178,7 +191,7 @@ def _save(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dir
 
 
 @contextmanager
-def _staging(directory: Path) -> Iterator[Path]:
+def staging_beside(directory: Path) -> Iterator[Path]:
     """A directory beside the destination (one rename away), gone whatever happens."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +212,7 @@ def _staging(directory: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _replace(staging: Path, directory: Path) -> None:
+def move_into_place(staging: Path, directory: Path) -> None:
     """Move the finished checkpoint into place; an old one leaves only once the new one stands."""
     if not directory.exists():
         staging.rename(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -76,7 +77,7 @@ def child_config(config: Any, family: Family, shape: ParentShape, architecture: 
         if isinstance(value, list) and len(value) == shape.layers and not key.endswith("_token_id"):
             values[key] = [value[i] for i in kept]
     values["num_hidden_layers"] = len(kept)
-    if _stock_can_say(family, shape, choices):
+    if stock_can_say(family, shape, choices):
         values.update(_own_attributes(family, shape, choices[0]))
         child = type(config)(**values)
     else:
@@ -107,7 +108,8 @@ def is_stock(config: Any) -> bool:
     return not config.model_type.startswith(PRUNED_PREFIX)
 
 
-def _stock_can_say(family: Family, shape: ParentShape, choices: list[LayerChoice]) -> bool:
+def stock_can_say(family: Family, shape: ParentShape, choices: Sequence[LayerChoice]) -> bool:
+    """Whether the family's stock config has words for a model whose layers are these: all alike, nothing left out."""
     if len(set(choices)) != 1 or 0 in (choices[0].attention.kv_groups, choices[0].ffn.ffn_width):
         return False
     if choices[0].attention == shape.full("attention"):

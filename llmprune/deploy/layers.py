@@ -1,0 +1,41 @@
+"""What the layers of a child are, read from its config: what writers of other formats go by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Query heads, KV heads and FFN channels of one layer; 0 where the block is not there."""
+
+    heads: int
+    kv_heads: int
+    ffn_width: int
+
+
+def stock_type(config: Any) -> str:
+    """The model type of the family, of a stock or a pruned config."""
+    return str(config.model_type).removeprefix(PRUNED_PREFIX)
+
+
+def layer_sizes(config: Any) -> tuple[LayerSizes, ...]:
+    """Sizes of every layer of a model with this config, stock or pruned."""
+    return tuple(_sizes_of(config, i) for i in range(config.num_hidden_layers))
+
+
+def _sizes_of(config: Any, index: int) -> LayerSizes:
+    family = FAMILIES[stock_type(config)]
+    pruned = config.model_type.startswith(PRUNED_PREFIX)
+    layer = config.per_layer_config[index] if pruned else config
+    skip = layer.skip if pruned else ()
+    heads = getattr(layer, family.heads)
+    kv_heads = getattr(layer, family.kv_heads) if family.kv_heads else heads
+    # GPT-2's n_inner may be unset, and then means four times the hidden size.
+    width = getattr(layer, family.ffn_width) or 4 * config.hidden_size
+    if "attention" in skip:
+        heads = kv_heads = 0
+    return LayerSizes(heads, kv_heads, 0 if "mlp" in skip else width)

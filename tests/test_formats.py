@@ -1,0 +1,186 @@
+"""What each format can hold: the space is cut to it, impossible exports are refused, and files compute the child."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from decilm import decilm_logits
+from families import CASES, IDS, Slices, tiny_parent, tokens
+from tiny import tiny_tokenizer
+
+from llmprune.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice
+from llmprune.deploy.formats import FORMATS, check_child, check_parent, cut, wants_constant_heads
+from llmprune.deploy.layers import LayerSizes, layer_sizes
+from llmprune.deploy.vllm import write_vllm
+from llmprune.deploy.write import VLLM_DIRECTORY, write_formats
+from llmprune.errors import ExportError, RecipeError, UnsupportedModelError
+from llmprune.models.parent import Parent
+from llmprune.models.surgery import prune
+from llmprune.recipe import FORMAT_NAMES, DeployRecipe, FormatName
+from llmprune.space import Space
+
+DECILM_IDS = [name for name in IDS if name.startswith("llama-")]
+# (KV groups, FFN width) by layer, of a parent with g groups and FFN width f; every attention that stays is whole.
+WHOLE_HEADS: dict[str, Callable[[int, int], list[tuple[int, int]]]] = {
+    "whole": lambda g, f: [(g, f)] * 4,
+    "widths": lambda g, f: [(g, f - 3), (g, 17), (g, f), (g, 1)],
+    "first attention": lambda g, f: [(0, f), (g, 17), (g, f), (g, f)],
+    "middle attention": lambda g, f: [(g, f), (0, 11), (g, f), (g, f)],
+    "ffns": lambda g, f: [(g, 0), (g, f), (g, 0), (g, 9)],
+    "first layer": lambda g, f: [(0, 0), (0, 5), (g, f), (g, 0)],
+    "last layer": lambda g, f: [(g, f), (g, 0), (g, 9), (0, 0)],
+}
+
+
+@cache
+def parent_of(case_id: str) -> Parent:
+    return tiny_parent(CASES[IDS.index(case_id)])
+
+
+def rules(*formats: FormatName) -> DeployRecipe:
+    return DeployRecipe(formats=formats)
+
+
+def architecture_of(parent: Parent, name: str) -> Architecture:
+    return Architecture.of(WHOLE_HEADS[name](parent.shape.kv_groups, parent.shape.ffn_width))
+
+
+@pytest.mark.parametrize("name", WHOLE_HEADS)
+@pytest.mark.parametrize("case_id", DECILM_IDS)
+def test_vllm_files_compute_the_child(case_id: str, name: str, tmp_path: Path) -> None:
+    parent = parent_of(case_id)
+    child = prune(parent, architecture_of(parent, name), Slices(parent))
+    check_child(child.config, "vllm", rules("vllm"))
+    with pytest.MonkeyPatch.context() as patch:
+        # Its own fresh process is the next test's affair.
+        patch.setattr("llmprune.deploy.vllm._prove", lambda directory: None)
+        write_vllm(child, None, tmp_path / "vllm")
+    with torch.inference_mode():
+        expected = child(tokens()).logits
+    assert (decilm_logits(tmp_path / "vllm", tokens()) - expected).abs().max() <= 1e-4
+
+
+def test_vllm_files_are_read_back_in_a_fresh_process(tmp_path: Path) -> None:
+    parent = parent_of("llama-biased")
+    child = prune(parent, architecture_of(parent, "first layer"), Slices(parent))
+    written = write_formats(child, tiny_tokenizer(), rules("hf", "vllm"), tmp_path)
+    assert [(entry["format"], entry["file"]) for entry in written] == [("vllm", VLLM_DIRECTORY)]
+    config = json.loads((tmp_path / VLLM_DIRECTORY / "config.json").read_text())
+    assert config["architectures"] == ["DeciLMForCausalLM"] and config["model_type"] == "nemotron-nas"
+    assert [block["attention"]["no_op"] for block in config["block_configs"]] == [False, False, False]
+    assert [block["ffn"]["no_op"] for block in config["block_configs"]] == [False, False, True]
+    assert (tmp_path / VLLM_DIRECTORY / "tokenizer.json").is_file()
+    with pytest.raises(ExportError, match="not empty"):
+        write_formats(child, None, rules("vllm"), tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "misshapen"])
+def test_vllm_files_that_do_not_fit_their_config_are_refused(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = parent_of("llama-gqa")
+    child = prune(parent, architecture_of(parent, "widths"), Slices(parent))
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def damaged(*_: object) -> dict[str, torch.Tensor]:
+        tensors = {key: value.contiguous() for key, value in child.state_dict().items() if key != "lm_head.weight"}
+        tensors |= {name: tensors[name][:3].clone()} if damage == "misshapen" else {}
+        return {key: value for key, value in tensors.items() if key != name or damage == "misshapen"}
+
+    monkeypatch.setattr("llmprune.deploy.vllm._tensors", damaged)
+    with pytest.raises(ExportError, match=f"{damage} tensors: {name}"):
+        write_vllm(child, None, tmp_path / "vllm")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("case_id", IDS)
+def test_sizes_of_a_child_are_its_tensors(case_id: str) -> None:
+    parent = parent_of(case_id)
+    shape = parent.shape
+    groups = max(1, shape.kv_groups - 1)
+    architecture = Architecture.of([(groups, 7), (0, shape.ffn_width), (0, 0), (shape.kv_groups, 0)])
+    child = prune(parent, architecture, Slices(parent))
+    assert layer_sizes(child.config) == (
+        LayerSizes(groups * shape.queries_per_group, groups, 7),
+        LayerSizes(0, 0, shape.ffn_width),
+        LayerSizes(shape.kv_groups * shape.queries_per_group, shape.kv_groups, 0),
+    )
+    full = LayerSizes(shape.kv_groups * shape.queries_per_group, shape.kv_groups, shape.ffn_width)
+    assert layer_sizes(parent.model.config) == (full,) * shape.layers
+
+
+def space_of(parent: Parent, **changes: object) -> Space:
+    return Space.of(parent.shape, 1, 8, **changes)  # type: ignore[arg-type]
+
+
+def test_hf_cuts_nothing() -> None:
+    parent = parent_of("qwen3-gqa")
+    space = space_of(parent, size="large")
+    assert cut(space, parent, rules("hf")) == space
+
+
+def test_vllm_leaves_attention_whole_or_out() -> None:
+    parent = parent_of("llama-gqa")
+    space = cut(space_of(parent, size="large"), parent, rules("hf", "vllm"))
+    assert space.attention == (AttentionChoice(0), AttentionChoice(3))
+    assert len(space.ffn) == 6
+    assert wants_constant_heads(("hf", "vllm")) and not wants_constant_heads(("hf", "gguf"))
+
+
+def test_hf_uniform_keeps_what_stock_attributes_can_say() -> None:
+    llama, phi3 = parent_of("llama-gqa"), parent_of("phi3-gqa")
+    # 4 and 2 heads divide the hidden size of 48; phi3 derives the head dim, so there heads are all or none.
+    assert cut(space_of(llama, size="small"), llama, rules("hf-uniform")).attention == tuple(
+        map(AttentionChoice, range(4))
+    )
+    assert cut(space_of(phi3, size="small"), phi3, rules("hf-uniform")).attention == (
+        AttentionChoice(0),
+        AttentionChoice(3),
+    )
+
+
+def test_a_space_with_nothing_left_is_refused() -> None:
+    parent = parent_of("phi3-gqa")
+    space = Space.of(parent.shape, 1, parent.shape.ffn_width, drop=False, size="small")
+    with pytest.raises(RecipeError, match="leave nothing of the space to choose.*Phi3Config has no words"):
+        cut(space, parent, rules("hf-uniform"))
+
+
+@pytest.mark.parametrize("case_id", ["qwen3-gqa", "gemma2-gqa", "opt-mha"])
+def test_a_family_that_a_format_cannot_hold_is_refused_before_the_search(case_id: str) -> None:
+    parent = parent_of(case_id)
+    with pytest.raises(UnsupportedModelError, match=f"vllm, which cannot hold {parent.source}: the DeciLM schema"):
+        check_parent(parent, rules("vllm"), "medium")
+    check_parent(parent, rules("hf"), "large")
+
+
+def test_hf_uniform_wants_a_uniform_space() -> None:
+    parent = parent_of("llama-gqa")
+    check_parent(parent, rules("hf-uniform"), "layer")
+    with pytest.raises(RecipeError, match="space.size must be small or layer; got medium"):
+        check_parent(parent, rules("hf", "hf-uniform"), "medium")
+
+
+def test_an_impossible_export_names_layer_value_and_fix() -> None:
+    parent = parent_of("llama-gqa")
+    mixed = Architecture.of([(3, 40), (2, 40), (3, 8), (3, 40)])
+    child = prune(parent, mixed, Slices(parent))
+    with pytest.raises(ExportError, match=r"vllm cannot hold this child: .*layer 1 has 4, others 6; search with"):
+        check_child(child.config, "vllm", rules("hf"))
+    with pytest.raises(
+        ExportError, match=r"layer 1 has 4 query heads, 2 KV heads and FFN width 40, layer 0 6, 3 and 40"
+    ):
+        check_child(child.config, "hf-uniform", rules("hf"))
+    check_child(child.config, "hf", rules("hf"))
+    alike = prune(parent, Architecture((LayerChoice(AttentionChoice(3), FfnChoice(8)),) * 4), Slices(parent))
+    check_child(alike.config, "hf-uniform", rules("hf"))
+
+
+def test_every_format_of_a_recipe_is_described() -> None:
+    assert set(FORMATS) == set(FORMAT_NAMES)
+    assert all(form.holds and form.served_by for form in FORMATS.values())
