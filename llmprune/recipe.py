@@ -240,8 +240,8 @@ class DeployRecipe(_Strict):
     gguf_type: GgufType = Field("f16", description="how gguf stores the weights of projections and embeddings")
     licence: str | None = Field(
         None,
-        description="SPDX or Hub name of the parent's licence (apache-2.0, llama3.2, ...): naming it says that you know "
-        "its terms; `llmprune push` asks for it",
+        description="SPDX or Hub name of the parent's licence (apache-2.0, llama3.2, ...): naming it says that you "
+        "know its terms; `llmprune push` asks for it",
     )
 
     free: ClassVar[frozenset[str]] = frozenset({"licence"})

@@ -147,7 +147,7 @@ def test_hf_uniform_keeps_what_stock_attributes_can_say() -> None:
 def test_a_space_with_nothing_left_is_refused() -> None:
     parent = parent_of("phi3-gqa")
     space = Space.of(parent.shape, 1, parent.shape.ffn_width, drop=False, size="small")
-    with pytest.raises(RecipeError, match="leave nothing of the space to choose.*Phi3Config has no words"):
+    with pytest.raises(RecipeError, match=r"leave nothing of the space to choose.*Phi3Config has no words"):
         cut(space, parent, rules("hf-uniform"))
 
 
@@ -162,7 +162,7 @@ def test_a_family_that_a_format_cannot_hold_is_refused_before_the_search(case_id
 def test_hf_uniform_wants_a_uniform_space() -> None:
     parent = parent_of("llama-gqa")
     check_parent(parent, rules("hf-uniform"), "layer")
-    with pytest.raises(RecipeError, match="space.size must be small or layer; got medium"):
+    with pytest.raises(RecipeError, match=r"space\.size must be small or layer; got medium"):
         check_parent(parent, rules("hf", "hf-uniform"), "medium")
 
 

@@ -39,7 +39,7 @@ class BlockConfig:
     ffn: FFNConfig
 
 
-class DeciLMConfig(LlamaConfig):
+class DeciLMConfig(LlamaConfig):  # type: ignore[no-untyped-call]
     """Llama's config, and what each layer keeps."""
 
     model_type = "nemotron-nas"

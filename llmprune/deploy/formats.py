@@ -107,8 +107,8 @@ def _not_uniform(config: Any, rules: DeployRecipe) -> Problem:
     i = next((i for i, layer in enumerate(sizes) if layer != sizes[0]), 0)
     first = sizes[0]
     return (
-        f"its stock class gives all layers the same sizes, with every block there; layer {i} has {sizes[i].heads} query "
-        f"heads, {sizes[i].kv_heads} KV heads and FFN width {sizes[i].ffn_width}, layer 0 {first.heads}, "
+        f"its stock class gives all layers the same sizes, with every block there; layer {i} has {sizes[i].heads} "
+        f"query heads, {sizes[i].kv_heads} KV heads and FFN width {sizes[i].ffn_width}, layer 0 {first.heads}, "
         f"{first.kv_heads} and {first.ffn_width}; search with deploy.formats=[hf-uniform], or export to hf"
     )
 

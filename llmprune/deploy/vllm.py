@@ -27,10 +27,25 @@ CONFIG_FILE = "configuration_decilm.py"
 _LAYERS = "model.layers"
 _LEAVES_WITH_ATTENTION = "input_layernorm"
 _LIKE_LLAMA = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "hidden_act max_position_embeddings initializer_range rms_norm_eps rope_parameters tie_word_embeddings "
-    "attention_bias mlp_bias bos_token_id eos_token_id pad_token_id"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 
 
 @dataclass(frozen=True)
