@@ -98,6 +98,11 @@ class WorkloadRecipe(_Strict):
     generated_tokens: int = Field(32, ge=2)
     threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's own choice")
     repeats: int = Field(3, ge=1, description="interleaved parent/child repeats a trial")
+    compile: bool = Field(
+        False,
+        description="time models as torch.compile makes them, with a static cache; every child is compiled, which "
+        "takes minutes",
+    )
 
 
 class ImportanceRecipe(_Strict):

@@ -127,7 +127,8 @@ def front_table(front: Mapping[str, Any]) -> Table:
             f"{measured_on['dataset']}, {measured_on['split']} split: {measured_on['tokens']:,} tokens in windows of "
             f"{measured_on['seq_len']}, {'with' if measured_on['bos'] else 'no'} BOS. Batch {workload['batch']}, "
             f"{workload['prompt_tokens']} prompt + {workload['generated_tokens']} generated tokens, "
-            f"{workload['dtype']}, {workload['threads']} threads on {workload['device']}. Speed-ups are medians of "
+            f"{workload['dtype']}, {workload['threads']} threads on {workload['device']}"
+            f"{', compiled' if workload.get('compile') else ''}. Speed-ups are medians of "
             "paired ratios (10th-90th percentile)."
         ),
         caption_justify="left",

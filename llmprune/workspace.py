@@ -23,7 +23,7 @@ from llmprune.measure.prefix import STATES_BYTES, PrefixScorer
 from llmprune.measure.quality import batch_windows
 from llmprune.measure.racing import race_batch
 from llmprune.measure.score_store import ScoreStore, StoredScorer
-from llmprune.measure.throughput import Workload
+from llmprune.measure.throughput import Workload, check_compiler
 from llmprune.models.parent import Parent, check_lengths, load_parent
 from llmprune.progress import Show, silent
 from llmprune.recipe import BaselineName, Recipe, SearchRecipe, SplitName
@@ -89,6 +89,8 @@ class Run:
             self.parent_hash = parent.hash
         check_lengths(parent, self.recipe)
         check_parent(parent, self.recipe.deploy, self.recipe.space.size)
+        if self.recipe.workload.compile:
+            check_compiler(parent.device)
         if self.joined:
             return parent
         known = self.directory.read_provenance().get("parent", {}).get("hash", self.parent_hash)

@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -252,6 +253,7 @@ def test_workload_from_a_recipe() -> None:
     assert workload == Workload(3, 9, 32, "bfloat16", torch.get_num_threads(), "cuda:1")
     assert Workload.from_recipe(WorkloadRecipe(threads=7), "float32", "cpu").threads == 7
     assert Workload(**json.loads(json.dumps(workload.to_json()))) == workload
+    assert "compile" not in workload.to_json() and replace(workload, compile=True).to_json()["compile"] is True
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1))

@@ -15,14 +15,15 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from llmprune.errors import RecipeError
 from llmprune.recipe import WorkloadRecipe
 
 PREFILL_PAIRS = 2
@@ -43,15 +44,18 @@ class Workload:
     dtype: str
     threads: int
     device: str
+    compile: bool = False
 
     @classmethod
     def from_recipe(cls, recipe: WorkloadRecipe, dtype: str, device: str) -> Workload:
         """The recipe's workload on a device such as "cpu" or "cuda:1"; threads default to torch's own choice."""
         threads = torch.get_num_threads() if recipe.threads is None else recipe.threads
-        return cls(recipe.batch, recipe.prompt_tokens, recipe.generated_tokens, dtype, threads, device)
+        return cls(recipe.batch, recipe.prompt_tokens, recipe.generated_tokens, dtype, threads, device, recipe.compile)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without what is as it always was, so that hashes of plain workloads stay."""
+        values = asdict(self)
+        return {key: value for key, value in values.items() if key != "compile" or value}
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,9 @@ def measure_paired(
 
     A repeat is PREFILL_PAIRS prompts and then `generated_tokens` decode steps of one token (per row of the batch),
     each a pass that waits for its result, as sampling does. The tokens fed are fixed, so all models do the same work.
-    `progress(done, total)` counts repeats of a candidate. Models must have the workload's dtype and device.
+    `progress(done, total)` counts repeats of a candidate. Models must have the workload's dtype and device. A
+    compiled workload compiles them here: their graphs are dropped with the next call, or torch would run out of its
+    limit of graphs for one function and time the later ones uncompiled.
     """
     assert candidates and repeats >= 1, "there is something to time"
     for model in (reference, *candidates):
@@ -113,12 +119,13 @@ def measure_paired(
     ids_BT = token_ids(reference, workload)
     prefill: list[list[Pair]] = [[] for _ in candidates]
     decode: list[list[Pair]] = [[] for _ in candidates]
-    with torch.inference_mode(), steady_process(workload.threads):
+    compiled = _compiled(1 + len(candidates)) if workload.compile else nullcontext()
+    with torch.inference_mode(), steady_process(workload.threads), compiled:
         for model in (reference, *candidates):
             _warm_up(model, ids_BT, workload)
         for repeat in range(repeats):
             for i, candidate in enumerate(candidates):
-                runs = tuple(Generation(model, ids_BT, workload.prompt_tokens) for model in (reference, candidate))
+                runs = tuple(Generation(model, ids_BT, workload) for model in (reference, candidate))
                 prefill[i] += _in_turns(*(run.prefill for run in runs), pairs=PREFILL_PAIRS)
                 decode[i] += _in_turns(*(run.decode_step for run in runs), pairs=workload.generated_tokens)
                 if progress is not None:
@@ -130,13 +137,19 @@ def measure_paired(
 class Generation:
     """One model on its way through the workload, with its cache."""
 
-    def __init__(self, model: PreTrainedModel, ids_BT: torch.Tensor, prompt_tokens: int) -> None:
-        self._model, self._ids_BT, self._prompt_tokens = model, ids_BT, prompt_tokens
+    def __init__(self, model: PreTrainedModel, ids_BT: torch.Tensor, workload: Workload) -> None:
+        self._config, self._ids_BT, self._workload = model.config, ids_BT, workload
+        self._model: Any = torch.compile(model, dynamic=False) if workload.compile else model
 
     def prefill(self) -> float:
         """Seconds to read the prompt into a new cache."""
-        self._cache, self._position = DynamicCache(config=self._model.config), 0
-        return self._pass(self._prompt_tokens)
+        self._cache: Any = (
+            StaticCache(config=self._config, max_cache_len=self._ids_BT.shape[1])
+            if self._workload.compile
+            else DynamicCache(config=self._config)
+        )
+        self._position = 0
+        return self._pass(self._workload.prompt_tokens)
 
     def decode_step(self) -> float:
         """Seconds to read one token more."""
@@ -167,7 +180,7 @@ def _in_turns(reference: Callable[[], float], candidate: Callable[[], float], *,
 
 
 def _warm_up(model: PreTrainedModel, ids_BT: torch.Tensor, workload: Workload) -> None:
-    run = Generation(model, ids_BT, workload.prompt_tokens)
+    run = Generation(model, ids_BT, workload)
     run.prefill()
     for _ in range(min(_WARM_UP_STEPS, workload.generated_tokens)):
         run.decode_step()
@@ -206,6 +219,32 @@ def _check(model: PreTrainedModel, workload: Workload) -> None:
     assert not model.training, "dropout would be timed: call model.eval() first"
     assert str(model.dtype) == f"torch.{workload.dtype}", f"a model in {model.dtype} for a workload in {workload.dtype}"
     assert model.device.type == torch.device(workload.device).type, f"a model on {model.device} for {workload.device}"
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises RecipeError unless torch.compile can make code for a device of this kind."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler  # imported late: it takes seconds
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise RecipeError(
+            "workload.compile needs a C++ compiler on a CPU, and torch finds none; install g++ or clang, or set CXX"
+        ) from None
+
+
+@contextmanager
+def _compiled(models: int) -> Iterator[None]:
+    """As many compiled graphs of one function as there are models with two shapes each; one more is an error, since
+    torch would go on uncompiled and the figure would be another workload's."""
+    import torch._dynamo.config as dynamo  # imported late: it takes a second
+
+    torch.compiler.reset()
+    with dynamo.patch(recompile_limit=max(8, 2 * models), fail_on_recompile_limit_hit=True):
+        yield
 
 
 @contextmanager
