@@ -104,9 +104,7 @@ def test_merging_that_can_change_nothing_is_refused() -> None:
     with pytest.raises(ArchitectureError, match=r"space\.merge_kv changes attention, and space\.size=layer"):
         Space.of(SHAPE, 1, 16, size="layer", merge_kv=True)
     one = ParentShape(layers=2, hidden_size=8, kv_groups=1, queries_per_group=4, head_dim=4, ffn_width=40)
-    with pytest.raises(
-        ArchitectureError, match=r"needs several KV groups, the parent has 1; set space\."
-    ):
+    with pytest.raises(ArchitectureError, match=r"needs several KV groups, the parent has 1; set space\."):
         Space.of(one, 1, 16, merge_kv=True)
 
 

@@ -113,7 +113,7 @@ def refit_towards(
         gram = torch.addr(gram, mean_z, mean_z, alpha=-1)
         cross = torch.addr(cross, mean_z, mean_x, alpha=-1)
     weight64_DI = weight_DI.to(gram)
-    change_ID = torch.cholesky_solve((cross - gram.mT) @ weight64_DI.mT, factor_II)
+    change_ID = torch.cholesky_solve((cross - gram) @ weight64_DI.mT, factor_II)
     solved = weight64_DI + change_ID.mT
     if means_2I is None:
         return solved.to(weight_DI), bias_D
