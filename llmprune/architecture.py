@@ -19,7 +19,8 @@ class AttentionChoice:
     """What an attention block keeps: KV groups (a KV head with the query heads that read it; 0 drops the block).
 
     `queries_per_group`: how many query heads stay of each kept group, the same number in all, so that the kernel stays
-    legal; None keeps the parent's.
+    legal; None keeps the parent's. More than the parent's means merged groups: neighbours share one KV head, the mean
+    of theirs, and all query heads stay (GQA, arXiv 2305.13245).
     """
 
     kv_groups: int
@@ -201,6 +202,19 @@ class ParentShape:
         """Query heads that each kept KV group has."""
         return self.queries_per_group if choice.queries_per_group is None else choice.queries_per_group
 
+    def merges(self, choice: BlockChoice) -> int:
+        """How many of the parent's KV groups share each KV head: 1 where none do."""
+        if isinstance(choice, AttentionChoice) and choice in self.merged:
+            return self.kv_groups // choice.kv_groups
+        return 1
+
+    @property
+    def merged(self) -> tuple[AttentionChoice, ...]:
+        """The choices that keep all query heads on fewer KV heads, ascending: consecutive KV groups merge, as many in
+        each head."""
+        fewer = (k for k in range(1, self.kv_groups) if self.kv_groups % k == 0)
+        return tuple(AttentionChoice(k, self.kv_groups // k * self.queries_per_group) for k in fewer)
+
     def inputs(self, choice: BlockChoice) -> int:
         """Inputs of the output projection that a choice keeps."""
         if isinstance(choice, AttentionChoice):
@@ -227,13 +241,23 @@ class ParentShape:
                     f"{choice.kind} block"
                 )
             if isinstance(choice, AttentionChoice) and choice.queries_per_group is not None:
-                most = self.queries_per_group - 1 if choice.kv_groups else 0
-                if not 1 <= choice.queries_per_group <= most:
-                    raise ArchitectureError(
-                        f"layer {i} keeps {choice} of a parent with {self.queries_per_group} query heads a KV group: "
-                        f"queries_per_group is from 1 to {most}, and left out where all stay or the block is dropped"
-                    )
+                self._check_queries(i, choice, choice.queries_per_group)
         if all(layer.attention.kv_groups == 0 for layer in architecture.layers):
             raise ArchitectureError(
                 "a child keeps attention in at least one layer (without it no token sees another); all kv_groups are 0"
             )
+
+    def _check_queries(self, layer: int, choice: AttentionChoice, queries: int) -> None:
+        most = self.queries_per_group - 1 if choice.kv_groups else 0
+        if 1 <= queries <= most or choice in self.merged:
+            return
+        rule = f"queries_per_group is from 1 to {most}, and left out where all stay or the block is dropped"
+        if choice.kv_groups and queries > self.queries_per_group:
+            legal = " or ".join(f"{c.kv_groups} x {c.queries_per_group}" for c in self.merged)
+            rule += (
+                f"; more of them are merged KV groups, which keep all {self.kv_groups * self.queries_per_group} query "
+                f"heads: kv_groups x queries_per_group is {legal or 'never so with one KV group'}"
+            )
+        raise ArchitectureError(
+            f"layer {layer} keeps {choice} of a parent with {self.queries_per_group} query heads a KV group: {rule}"
+        )

@@ -151,6 +151,9 @@ class SpaceRecipe(_Strict):
     kv_groups_step: int = Field(1, ge=1)
     ffn_step: int = Field(256, ge=1)
     drop: bool = Field(True, description="may whole blocks be dropped")
+    merge_kv: bool = Field(
+        False, description="may an attention keep all query heads on fewer KV heads, each the mean of several"
+    )
 
 
 class SearchRecipe(_Strict):

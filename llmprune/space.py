@@ -36,7 +36,7 @@ class Space:
     """The architectures that a search may propose.
 
     `size` is how free it is: small, one choice a kind for all layers; layer, each layer whole or gone; medium, KV
-    groups and FFN width block by block; large, query heads a group besides.
+    groups and FFN width block by block; large, query heads a group besides. Any but layer may merge KV groups too.
     `attention` and `ffn` are the ladders of choices, ascending in size; the last of each is the parent's.
     """
 
@@ -47,11 +47,20 @@ class Space:
 
     @classmethod
     def of(
-        cls, shape: ParentShape, kv_groups_step: int, ffn_step: int, *, drop: bool = True, size: SpaceSize = "medium"
+        cls,
+        shape: ParentShape,
+        kv_groups_step: int,
+        ffn_step: int,
+        *,
+        drop: bool = True,
+        size: SpaceSize = "medium",
+        merge_kv: bool = False,
     ) -> Space:
-        """Multiples of each step up to the parent's size, the parent's own size, and 0 if `drop`.
+        """Multiples of each step up to the parent's size, the parent's own size, and 0 if `drop`; with `merge_kv` also
+        all query heads on any number of KV heads that divides the parent's.
 
-        Raises ArchitectureError on a step that is not between 1 and the parent's size, or if nothing can be pruned.
+        Raises ArchitectureError on a step that is not between 1 and the parent's size, if nothing can be pruned, or if
+        nothing can be merged.
         """
         groups = _rungs("space.kv_groups_step", kv_groups_step, shape.kv_groups, drop=drop)
         widths = _rungs("space.ffn_step", ffn_step, shape.ffn_width, drop=drop)
@@ -59,6 +68,9 @@ class Space:
         if size == "large":
             fewer = range(1, shape.queries_per_group)
             attention += [AttentionChoice(n, queries) for n in groups if n for queries in fewer]
+        if merge_kv:
+            _check_merging(shape, size)
+            attention += shape.merged
         if size == "layer":
             if not drop:
                 raise ArchitectureError("space.size=layer leaves whole layers out; set space.drop=true")
@@ -133,6 +145,18 @@ class Space:
         except ArchitectureError:
             return False
         return True
+
+
+def _check_merging(shape: ParentShape, size: SpaceSize) -> None:
+    if size == "layer":
+        raise ArchitectureError(
+            "space.merge_kv changes attention, and space.size=layer keeps it whole or not at all; set "
+            "space.merge_kv=false, or space.size to small, medium or large"
+        )
+    if not shape.merged:
+        raise ArchitectureError(
+            f"space.merge_kv needs several KV groups, the parent has {shape.kv_groups}; set space.merge_kv=false"
+        )
 
 
 def _rungs(name: str, step: int, full: int, *, drop: bool) -> list[int]:

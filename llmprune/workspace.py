@@ -14,7 +14,7 @@ from llmprune.architecture import Architecture
 from llmprune.blocks.library import BlockLibrary, Plan, build_libraries, build_library, load_library
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import Split, TokenSplits, build_token_splits
-from llmprune.deploy.formats import check_parent, cut
+from llmprune.deploy.formats import check_parent, cut, merging_helps
 from llmprune.errors import RunDirectoryError
 from llmprune.files import read_json, write_json
 from llmprune.guidance import Estimates, Seed, seeds_from_json, seeds_to_json, walked_seeds, winner
@@ -24,7 +24,7 @@ from llmprune.measure.quality import batch_windows
 from llmprune.measure.racing import race_batch
 from llmprune.measure.score_store import ScoreStore, StoredScorer
 from llmprune.measure.throughput import Workload, check_compiler
-from llmprune.models.parent import Parent, check_lengths, load_parent
+from llmprune.models.parent import Parent, check_lengths, check_merging, load_parent
 from llmprune.progress import Show, silent
 from llmprune.recipe import BaselineName, Recipe, SearchRecipe, SplitName
 from llmprune.run_directory import RunDirectory, hash_of
@@ -109,7 +109,16 @@ class Run:
     @cached_property
     def space(self) -> Space:
         rules = self.recipe.space
-        whole = Space.of(self.parent.shape, rules.kv_groups_step, rules.ffn_step, drop=rules.drop, size=rules.size)
+        if rules.merge_kv:
+            check_merging(self.parent)
+        whole = Space.of(
+            self.parent.shape,
+            rules.kv_groups_step,
+            rules.ffn_step,
+            drop=rules.drop,
+            size=rules.size,
+            merge_kv=rules.merge_kv or merging_helps(self.parent, self.recipe.deploy, rules.size),
+        )
         return cut(whole, self.parent, self.recipe.deploy)
 
     @cached_property
@@ -225,7 +234,9 @@ class Run:
         """Name and hash of all that decides what a trial means, the cheap ones first."""
         search = self.recipe.search
         yield "objective and budgets", hash_of(search.objective, list(search.budgets), *_rewarded(search))
-        yield "space", hash_of(self.recipe.space.model_dump(mode="json"))
+        # Studies from before KV groups could merge have a hash without that word.
+        unsaid = set() if self.recipe.space.merge_kv else {"merge_kv"}
+        yield "space", hash_of(self.recipe.space.model_dump(mode="json", exclude=unsaid))
         assert self.parent, "its hash is known once it is loaded"
         yield "parent", self.parent_hash
         yield "workload", hash_of(self._workload_on_any_device())

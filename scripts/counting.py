@@ -64,6 +64,8 @@ class Flops(TorchDispatchMode):
             self.by_dtype[first.dtype] += 2 * first.numel() * second.shape[-1]
         elif name == "linalg_cholesky_ex":
             self.by_dtype[args[0].dtype] += args[0].numel() * args[0].shape[-1] // 3
+        elif name == "cholesky_solve":
+            self.by_dtype[args[1].dtype] += 2 * args[0].numel() * args[1].shape[-1]
         elif name == "linalg_solve_triangular":
             self.by_dtype[args[0].dtype] += args[0].numel() * args[1].shape[-1]
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.architecture import Architecture, AttentionChoice, BlockChoice
+from llmprune.architecture import Architecture, AttentionChoice, BlockChoice, ParentShape
 from llmprune.models.modeling_pruned import FAMILIES
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.rows import unit_rows
@@ -101,6 +102,13 @@ IDS = [f"{case.model_type}-{case.label}" for case in CASES]
 # Where several query heads read a KV head, some of them can leave.
 GROUPED_IDS = [name for name, case in zip(IDS, CASES, strict=True) if case.values.get("num_key_value_heads", 6) < 6]
 
+# Where KV heads can merge: there are several, and the config can say how many.
+MERGING_IDS = [
+    name
+    for name, case in zip(IDS, CASES, strict=True)
+    if FAMILIES[case.model_type].kv_heads and case.values["num_key_value_heads"] > 1
+]
+
 
 def tiny_model(case: Case, seed: int = 0) -> PreTrainedModel:
     """A random model of the case, in eval mode, with every weight, norm and bias away from 0 and 1."""
@@ -131,10 +139,14 @@ class Slices:
 
     def kept_units(self, layer: int, choice: BlockChoice) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1000 + layer * 2 + (choice.kind == "ffn"))
+        if self.parent.shape.merges(choice) > 1:
+            return torch.arange(self.parent.shape.kv_groups)
         return torch.randperm(self.parent.shape.units(choice.kind), generator=generator)[: choice.units].sort().values
 
     def kept_queries(self, layer: int, choice: BlockChoice) -> torch.Tensor | None:
         if not isinstance(choice, AttentionChoice) or choice.queries_per_group is None:
+            return None
+        if self.parent.shape.merges(choice) > 1:
             return None
         shape = self.parent.shape
         generator = torch.Generator().manual_seed(self.seed * 1000 + 500 + layer)
@@ -156,6 +168,30 @@ class Slices:
             unit * shape.queries_per_group + query for unit, row in zip(units, queries, strict=True) for query in row
         ]
         return torch.tensor([head * shape.head_dim + i for head in heads for i in range(shape.head_dim)])
+
+
+def merging(shape: ParentShape, layers: dict[int, int]) -> Architecture:
+    """The parent's architecture with all query heads of some layers on so many KV heads."""
+    heads = shape.kv_groups * shape.queries_per_group
+    return shape.architecture.with_choices((i, AttentionChoice(k, heads // k)) for i, k in layers.items())
+
+
+def overwritten(parent: Parent, layers: dict[int, int]) -> Parent:
+    """A copy of the parent whose key and value heads are, in some layers, the means of those that share one of so many
+    KV heads: all at full size, counted out head by head; no code is shared with surgery."""
+    shape, model = parent.shape, copy.deepcopy(parent.model)
+    copied, rows = make_parent(model, None, source=parent.source), shape.kv_groups * shape.head_dim
+    for layer, heads in layers.items():
+        for name, value in copied.block(layer, "attention").named_parameters():
+            # Phi-3 has queries, keys and values in one; a norm of keys spans all heads or is the same for each.
+            starts = {"qkv_proj": (len(value) - 2 * rows, len(value) - rows), "k_proj": (0,), "v_proj": (0,)}.get(
+                name.split(".")[0], (0,) if name == "k_norm.weight" and len(value) == rows else ()
+            )
+            for start in starts:
+                per_head = value.data[start : start + rows].reshape(heads, shape.kv_groups // heads, shape.head_dim, -1)
+                mean = per_head.double().mean(dim=1, keepdim=True).expand(per_head.shape)
+                value.data[start : start + rows] = mean.reshape(rows, *value.shape[1:]).to(value.dtype)
+    return copied
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import overwritten
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -109,10 +110,14 @@ def test_the_batch_does_not_matter(parent: Parent, split: Split, monkeypatch: py
         torch.testing.assert_close(found.gram_II, parts[key].gram_II, rtol=1e-5, atol=1e-7)
 
 
-def test_statistics_leave_no_hooks_and_say_what_they_take(parent: Parent, split: Split) -> None:
-    statistics = collect_statistics(parent, split, layers=[0])
+@pytest.mark.parametrize("merged", [0, 1, 2])
+def test_statistics_leave_no_hooks_and_say_what_they_take(parent: Parent, split: Split, merged: int) -> None:
+    statistics = collect_statistics(parent, split, layers=[0], merged=parent.shape.merged[:merged])
     taken = sum(s.gram_II.nbytes + s.mean_I.nbytes for s in statistics.values())
-    assert taken == statistics_bytes(parent.shape)
+    beside = statistics[0, "attention"].merged
+    assert len(beside) == merged and not statistics[0, "ffn"].merged
+    taken += sum(m.gram_II.nbytes + m.cross_II.nbytes + m.mean_I.nbytes for m in beside.values())
+    assert taken == statistics_bytes(parent.shape, merged)
     assert not any(module._forward_pre_hooks for module in parent.model.modules())
 
 
@@ -215,6 +220,73 @@ def test_query_heads_are_nested_and_their_outputs_are_the_plain_refit(
                 if smaller.queries_per_group == larger.queries_per_group:
                     kept = [set(library.kept_units(layer, choice).tolist()) for choice in (smaller, larger)]
                     assert kept[0] < kept[1], "a KV group that stays keeps the same query heads"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("method", ["obs", "flap"])
+def test_behind_merged_kv_heads_the_output_is_the_least_squares_fit(split: Split, method: str, bias: bool) -> None:
+    parent = tiny_parent(bias=bias)
+    space = Space.of(parent.shape, 1, 16, merge_kv=True)
+    recipe = ImportanceRecipe.model_validate({"method": method})
+    library = build_library(parent, split, recipe, space, memory_bytes=1)
+    for layer, choice in itertools.product(range(LAYERS), parent.shape.merged):
+        assert library.kept_units(layer, choice).tolist() == list(range(KV_GROUPS))
+        assert library.kept_queries(layer, choice) is None
+        # Rows of all sources together, each weighted by its share: one least-squares problem, with rows for the ridge.
+        means = overwritten(parent, {layer: choice.kv_groups})
+        columns = []
+        for some in (parent, means):
+            x = [inputs_of(some, source.windows, layer, "attention") for source in split.sources.values()]
+            columns.append(torch.cat(x))
+        sizes = {name: source.windows.numel() for name, source in split.sources.items()}
+        shares = [torch.full((count,), split.weights[name] / count) for name, count in sizes.items()]
+        root = torch.cat(shares).double().sqrt()[:, None]
+        x, z = columns
+        weight = parent.output_weight(layer, "attention").double()
+        mean_x, mean_z = ((root.square() * some).sum(0) if bias else torch.zeros_like(some[0]) for some in (x, z))
+        centred = root * (z - mean_z)
+        ridge = recipe.damp * centred.square().sum() / len(weight.T)
+        system = torch.cat([centred, ridge.sqrt() * torch.eye(len(weight.T), dtype=torch.float64)])
+        target = torch.cat([root * (x - mean_x) @ weight.T, ridge.sqrt() * weight.T])
+        expected = torch.linalg.lstsq(system, target).solution.T
+        found, found_bias = library.output(layer, choice)
+        assert found.dtype == torch.float32 and found.shape == weight.shape
+        # Moments are multiplied out in float32: in float64 the refit itself is exact (test_blocks_refit).
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-4)
+        assert (expected - weight).abs().max() > 1e-2, "there is something to re-solve"
+        assert (found_bias is None) == (not bias)
+        own_bias = parent.output_bias(layer, "attention")
+        if found_bias is not None and own_bias is not None:
+            shift = weight @ mean_x - expected @ mean_z
+            torch.testing.assert_close(found_bias.double(), own_bias + shift, rtol=0, atol=3e-4)
+
+
+def test_without_a_refit_merged_blocks_keep_the_output_and_need_no_statistics(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, seen = tiny_parent(bias=True), []
+    monkeypatch.setattr("llmprune.blocks.statistics.merged_blocks", lambda *args: seen.append(args))
+    space = Space.of(parent.shape, 1, 16, merge_kv=True)
+    library = build_library(parent, split, ImportanceRecipe(method="flap", refit=False), space)
+    weight, bias = library.output(1, AttentionChoice(2, 4))
+    assert torch.equal(weight, parent.output_weight(1, "attention"))
+    assert bias is not None and torch.equal(bias, parent.output_bias(1, "attention"))  # type: ignore[arg-type]
+    assert not seen
+
+
+def test_merging_changes_nothing_for_the_other_choices_and_comes_back_from_disk(
+    parent: Parent, split: Split, tmp_path: Path
+) -> None:
+    plain, merging = (Space.of(parent.shape, 1, 16, size="large", merge_kv=merge) for merge in (False, True))
+    of_plain = build_library(parent, split, OBS, plain, tmp_path / "plain", input_hash="a")
+    of_merging = build_library(parent, split, OBS, merging, tmp_path / "merging", input_hash="a")
+    for mine, theirs in zip(of_plain.layers, of_merging.layers, strict=True):
+        new = theirs.tensors.keys() - mine.tensors.keys()
+        assert new == {f"attention/{c.kv_groups}x{c.queries_per_group}/weight" for c in parent.shape.merged}
+        assert all(torch.equal(tensor, theirs.tensors[name]) for name, tensor in mine.tensors.items())
+    assert same(of_merging, load_library(tmp_path / "merging", OBS, merging, input_hash="a"))
+    assert stored_layers(tmp_path / "plain", OBS, merging, input_hash="a") == 0
+    assert stored_layers(tmp_path / "plain", OBS, plain, input_hash="a") == LAYERS
 
 
 def test_query_heads_leave_least_important_first(split: Split) -> None:

@@ -20,7 +20,15 @@ from llmprune.blocks.importance import (
     removal_order,
     wanda_sp_scores,
 )
-from llmprune.blocks.refit import damped_gram, flap_bias, reconstruction_loss, refit, refit_nested, unit_columns
+from llmprune.blocks.refit import (
+    damped_gram,
+    flap_bias,
+    reconstruction_loss,
+    refit,
+    refit_nested,
+    refit_towards,
+    unit_columns,
+)
 from llmprune.blocks.statistics import BlockStatistics
 
 METHODS: tuple[ImportanceMethod, ...] = ("obs", "magnitude", "wanda-sp", "flap")
@@ -217,3 +225,36 @@ def test_too_little_damping_is_an_error() -> None:
     indefinite = torch.diag(torch.tensor([1.0, -1e-3])).double()
     with pytest.raises(torch.linalg.LinAlgError):
         refit(torch.ones(1, 2), indefinite, torch.arange(2), 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(p=problems, other=st.integers(0, 10_000), with_bias=st.booleans())
+def test_a_refit_towards_other_inputs_is_least_squares_with_rows_for_the_ridge(
+    p: Problem, other: int, with_bias: bool
+) -> None:
+    x, inputs = p.data, p.data.shape[1]
+    z = x + problem(inputs, samples=len(x), seed=other).data
+    gram, cross, mean_z, mean_x = z.mT @ z / len(z), z.mT @ x / len(z), z.mean(dim=0), x.mean(dim=0)
+    extra = {"means_2I": (mean_z, mean_x), "bias_D": p.bias} if with_bias else {}
+    weight, bias = refit_towards(p.weight, gram, cross, DAMP, **extra)  # type: ignore[arg-type]
+    if with_bias:
+        x, z = x - mean_x, z - mean_z
+    ridge = (DAMP * z.square().mean(dim=0).mean()).sqrt()
+    system = torch.cat([z / len(z) ** 0.5, ridge * torch.eye(inputs)])
+    expected = torch.linalg.lstsq(system, torch.cat([x @ p.weight.mT / len(x) ** 0.5, ridge * p.weight.mT])).solution.mT
+    torch.testing.assert_close(weight, expected, rtol=1e-7, atol=1e-7 * float(p.weight.abs().max()))
+    if with_bias:
+        assert bias is not None
+        torch.testing.assert_close(bias, p.bias + p.weight @ mean_x - expected @ mean_z, rtol=1e-6, atol=1e-6)
+    else:
+        assert bias is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(p=problems, with_bias=st.booleans())
+def test_a_refit_towards_the_same_inputs_is_the_parent(p: Problem, with_bias: bool) -> None:
+    gram, mean = p.statistics.gram_II, p.statistics.mean_I
+    extra = {"means_2I": (mean, mean), "bias_D": p.bias} if with_bias else {}
+    weight, bias = refit_towards(p.weight, gram, gram, DAMP, **extra)  # type: ignore[arg-type]
+    assert torch.equal(weight, p.weight)
+    assert bias is None if not with_bias else torch.equal(bias, p.bias)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CASES, IDS, Slices, tiny_parent, tokens
+from families import CASES, IDS, Slices, merging, tiny_parent, tokens
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
@@ -47,6 +47,7 @@ HETEROGENEOUS = (
 DEPTH = ("llama-gqa", "qwen2-sliding", "smollm3-gqa", "gemma3_text-gqa", "phi3-longrope", "opt-mha")
 UNIFORM_FFN = ("llama-biased", "phi3-gqa", "gpt_neox-parallel", "gpt2-mha", "opt-mha")
 QUERIES = ("llama-mqa", "qwen3-gqa", "gemma2-gqa", "olmo2-gqa", "phi3-longrope")
+MERGED = ("llama-biased", "mistral-sliding", "qwen2-sliding", "qwen3-gqa", "gemma2-gqa", "olmo2-gqa", "phi3-longrope")
 CHECKPOINTS = [
     *((case_id, "heterogeneous") for case_id in HETEROGENEOUS),
     *((case_id, "depth") for case_id in DEPTH),
@@ -57,8 +58,11 @@ CHECKPOINTS = [
     *((case_id, "queries") for case_id in QUERIES),
     ("llama-gqa", "uniform queries"),
     ("phi3-gqa", "uniform queries"),
+    *((case_id, "merged") for case_id in MERGED),
+    ("llama-mha", "uniform merged"),
+    ("phi3-gqa", "uniform merged"),
 ]
-PRUNED_CLASS = ("heterogeneous", "queries")
+PRUNED_CLASS = ("heterogeneous", "queries", "merged")
 
 STRANGER = """
 import json, os, sys
@@ -116,6 +120,8 @@ def architecture_of(name: str, shape: ParentShape) -> Architecture:
         )
     if name == "uniform queries":
         return shape.architecture.with_choices((i, AttentionChoice(groups, 1)) for i in range(shape.layers))
+    if name.endswith("merged"):
+        return merging(shape, {0: 1, 2: 1} if name == "merged" else dict.fromkeys(range(shape.layers), 1))
     return Architecture.of(
         {
             "heterogeneous": [(0, width), (groups - 1, 17), (0, 0), (groups, 0)],
@@ -222,7 +228,12 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("case_id", "name"),
-    [("llama-gqa", "heterogeneous"), ("llama-gqa", "queries"), ("gpt2-mha", "uniform ffn")],
+    [
+        ("llama-gqa", "heterogeneous"),
+        ("llama-gqa", "queries"),
+        ("llama-gqa", "merged"),
+        ("gpt2-mha", "uniform ffn"),
+    ],
 )
 def test_written_checkpoint(case_id: str, name: str, tmp_path: Path, scratch: Path) -> None:
     child, architecture, _ = child_of(case_id, name)

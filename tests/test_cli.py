@@ -77,6 +77,7 @@ def assert_one_error(result: Result, message: str) -> None:
         ("compress {recipe} --out {recipe} --quiet", "cannot use"),
         ("compress {recipe} --out {tmp}/run model.path={tmp}/nothing --quiet", "is not a directory"),
         ("compress {recipe} --out {tmp}/run space.ffn_step=64 --quiet", "space.ffn_step must be from 1 to"),
+        ("compress {recipe} --out {tmp}/run space.merge_kv=true space.size=layer --quiet", "space.merge_kv changes"),
         ("compress {recipe} --out {run} data.seq_len=32 --quiet", "was made with another data.seq_len"),
         ("compress {tmp}/broken.yaml --out {tmp}/run", "is not YAML"),
         ("search {tmp}/run", "is not a run directory yet; name a recipe or model with --recipe"),

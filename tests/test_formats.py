@@ -14,7 +14,7 @@ from families import CASES, IDS, Slices, tiny_parent, tokens
 from tiny import tiny_tokenizer
 
 from llmprune.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice
-from llmprune.deploy.formats import FORMATS, check_child, check_parent, cut, wants_constant_heads
+from llmprune.deploy.formats import FORMATS, check_child, check_parent, cut, merging_helps
 from llmprune.deploy.layers import LayerSizes, layer_sizes
 from llmprune.deploy.vllm import write_vllm
 from llmprune.deploy.write import VLLM_DIRECTORY, write_formats
@@ -129,7 +129,15 @@ def test_vllm_leaves_attention_whole_or_out() -> None:
     space = cut(space_of(parent, size="large"), parent, rules("hf", "vllm"))
     assert space.attention == (AttentionChoice(0), AttentionChoice(3))
     assert len(space.ffn) == 6
-    assert wants_constant_heads(("hf", "vllm")) and not wants_constant_heads(("hf", "gguf"))
+
+
+def test_where_query_heads_have_to_stay_kv_groups_may_merge() -> None:
+    parent = parent_of("llama-gqa")
+    space = cut(space_of(parent, merge_kv=True), parent, rules("vllm"))
+    assert space.attention == (AttentionChoice(0), AttentionChoice(1, 6), AttentionChoice(3))
+    assert merging_helps(parent, rules("hf", "vllm"), "medium")
+    assert not merging_helps(parent, rules("hf"), "medium") and not merging_helps(parent, rules("vllm"), "layer")
+    assert not merging_helps(parent_of("llama-mqa"), rules("vllm"), "medium")
 
 
 def test_hf_uniform_keeps_what_stock_attributes_can_say() -> None:

@@ -17,7 +17,9 @@ from llmprune.blocks.library import build_library
 from llmprune.blocks.statistics import statistics_bytes
 from llmprune.blocks.work import (
     estimate_flops_per_token,
+    gathered_choices,
     gram_flops_per_token,
+    graph_bytes_per_token,
     layer_library_bytes,
     layer_solver_flops,
 )
@@ -114,6 +116,29 @@ def test_gram_products_are_counted_in_float32() -> None:
         build_library(parent, split, ImportanceRecipe(), space)
     grams = flops.by_dtype[torch.float32] - plain.by_dtype[torch.float32]
     assert grams == 2 * TOKENS * gram_flops_per_token(space.shape)
+
+
+def test_merged_kv_heads_are_counted_too() -> None:
+    parent, split = count_work.tiny_llama(2), count_work.tiny_split()
+    shape, rules = parent.shape, ImportanceRecipe()
+    spaces = [Space.of(shape, 1, 16, merge_kv=merge) for merge in (False, True)]
+    gathered, float64, stored, forecast = [], [], [], []
+    for space in spaces:
+        with counting.Flops() as flops:
+            library = build_library(parent, split, rules, space)
+        gathered.append(flops.by_dtype[torch.float32])
+        float64.append(flops.by_dtype[torch.float64])
+        stored.append(sum(tensor.nbytes for layer in library.layers for tensor in layer.tensors.values()))
+        forecast.append(count_work.local_flops(parent, split, library))
+        assert forecast[-1] == 2 * TOKENS * estimate_flops_per_token(space)
+    plain, merging = (gram_flops_per_token(shape, gathered_choices(space, rules)) for space in spaces)
+    assert gathered[1] - gathered[0] == 2 * TOKENS * (merging - plain) > 0
+    solver = [2 * layer_solver_flops(space, rules).refits for space in spaces]
+    assert float64[1] - float64[0] == pytest.approx(solver[1] - solver[0], rel=0.01)
+    files = [2 * layer_library_bytes(space, 4) for space in spaces]
+    assert files[1] - files[0] == pytest.approx(stored[1] - stored[0], rel=0.05)
+    assert not gathered_choices(spaces[1], ImportanceRecipe(refit=False))
+    assert graph_bytes_per_token(shape, 4, 1) - graph_bytes_per_token(shape, 4) == 2 * 4 * 32
 
 
 def test_the_script_prints_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from tiny import linear_costs, tiny_space
 
 from llmprune.architecture import BLOCK_KINDS, DROPPED, Architecture, AttentionChoice, BlockChoice, FfnChoice
 from llmprune.search.costs import PROBES_PER_KIND, CostTable, cost_table, probe_architectures
+from llmprune.space import Space
 
 SPACE = tiny_space(layers=3, kv_groups=2, ffn_width=96, ffn_step=8)
 
@@ -72,6 +74,28 @@ def test_whatever_was_measured_the_table_is_monotone_and_the_parent_is_itself(me
         assert savings[-1] == 0
         assert all(smaller >= larger >= 0 for smaller, larger in itertools.pairwise(savings))
         assert costs.speedup(SPACE.shape.architecture, phase) == 1
+
+
+def test_merged_kv_heads_are_probed_and_interpolated_apart() -> None:
+    shape = replace(SPACE.shape, kv_groups=8)
+    space = Space.of(shape, 1, 8, merge_kv=True)
+    plain = Space.of(shape, 1, 8)
+    probes = probe_architectures(space)
+    merged = [choice for choice in probes if shape.merges(choice) > 1]
+    assert merged == list(shape.merged) and len(merged) == 3
+    assert probes.keys() - set(merged) == probe_architectures(plain).keys()
+    for choice in merged:
+        assert {own for _, own in probes[choice].blocks()} == {choice, shape.full("ffn")}
+    # A machine on which merged heads save nothing: what else is on the ladder does not hear of it.
+    speedups = {choice: {"decode": 1.0 if choice in merged else 1.5} for choice in probes}
+    savings, of_plain = (cost_table(some, speedups).saving["decode"] for some in (space, plain))
+    assert {savings[choice] for choice in merged} == {0.0}
+    assert of_plain == {choice: savings[choice] for choice in savings if choice not in merged}
+    fewest, fewer, more = merged
+    slip = {**speedups, fewest: {"decode": 1.2}, fewer: {"decode": 1.1}, more: {"decode": 1.3}}
+    costs = cost_table(space, slip)
+    assert [costs.saving["decode"][choice] for choice in merged] == pytest.approx([(1 - 1 / 1.3) / shape.layers] * 3)
+    assert CostTable.from_json(space, json.loads(json.dumps(costs.to_json()))) == costs
 
 
 def test_sizes_between_two_probes_are_interpolated() -> None:

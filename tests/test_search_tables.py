@@ -73,6 +73,17 @@ def test_query_heads_save_parameters_and_no_cache() -> None:
             assert savings["params"][choice] > savings["params"][whole_groups]
 
 
+def test_merged_kv_heads_save_cache_and_keep_query_heads() -> None:
+    parent = tiny_parent(CASES[IDS.index("llama-gqa")])
+    space, shape = Space.of(parent.shape, 1, 16, merge_kv=True), parent.shape
+    savings, merged = count_savings(parent, space), shape.merged[0]
+    assert savings["kv_bytes_per_token"][merged] == pytest.approx((1 - 1 / 3) / shape.layers)
+    rows = shape.rows(shape.full("attention")) - shape.rows(merged)
+    params = sum(parameter.numel() for parameter in parent.model.parameters())
+    assert savings["params"][merged] == pytest.approx(rows * shape.hidden_size / params)
+    assert_sizes_are_exact(CostTable(space, savings), parent)
+
+
 @pytest.mark.parametrize("drop", [True, False])
 def test_calibration_scales_times_and_leaves_sizes_alone(drop: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     parent = tiny_parent(CASES[IDS.index("llama-gqa")])

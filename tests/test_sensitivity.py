@@ -5,21 +5,24 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from families import CASES, IDS, VOCAB, Slices, tiny_model, tiny_parent, tokens
+from families import CASES, IDS, VOCAB, Slices, masked, merging, overwritten, tiny_model, tiny_parent, tokens
 from torch import Tensor, nn
 
 from llmprune.architecture import Architecture, AttentionChoice, BlockChoice, BlockKind, FfnChoice, ParentShape
+from llmprune.blocks.library import build_library
 from llmprune.blocks.sensitivity import block_influence, estimate_delta_nats
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.measure.quality import score
 from llmprune.models.modeling_pruned import input_axis
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.surgery import prune
+from llmprune.recipe import ImportanceRecipe
 from llmprune.space import Space
 
 SEQ_LEN = 16
@@ -260,6 +263,103 @@ def test_the_first_order_at_an_architecture_is_the_derivative_of_its_childs_loss
     estimated, measured = ((up - down) / (2 * eps) for down, up in (estimates, losses))
     assert abs(measured) > 1e-4, "there is a slope to find"
     assert estimated == pytest.approx(measured, rel=0.03, abs=1e-5)
+
+
+class Merging(Sliced):
+    """The plainest library, over the ladders of a large space with merged KV heads."""
+
+    @property
+    def space(self) -> Space:
+        return Space.of(self.parent.shape, 1, 10, size="large", merge_kv=True)
+
+
+MERGING_FAMILIES = ("llama-mha", "llama-biased", "mistral-sliding", "qwen3-gqa", "gemma2-gqa", "olmo2-gqa", "phi3-gqa")
+
+
+def estimate_by_hand(parent: Parent, split: Split, layer: int, new_output: Callable[[str], Any]) -> float:
+    """mean g.delta + mean (g.delta)^2 / 2, where `new_output` of a source takes the place of what a layer's attention
+    adds, with the gradient from autograd."""
+    total = 0.0
+    for name, source in split.sources.items():
+        kept: list[Tensor] = []
+
+        def leaf(module: nn.Module, args: Any, output: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(output.detach().requires_grad_())
+            return kept[0]
+
+        handle = parent.output_projection(layer, "attention").register_forward_hook(leaf)
+        logits = parent.model(source.windows, use_cache=False).logits[:, :-1].float()
+        handle.remove()
+        nn.functional.cross_entropy(logits.flatten(0, 1), source.windows[:, 1:].flatten(), reduction="sum").backward()
+        change_BT = (kept[0].grad * (new_output(name) - kept[0].detach())).sum(-1)  # type: ignore[operator]
+        summed = float((change_BT + 0.5 * change_BT.square()).sum())
+        total += split.weights[name] * summed / source.windows[:, 1:].numel()
+    return total
+
+
+def attention_outputs(parent: Parent, split: Split, layer: int) -> dict[str, Tensor]:
+    """What a layer's attention adds, by source."""
+    outputs: list[Tensor] = []
+    handle = parent.output_projection(layer, "attention").register_forward_hook(
+        lambda module, args, output: outputs.append(output.detach())
+    )
+    for source in split.sources.values():
+        parent.model(source.windows, use_cache=False)
+    handle.remove()
+    return dict(zip(split.sources, outputs, strict=True))
+
+
+@pytest.mark.parametrize("case_id", MERGING_FAMILIES)
+def test_merged_kv_heads_are_estimated_on_inputs_of_their_own(case_id: str, split: Split) -> None:
+    parent = double_parent(case_id)
+    library: Any = Merging(parent)
+    estimated = estimate_delta_nats(parent, split, library, tokens=EVERYTHING)
+    for choice in parent.shape.merged:
+        for layer in (0, LAST):
+            # Only this layer's heads are overwritten, so what comes before it is the parent's.
+            outputs = attention_outputs(overwritten(parent, {layer: choice.kv_groups}), split, layer)
+            expected = estimate_by_hand(parent, split, layer, outputs.__getitem__)
+            # The norms of some families compute in float32.
+            assert estimated[layer, choice] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+            assert abs(expected) > 1e-6, "merging changes something"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in parent.model.modules())
+
+
+@pytest.mark.parametrize("case_id", MERGING_FAMILIES)
+def test_the_estimate_at_an_architecture_with_merged_kv_heads_runs_its_child(case_id: str, split: Split) -> None:
+    parent, seen = double_parent(case_id), []
+    library: Any = Merging(parent)
+    heads = {0: 1, 2: parent.shape.merged[-1].kv_groups}
+    at = merging(parent.shape, heads).with_choices([(1, FfnChoice(20)), (3, FfnChoice(10))])
+    handle = parent.model.register_forward_hook(lambda module, args, output: seen.append(output.logits.detach()))
+    estimated = estimate_delta_nats(parent, split, library, tokens=EVERYTHING, at=at)
+    handle.remove()
+    child = prune(parent, at, library)
+    for windows, logits in zip((b for s in split.sources.values() for b in s.windows.split(2)), seen, strict=True):
+        with torch.inference_mode():
+            torch.testing.assert_close(logits, child(windows).logits, atol=1e-6, rtol=0)
+    own = set(at.blocks())
+    assert all(estimated[key] == 0 for key in own)
+    assert all(math.isfinite(value) and value != 0 for key, value in estimated.items() if key not in own)
+    # The gradient that reaches a layer comes through the merged heads above it: as in the child itself.
+    means = overwritten(parent, heads)
+    narrow = parent.shape.architecture.with_choices([(1, FfnChoice(20)), (3, FfnChoice(10))])
+    with masked(means, narrow, Slices(means)):
+        expected = estimate_by_hand(means, split, 1, lambda source: 0.0)
+    assert estimated[1, AttentionChoice(0)] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("case_id", ["llama-mha", "phi3-gqa"])
+def test_merging_heads_that_are_alike_costs_nothing(case_id: str, split: Split) -> None:
+    first = double_parent(case_id)
+    parent = overwritten(first, dict.fromkeys(range(4), 1))
+    space = Space.of(parent.shape, 1, 10, merge_kv=True)
+    library = build_library(parent, split, ImportanceRecipe(), space)
+    estimated = estimate_delta_nats(parent, split, library, tokens=EVERYTHING)
+    assert all(abs(estimated[layer, choice]) < 1e-6 for layer in range(4) for choice in parent.shape.merged)
+    assert max(abs(value) for value in estimated.values()) > 1e-2, "other choices cost something"
+    child = prune(parent, merging(parent.shape, dict.fromkeys(range(4), 1)), library)
+    torch.testing.assert_close(child(tokens()).logits, parent.model(tokens()).logits, atol=1e-5, rtol=0)
 
 
 def test_the_estimate_at_the_parent_is_the_default(split: Split) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import get_args
 
 import pytest
@@ -80,6 +81,61 @@ def test_a_space_holds_what_its_ladders_hold() -> None:
     assert Architecture.of([(2, 16), (0, 0), (4, 32)]) in space
     assert Architecture.of([(1, 16), (0, 0), (4, 32)]) not in space
     assert SHAPE.architecture.with_choice(0, AttentionChoice(2, 1)) not in space
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large"])
+def test_merging_adds_every_number_of_kv_heads_that_divides_the_parents(size: SpaceSize) -> None:
+    plain, merging = (Space.of(SHAPE, 2, 16, size=size, merge_kv=merge) for merge in (False, True))
+    merged = {AttentionChoice(1, 12), AttentionChoice(2, 6)}
+    assert set(merging.attention) == set(plain.attention) | merged and len(set(merging.attention)) == len(
+        merging.attention
+    )
+    assert merging.ffn == plain.ffn
+    rows = [SHAPE.rows(choice) for choice in merging.attention]
+    assert rows == sorted(rows) and merging.attention[-1] == SHAPE.full("attention")
+    for choice in merged:
+        assert SHAPE.inputs(choice) == SHAPE.inputs(SHAPE.full("attention"))
+        architecture = SHAPE.architecture.with_choices((i, choice) for i in range(SHAPE.layers))
+        SHAPE.check(architecture)
+        assert architecture in merging and architecture not in plain
+
+
+def test_merging_that_can_change_nothing_is_refused() -> None:
+    with pytest.raises(ArchitectureError, match=r"space\.merge_kv changes attention, and space\.size=layer"):
+        Space.of(SHAPE, 1, 16, size="layer", merge_kv=True)
+    one = ParentShape(layers=2, hidden_size=8, kv_groups=1, queries_per_group=4, head_dim=4, ffn_width=40)
+    with pytest.raises(ArchitectureError, match=r"needs several KV groups, the parent has 1; set space\."):
+        Space.of(one, 1, 16, merge_kv=True)
+
+
+@given(groups=st.integers(1, 12), queries=st.integers(1, 4), data=st.data())
+def test_every_choice_of_a_merging_space_is_legal_and_has_one_meaning(
+    groups: int, queries: int, data: st.DataObject
+) -> None:
+    shape = ParentShape(1, 8, groups, queries, 4, 16)
+    space = Space.of(shape, 1, 16, size="large", merge_kv=groups > 1)
+    choice = data.draw(st.sampled_from(space.attention[1:]))
+    architecture = shape.architecture.with_choice(0, choice)
+    shape.check(architecture)
+    assert Architecture.from_json(json.loads(architecture.canonical_json)) == architecture
+    if shape.merges(choice) > 1:
+        assert shape.merges(choice) * choice.kv_groups == groups
+        assert choice.kv_groups * shape.queries(choice) == groups * queries
+    else:
+        assert choice.kv_groups <= groups and shape.queries(choice) <= queries
+
+
+@given(kv_groups=st.integers(0, 9), queries=st.none() | st.integers(-1, 40))
+def test_a_shape_admits_just_the_choices_of_its_largest_space(kv_groups: int, queries: int | None) -> None:
+    shape = ParentShape(2, 8, 8, 3, 4, 16)
+    choice = AttentionChoice(kv_groups, queries)
+    inside = choice in Space.of(shape, 1, 16, size="large", merge_kv=True).attention
+    try:
+        shape.check(shape.architecture.with_choice(1, choice))
+    except ArchitectureError:
+        assert not inside
+    else:
+        assert inside
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -9,18 +9,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from llmprune.architecture import BLOCK_KINDS, AttentionChoice, BlockChoice, BlockKind, ParentShape
-from llmprune.blocks.importance import flap_scores, removal_order
+from llmprune.architecture import BLOCK_KINDS, AttentionChoice, BlockChoice, BlockKind
 from llmprune.blocks.layer_files import LayerRepairs, finished_layers, layer_keys, layer_path, read_layer, store_layer
-from llmprune.blocks.refit import flap_bias, refit_nested
-from llmprune.blocks.statistics import BlockStatistics, collect_statistics, statistics_bytes
+from llmprune.blocks.solve import label, refitted, solve_layer, thinned_queries
+from llmprune.blocks.statistics import collect_statistics, statistics_bytes
+from llmprune.blocks.work import gathered_choices
 from llmprune.data.tokens import Split
-from llmprune.errors import ArchitectureError, ModelError, RecipeError
+from llmprune.errors import ArchitectureError
 from llmprune.models.parent import Parent
-from llmprune.models.rows import input_columns
 from llmprune.progress import Advance, Steps
 from llmprune.recipe import ImportanceRecipe
 from llmprune.space import Space
@@ -34,20 +32,23 @@ class BlockLibrary:
     layers: tuple[LayerRepairs, ...]
 
     def kept_units(self, layer: int, choice: BlockChoice) -> Tensor:
-        """Indices of the units that a choice keeps, ascending: (units,) int64. Smaller choices keep subsets.
+        """Indices of the units that a choice keeps, ascending: (units,) int64. Smaller choices keep subsets; one that
+        merges KV groups keeps all of the parent's, and their query heads.
 
         Raises ArchitectureError if the choice is not on the ladder.
         """
         order = self._tensors(layer, choice)[f"{choice.kind}/order"]
+        if self.space.shape.merges(choice) > 1:
+            return order.sort().values
         return order[len(order) - choice.units :].sort().values
 
     def kept_queries(self, layer: int, choice: BlockChoice) -> Tensor | None:
         """Query heads that a choice keeps of each kept KV group, counted within it, ascending: (kv_groups,
         queries_per_group) int64; None if all stay. Raises ArchitectureError if the choice is not on the ladder."""
-        if not isinstance(choice, AttentionChoice) or choice.queries_per_group is None:
+        if not isinstance(choice, AttentionChoice) or not thinned_queries(choice, self.space.shape):
             return None
         order_KQ = self._tensors(layer, choice)["attention/query_order"]
-        kept_KQ = order_KQ[:, order_KQ.shape[1] - choice.queries_per_group :].sort(dim=1).values
+        kept_KQ = order_KQ[:, order_KQ.shape[1] - thinned_queries(choice, self.space.shape) :].sort(dim=1).values
         return kept_KQ[self.kept_units(layer, choice)]
 
     def output(self, layer: int, choice: BlockChoice) -> tuple[Tensor, Tensor | None]:
@@ -57,8 +58,8 @@ class BlockLibrary:
         Raises ArchitectureError unless the choice is on the ladder; it is neither a drop nor the parent's.
         """
         tensors = self._tensors(layer, choice)
-        assert choice in _refitted(self.space, choice.kind), f"{choice} has no output projection of its own"
-        name = f"{choice.kind}/{_label(choice)}"
+        assert choice in refitted(self.space, choice.kind), f"{choice} has no output projection of its own"
+        name = f"{choice.kind}/{label(choice)}"
         return tensors[f"{name}/weight"], tensors.get(f"{name}/bias")
 
     def fluctuation(self, layer: int, kind: BlockKind) -> tuple[Tensor, Tensor]:
@@ -79,8 +80,8 @@ class BlockLibrary:
         ladder = self.space.ladder(choice.kind)
         if choice not in ladder:
             raise ArchitectureError(
-                f"the library knows the {choice.kind} block of layer {layer} with {', '.join(map(_label, ladder))} "
-                f"units, got {_label(choice)}; use one of these, or build a library with a finer or larger space"
+                f"the library knows the {choice.kind} block of layer {layer} with {', '.join(map(label, ladder))} "
+                f"units, got {label(choice)}; use one of these, or build a library with a finer or larger space"
             )
         return self.layers[layer].tensors
 
@@ -138,18 +139,19 @@ def build_libraries(
         library.load(input_hash)
     every = range(parent.shape.layers)
     missing = [layer for layer in every if any(layer not in library.layers for library in built)]
-    per_pass = max(1, memory_bytes // statistics_bytes(parent.shape))
+    merged = max((gathered_choices(space, plan.recipe) for plan in plans), key=len)
+    per_pass = max(1, memory_bytes // statistics_bytes(parent.shape, len(merged)))
     passes = [missing[start : start + per_pass] for start in range(0, len(missing), per_pass)]
     windows = sum(len(source.windows) for source in split.sources.values())
     steps = Steps(len(passes) * windows + len(missing), progress)
     for some_layers in passes:
-        statistics = collect_statistics(parent, split, layers=some_layers, progress=steps.report)
+        statistics = collect_statistics(parent, split, layers=some_layers, merged=merged, progress=steps.report)
         steps.finish(windows)
         for layer in some_layers:
             blocks = {kind: statistics.pop((layer, kind)) for kind in BLOCK_KINDS}
             for library in built:
                 if layer not in library.layers:
-                    library.add(layer, _solve_layer(parent, layer, blocks, library.plan.recipe, space))
+                    library.add(layer, solve_layer(parent, layer, blocks, library.plan.recipe, space))
             steps.report(1)
             steps.finish(1)
     return [BlockLibrary(space, tuple(library.layers[layer] for layer in every)) for library in built]
@@ -170,78 +172,6 @@ def stored_layers(directory: Path, recipe: ImportanceRecipe, space: Space, *, in
     return len(finished_layers(directory, layer_keys(input_hash, recipe, space)))
 
 
-def solve_block(
-    weight_DI: Tensor,
-    bias_D: Tensor | None,
-    statistics: BlockStatistics,
-    shape: ParentShape,
-    recipe: ImportanceRecipe,
-    choices: Sequence[BlockChoice],
-    kind: BlockKind,
-) -> dict[str, Tensor]:
-    """Orders of removal, and output weight and bias of each choice: names without the kind.
-
-    Without `recipe.refit` the weights are the parent's own columns; its bias changes for "flap" alone.
-    """
-    fits_bias = recipe.refit and bias_D is not None
-
-    def ordered(unit_size: int) -> Tensor:
-        return removal_order(recipe.method, weight_DI, statistics, unit_size, recipe.damp, centred=fits_bias)
-
-    tensors = {"order": ordered(weight_DI.shape[1] // shape.units(kind))}
-    if any(_queries(choice) for choice in choices):
-        tensors["query_order"] = _query_order(ordered(shape.head_dim), shape)
-    for queries in sorted({_queries(choice) for choice in choices}):
-        # Choices with as many query heads a group are nested, and solved from one factor.
-        chain = sorted((c for c in choices if _queries(c) == queries), key=lambda choice: choice.units)
-        units_U = tensors["order"].flip(0)[: chain[-1].units]
-        queries_UQ = tensors["query_order"][:, -queries:][units_U] if queries else None
-        columns = input_columns(units_U, shape, kind, queries_UQ)
-        counts = [shape.inputs(choice) for choice in chain]
-        for choice, count, (weight, bias) in zip(
-            chain, counts, _outputs(weight_DI, bias_D, statistics, recipe, columns, counts), strict=True
-        ):
-            tensors[f"{_label(choice)}/weight"] = weight[:, columns[:count].argsort()]
-            if bias is not None:
-                tensors[f"{_label(choice)}/bias"] = bias
-    return tensors
-
-
-def _outputs(
-    weight_DI: Tensor,
-    bias_D: Tensor | None,
-    statistics: BlockStatistics,
-    recipe: ImportanceRecipe,
-    columns: Tensor,
-    counts: Sequence[int],
-) -> list[tuple[Tensor, Tensor | None]]:
-    """Weight and bias for the first `count` of `columns`, for each count."""
-    if recipe.refit:
-        mean_I = None if bias_D is None else statistics.mean_I
-        return refit_nested(weight_DI, statistics.gram_II, columns, counts, recipe.damp, mean_I=mean_I, bias_D=bias_D)
-    kept = [columns[:count] for count in counts]
-    if recipe.method == "flap" and bias_D is not None:
-        return [(weight_DI[:, some], flap_bias(weight_DI, statistics.mean_I, some, bias_D)) for some in kept]
-    return [(weight_DI[:, some], bias_D) for some in kept]
-
-
-def _queries(choice: BlockChoice) -> int:
-    """Query heads a group where a choice leaves some out, else 0."""
-    return (choice.queries_per_group or 0) if isinstance(choice, AttentionChoice) else 0
-
-
-def _query_order(order_H: Tensor, shape: ParentShape) -> Tensor:
-    """From the order in which single query heads (H,) leave to the order within each KV group: (kv_groups, queries)."""
-    group_H = order_H // shape.queries_per_group
-    groups = range(shape.kv_groups)
-    return torch.stack([order_H[group_H == group] % shape.queries_per_group for group in groups])
-
-
-def _label(choice: BlockChoice) -> str:
-    """How a choice is named in a layer's file: `512`, or `2x1` for two KV groups with one query head each."""
-    return f"{choice.units}" + (f"x{_queries(choice)}" if _queries(choice) else "")
-
-
 @dataclass
 class _Built:
     """A plan at work: the layers that are there, and the key of each layer's file."""
@@ -258,36 +188,3 @@ class _Built:
     def add(self, layer: int, solved: LayerRepairs) -> None:
         directory = self.plan.directory
         self.layers[layer] = solved if directory is None else store_layer(directory, layer, solved, self.keys[layer])
-
-
-def _solve_layer(
-    parent: Parent, layer: int, blocks: Mapping[BlockKind, BlockStatistics], recipe: ImportanceRecipe, space: Space
-) -> LayerRepairs:
-    tensors: dict[str, Tensor] = {}
-    for kind, statistics in blocks.items():
-        weight_DI, bias_D = parent.output_weight(layer, kind), parent.output_bias(layer, kind)
-        choices = _refitted(space, kind)
-        try:
-            solved = solve_block(weight_DI, bias_D, statistics, parent.shape, recipe, choices, kind)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise RecipeError(
-                "importance.damp must make X^T X + damp * mean(diag) positive definite, got "
-                f"{recipe.damp:g} in the {kind} block of layer {layer}; use {10 * recipe.damp:g}"
-            ) from error
-        if recipe.method == "flap":
-            unit_size = weight_DI.shape[1] // parent.shape.units(kind)
-            solved |= {"score": flap_scores(weight_DI, statistics, unit_size), "mean": statistics.mean_I}
-        for name, tensor in solved.items():
-            if not bool(tensor.isfinite().all()):
-                raise ModelError(
-                    f"the refit of the {kind} block of layer {layer} does not fit into {tensor.dtype}; "
-                    "load the parent with model.dtype=float32 or bfloat16"
-                )
-            # A copy of its own: a bias that stays may be shared by all choices, which safetensors refuses to write.
-            tensors[f"{kind}/{name}"] = tensor.cpu().clone(memory_format=torch.contiguous_format)
-    return LayerRepairs(tensors)
-
-
-def _refitted(space: Space, kind: BlockKind) -> list[BlockChoice]:
-    """Choices that keep something, but not everything."""
-    return [choice for choice in space.ladder(kind) if choice.units and choice != space.shape.full(kind)]

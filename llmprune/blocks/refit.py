@@ -88,6 +88,39 @@ def refit_nested(
     return results
 
 
+def refit_towards(
+    weight_DI: Tensor,
+    gram_II: Tensor,
+    cross_II: Tensor,
+    damp: float,
+    *,
+    means_2I: tuple[Tensor, Tensor] | None = None,
+    bias_D: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The weight (D, I) that makes other inputs `z` give what the parent's `x` gave, as nearly as squares tell.
+
+    With `gram_II = E[z z^T]` and `cross_II = E[z x^T]`: `W' = W + W (cross^T - gram) H^-1`, `H` the `damped_gram` of z.
+    It minimises `E||W x - W' z||^2 + ridge * ||W - W'||^2`, so the ridge pulls towards the parent's weight, and with
+    `z = x` the weight is the parent's. With the means of z and x both moments are centred, and the bias (D,) takes up
+    what is left, as in `refit_nested`. Float64 inside; results in the dtype of `weight_DI`.
+
+    Raises torch.linalg.LinAlgError if `damp` is too small.
+    """
+    gram, cross = gram_II.double(), cross_II.double()
+    factor_II = torch.linalg.cholesky(damped_gram(gram_II, damp, None if means_2I is None else means_2I[0]))
+    if means_2I is not None:
+        mean_z, mean_x = (mean.to(gram) for mean in means_2I)
+        gram = torch.addr(gram, mean_z, mean_z, alpha=-1)
+        cross = torch.addr(cross, mean_z, mean_x, alpha=-1)
+    weight64_DI = weight_DI.to(gram)
+    change_ID = torch.cholesky_solve((cross - gram) @ weight64_DI.mT, factor_II)
+    solved = weight64_DI + change_ID.mT
+    if means_2I is None:
+        return solved.to(weight_DI), bias_D
+    shift_D = weight64_DI @ mean_x - solved @ mean_z
+    return solved.to(weight_DI), (shift_D if bias_D is None else bias_D.to(gram) + shift_D).to(weight_DI)
+
+
 def flap_bias(weight_DI: Tensor, mean_I: Tensor, kept_S: Tensor, bias_D: Tensor | None = None) -> Tensor:
     """The bias (D,) that carries the mean output of the removed columns, the kept ones being left as they are.
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmprune.architecture import Architecture, BlockChoice, BlockKind
+from llmprune.architecture import Architecture, AttentionChoice, BlockChoice, BlockKind
 from llmprune.blocks.library import BlockLibrary
 from llmprune.data.tokens import Split
+from llmprune.models.merging import merged_blocks, merged_inputs
 from llmprune.models.parent import Parent
 from llmprune.models.rows import input_columns
 
@@ -19,6 +20,8 @@ WINDOWS_A_BATCH = 2
 
 DeltaNats = dict[tuple[int, BlockChoice], float]
 """Nats a token that each choice of each layer costs."""
+_Merged = Mapping[AttentionChoice, Mapping[int, nn.Module]]
+"""By choice and layer, the attention blocks with merged KV groups."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,12 @@ class _Candidate:
 
     choice: BlockChoice
     columns_S: torch.Tensor
+    """Of the parent's inputs; where KV groups merge, of those that the merged block computes."""
     weight_DS: torch.Tensor
     bias_D: torch.Tensor
 
     def output(self, inputs_BTI: torch.Tensor) -> torch.Tensor:
-        """The block's output for the parent's inputs of the output projection: (B, T, I) to (B, T, D)."""
+        """The block's output for inputs of the output projection: (B, T, I) to (B, T, D)."""
         if self.choice.units == 0:
             # A leaf of its own, so that the gradient at a block that is not there is known as well.
             shape = (*inputs_BTI.shape[:-1], len(self.bias_D))
@@ -56,15 +60,18 @@ def estimate_delta_nats(
 
     About `tokens` tokens of `split` are used, shared over its sources by weight. Cost: one forward and one backward
     pass over activations (the parent's weights are frozen), and local matrix products. `at` is computed by the parent's
-    modules with the output projections of `at` in place of its own, so that blocks may grow back too. What
-    `at` has costs 0.
+    modules with the output projections of `at` in place of its own, so that blocks may grow back too. Choices that
+    merge KV groups have inputs of their own: their attention is run beside the parent's, on the same hidden states.
+    What `at` has costs 0.
     """
     at = at or parent.shape.architecture
     own = {(layer, choice.kind): choice for layer, choice in at.blocks()}
     totals: DeltaNats = {(i, c): 0.0 for i, kind in library.space.blocks() for c in library.space.ladder(kind)}
+    layers, choices = range(parent.shape.layers), library.space.attention
+    merged = {c: merged_blocks(parent, c, layers) for c in choices if parent.shape.merges(c) > 1}
     plan = _batches(split, tokens)
     for done, (windows, share) in enumerate(plan):
-        sums, count = _batch_scores(parent, library, own, windows)
+        sums, count = _batch_scores(parent, library, own, merged, windows)
         for key, value in sums.items():
             totals[key] += share * value / count
         if progress:
@@ -102,17 +109,31 @@ def _batch_scores(
     parent: Parent,
     library: BlockLibrary,
     own: Mapping[tuple[int, BlockKind], BlockChoice],
+    merged: _Merged,
     windows: torch.Tensor,
 ) -> tuple[DeltaNats, int]:
     """Sums over the batch's tokens of g.delta + (g.delta)^2 / 2 for every candidate, and the number of tokens."""
     sums: DeltaNats = {}
+    entered: dict[tuple[int, BlockChoice], torch.Tensor] = {}
+
+    def enter(layer: int) -> Any:
+        def pre_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for choice, blocks in merged.items():
+                # Gradients of earlier layers flow through what `at` has, and through nothing else.
+                with torch.set_grad_enabled(choice == own[layer, "attention"]):
+                    entered[layer, choice] = merged_inputs(blocks[layer], args, kwargs)
+
+        return pre_hook
 
     def watch(layer: int, kind: BlockKind) -> Any:
         def forward_hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             mine = own[layer, kind]
             if mine != parent.shape.full(kind):
-                output = _candidate(parent, library, layer, mine).output(args[0])
+                output = _candidate(parent, library, layer, mine).output(entered.get((layer, mine), args[0]))
             inputs_NI = args[0].detach().reshape(-1, args[0].shape[-1])
+            own_inputs: dict[BlockChoice, torch.Tensor] = {
+                c: entered.pop((layer, c)).detach().reshape(inputs_NI.shape) for c in merged if c.kind == kind
+            }
             output_ND = output.detach().reshape(-1, output.shape[-1])
 
             def backward_hook(gradient: torch.Tensor) -> None:
@@ -121,7 +142,7 @@ def _batch_scores(
                 for choice in library.space.ladder(kind):
                     if choice != mine:
                         candidate = _candidate(parent, library, layer, choice)
-                        change_N = _projected(gradient_ND, inputs_NI, candidate) - own_part_N
+                        change_N = _projected(gradient_ND, own_inputs.get(choice, inputs_NI), candidate) - own_part_N
                         sums[layer, choice] = float((change_N + 0.5 * change_N.square()).double().sum())
 
             output.register_hook(backward_hook)  # type: ignore[no-untyped-call]
@@ -130,6 +151,9 @@ def _batch_scores(
         return forward_hook
 
     handles = [parent.output_projection(layer, kind).register_forward_hook(watch(layer, kind)) for layer, kind in own]
+    if merged:
+        blocks = [(layer, parent.block(layer, "attention")) for layer in range(parent.shape.layers)]
+        handles += [b.register_forward_pre_hook(enter(layer), with_kwargs=True) for layer, b in blocks]
     try:
         with torch.enable_grad():
             embedded = parent.model.get_input_embeddings()(windows.to(parent.device)).detach().requires_grad_()

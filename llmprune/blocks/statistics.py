@@ -5,22 +5,35 @@ Shapes: I inputs of the projection, N tokens of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmprune.architecture import BLOCK_KINDS, BlockKind, ParentShape
+from llmprune.architecture import BLOCK_KINDS, AttentionChoice, BlockKind, ParentShape
 from llmprune.data.tokens import Split
 from llmprune.errors import ModelError
+from llmprune.models.merging import merged_blocks, merged_inputs
 from llmprune.models.parent import Parent
 from llmprune.progress import Advance
 
 BATCH_TOKENS = 2048
 """Tokens of one forward pass, in whole windows."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class MergedMoments:
+    """Moments of what enters a projection once KV groups have merged, `z`, beside the parent's `x`, in float64."""
+
+    gram_II: Tensor
+    """`E[z z^T]`."""
+    cross_II: Tensor
+    """`E[z x^T]`."""
+    mean_I: Tensor
+    """`E[z]`."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -33,6 +46,8 @@ class BlockStatistics:
     """`E[x]`."""
     tokens: int
     """Tokens seen, over all sources."""
+    merged: Mapping[AttentionChoice, MergedMoments] = field(default_factory=dict)
+    """Of an attention block, for the choices with merged KV groups that were asked for."""
 
     @property
     def mean_square_I(self) -> Tensor:
@@ -46,10 +61,16 @@ class BlockStatistics:
 
 
 def collect_statistics(
-    parent: Parent, split: Split, *, layers: Sequence[int] | None = None, progress: Advance | None = None
+    parent: Parent,
+    split: Split,
+    *,
+    layers: Sequence[int] | None = None,
+    merged: Sequence[AttentionChoice] = (),
+    progress: Advance | None = None,
 ) -> dict[tuple[int, BlockKind], BlockStatistics]:
     """Run the split through the parent and gather, for both blocks of `layers` (all by default), what enters their
-    output projections. Every source counts by its weight, however many tokens it has.
+    output projections. Every source counts by its weight, however many tokens it has. For each of `merged`, every
+    attention block is run beside the parent's with its KV groups merged, on the parent's own input.
 
     A batch is multiplied out in float32 and summed in float64: summing in float32 would halve the memory, but then the
     error grows with the number of batches, and the float64 inverses of `damped_gram` start from it.
@@ -59,14 +80,21 @@ def collect_statistics(
     Raises ModelError if an activation is not finite, or too large to be squared in float32.
     """
     moments: dict[tuple[int, BlockKind], _Moments] = {}
+    layers = range(parent.shape.layers) if layers is None else layers
+    beside = {choice: merged_blocks(parent, choice, layers) for choice in merged}
     windows = sum(len(source.windows) for source in split.sources.values())
     batch = max(1, BATCH_TOKENS // split.seq_len)
     done = 0
     with ExitStack() as hooks, torch.inference_mode():
-        for layer in range(parent.shape.layers) if layers is None else layers:
+        for layer in layers:
             for kind in BLOCK_KINDS:
                 moments[layer, kind] = block = _Moments(parent, layer, kind)
                 handle = parent.output_projection(layer, kind).register_forward_pre_hook(block)
+                hooks.callback(handle.remove)
+            if beside:
+                attention = moments[layer, "attention"]
+                attention.beside = {c: (blocks[layer], _MergedSums(attention)) for c, blocks in beside.items()}
+                handle = parent.block(layer, "attention").register_forward_pre_hook(attention.enter, with_kwargs=True)
                 hooks.callback(handle.remove)
         for name, source in split.sources.items():
             for block in moments.values():
@@ -80,10 +108,12 @@ def collect_statistics(
     return {key: block.statistics() for key, block in moments.items()}
 
 
-def statistics_bytes(shape: ParentShape) -> int:
-    """What the statistics of one layer take: two float64 matrices (I, I), and two means."""
-    widths = (shape.kv_groups * shape.queries_per_group * shape.head_dim, shape.ffn_width)
-    return sum(8 * (width * width + width) for width in widths)
+def statistics_bytes(shape: ParentShape, merged: int = 0) -> int:
+    """What the statistics of one layer take: two float64 matrices (I, I), and two means; and two matrices and a mean
+    more for each of so many `merged` choices."""
+    attention = shape.kv_groups * shape.queries_per_group * shape.head_dim
+    plain = sum(8 * (width * width + width) for width in (attention, shape.ffn_width))
+    return plain + merged * 8 * (2 * attention * attention + attention)
 
 
 class _Moments:
@@ -98,19 +128,48 @@ class _Moments:
         with torch.inference_mode(False):
             self.gram_II = torch.zeros(2 * weight_DI.shape[1:], dtype=torch.float64, device=weight_DI.device)
             self.mean_I = torch.zeros(weight_DI.shape[1], dtype=torch.float64, device=weight_DI.device)
+        self.beside: dict[AttentionChoice, tuple[nn.Module, _MergedSums]] = {}
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Pre-hook of the attention block: the same input goes through the merged blocks first."""
+        for block, sums in self.beside.values():
+            sums.inputs = merged_inputs(block, args, kwargs)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x_NI = args[0].reshape(-1, len(self.mean_I)).float()
-        gram_II = x_NI.mT @ x_NI
+        gram_II = self._finite(x_NI.mT @ x_NI)
+        self.gram_II.add_(gram_II, alpha=self.token_share)
+        self.mean_I.add_(x_NI.sum(dim=0), alpha=self.token_share)
+        self.tokens += len(x_NI)
+        for _, sums in self.beside.values():
+            assert sums.inputs is not None, "the block is entered before its output projection"
+            z_NI, sums.inputs = sums.inputs.reshape(x_NI.shape).float(), None
+            sums.gram_II.add_(self._finite(z_NI.mT @ z_NI), alpha=self.token_share)
+            sums.cross_II.add_(z_NI.mT @ x_NI, alpha=self.token_share)
+            sums.mean_I.add_(z_NI.sum(dim=0), alpha=self.token_share)
+
+    def _finite(self, gram_II: Tensor) -> Tensor:
         # A column of the batch with anything that is not finite has no finite sum of squares.
         if not bool(gram_II.diagonal().isfinite().all()):
             raise ModelError(
                 f"activations must be finite, but those entering the output projection of the {self.block} are not; "
                 "load the parent with model.dtype=float32, or check its weights"
             )
-        self.gram_II.add_(gram_II, alpha=self.token_share)
-        self.mean_I.add_(x_NI.sum(dim=0), alpha=self.token_share)
-        self.tokens += len(x_NI)
+        return gram_II
 
     def statistics(self) -> BlockStatistics:
-        return BlockStatistics(self.gram_II, self.mean_I, self.tokens)
+        merged = {
+            choice: MergedMoments(sums.gram_II, sums.cross_II, sums.mean_I) for choice, (_, sums) in self.beside.items()
+        }
+        return BlockStatistics(self.gram_II, self.mean_I, self.tokens, merged)
+
+
+class _MergedSums:
+    """Running weighted sums over the inputs of one projection behind merged KV groups."""
+
+    def __init__(self, like: _Moments) -> None:
+        with torch.inference_mode(False):
+            self.gram_II, self.cross_II = torch.zeros_like(like.gram_II), torch.zeros_like(like.gram_II)
+            self.mean_I = torch.zeros_like(like.mean_I)
+        self.inputs: Tensor | None = None
+        """Of the batch that is in the block right now."""

@@ -6,11 +6,12 @@ Shapes: D outputs and I inputs of an output projection, S inputs that a choice k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from llmprune.architecture import BLOCK_KINDS, AttentionChoice, BlockChoice, BlockKind, ParentShape
+from llmprune.blocks.solve import thinned_queries
 from llmprune.recipe import ImportanceRecipe
 from llmprune.space import Space
 
@@ -28,7 +29,8 @@ class SolverFlops:
     eliminations: int = 0
     """Updates of weight and inverse while units leave: 2 I^3 / 3 + D I^2, whatever the batch."""
     refits: int = 0
-    """For each chain of nested choices one factor S^3 / 3 and its right-hand side, then S^2 D a choice."""
+    """For each chain of nested choices one factor S^3 / 3 and its right-hand side, then S^2 D a choice; where KV groups
+    merge I^3 / 3 and 4 I^2 D a choice."""
 
     @property
     def total(self) -> int:
@@ -65,6 +67,8 @@ def layer_solver_flops(space: Space, recipe: ImportanceRecipe) -> SolverFlops:
             total += once.times(orders)
         if recipe.refit:
             total += SolverFlops(refits=sum(_refit_flops(space, counts, kind) for counts in _chains(space, kind)))
+            if kind == "attention":
+                total += SolverFlops(refits=inputs**3 // 3 + 4 * inputs**2 * outputs).times(len(merged_choices(space)))
     return total
 
 
@@ -78,29 +82,49 @@ def _chains(space: Space, kind: BlockKind) -> Iterator[list[int]]:
     """Inputs kept by the choices that are solved from one factor: those with as many query heads a group."""
 
     def queries(choice: BlockChoice) -> int:
-        return (choice.queries_per_group or 0) if isinstance(choice, AttentionChoice) else 0
+        return thinned_queries(choice, space.shape)
 
-    for _, chain in groupby(sorted(stored_choices(space, kind), key=queries), key=queries):
+    nested = [choice for choice in stored_choices(space, kind) if space.shape.merges(choice) == 1]
+    for _, chain in groupby(sorted(nested, key=queries), key=queries):
         yield [space.shape.inputs(choice) for choice in chain]
 
 
 def _has_queries(space: Space) -> bool:
-    return any(choice.queries_per_group is not None for choice in space.attention)
+    return any(thinned_queries(choice, space.shape) for choice in space.attention)
 
 
-def gram_flops_per_token(shape: ParentShape) -> int:
-    """Multiplying out the inputs of one layer's output projections, in float32: 2 I^2 a block."""
-    return sum(2 * inputs_of(shape, kind) ** 2 for kind in BLOCK_KINDS)
+def merged_choices(space: Space) -> list[AttentionChoice]:
+    """The choices that merge KV groups: each has inputs of its own, and is solved by itself."""
+    return [choice for choice in space.attention if space.shape.merges(choice) > 1]
+
+
+def gram_flops_per_token(shape: ParentShape, merged: Sequence[AttentionChoice] = ()) -> int:
+    """Multiplying out the inputs of one layer's output projections, in float32: 2 I^2 a block. Each of the choices that
+    merge KV groups (see `gathered_choices`) is run, and multiplied out twice."""
+    beside = sum(_merged_flops(shape, choice) + 4 * shape.inputs(choice) ** 2 for choice in merged)
+    return sum(2 * inputs_of(shape, kind) ** 2 for kind in BLOCK_KINDS) + beside
+
+
+def gathered_choices(space: Space, recipe: ImportanceRecipe) -> list[AttentionChoice]:
+    """The choices for which a library needs statistics of their own: without a refit, none."""
+    return merged_choices(space) if recipe.refit else []
+
+
+def _merged_flops(shape: ParentShape, choice: AttentionChoice) -> int:
+    """The projections of a merged attention block, for one token, but for the one of its output."""
+    return 2 * shape.hidden_size * (shape.inputs(choice) + 2 * choice.kv_groups * shape.head_dim)
 
 
 def estimate_flops_per_token(space: Space, *, anywhere: bool = False) -> int:
-    """Local products of one layer in the one-backward estimate at the parent: 2 D S a choice, in the model's dtype.
+    """Local products of one layer in the one-backward estimate at the parent: 2 D S a choice, in the model's dtype, and
+    the projections of choices that merge KV groups.
 
     `anywhere` else, at most: the parent's own choices are weighed as well.
     """
     choices = [choice for kind in BLOCK_KINDS for choice in stored_choices(space, kind)]
     choices += [space.shape.full(kind) for kind in BLOCK_KINDS] if anywhere else []
-    return sum(2 * space.shape.hidden_size * space.shape.inputs(choice) for choice in choices)
+    products = sum(2 * space.shape.hidden_size * space.shape.inputs(choice) for choice in choices)
+    return products + sum(_merged_flops(space.shape, choice) for choice in merged_choices(space))
 
 
 def layer_library_bytes(
@@ -130,10 +154,13 @@ def solver_bytes(shape: ParentShape) -> int:
     return 5 * 8 * max(inputs_of(shape, kind) for kind in BLOCK_KINDS) ** 2
 
 
-def graph_bytes_per_token(shape: ParentShape, dtype_bytes: int) -> int:
+def graph_bytes_per_token(shape: ParentShape, dtype_bytes: int, merged: int = 0) -> int:
     """What all layers keep of a token for the backward pass, roughly: weights are frozen, so no inputs of theirs, but
-    those of norms (in float32), of attention and of the gate, and what the estimate keeps of each block."""
+    those of norms (in float32), of attention and of the gate, and what the estimate keeps of each block: for each of so
+    many choices that merge KV groups its own inputs of the output projection."""
     attention = inputs_of(shape, "attention")
     norms = 2 * (4 + dtype_bytes) * shape.hidden_size
-    blocks = 3 * attention + 2 * shape.kv_groups * shape.head_dim + 4 * shape.ffn_width + 2 * shape.hidden_size
+    blocks = (
+        (3 + merged) * attention + 2 * shape.kv_groups * shape.head_dim + 4 * shape.ffn_width + 2 * shape.hidden_size
+    )
     return shape.layers * (norms + dtype_bytes * blocks)

@@ -52,9 +52,10 @@ def check_parent(parent: Parent, rules: DeployRecipe, size: SpaceSize) -> None:
             )
 
 
-def wants_constant_heads(formats: Sequence[FormatName]) -> bool:
-    """Whether one of the formats wants the same number of query heads in every layer."""
-    return any(FORMATS[name].constant_heads for name in formats)
+def merging_helps(parent: Parent, rules: DeployRecipe, size: SpaceSize) -> bool:
+    """Whether a format leaves attention nothing but merged KV groups to be pruned by, and the parent can have them."""
+    wanted = any(FORMATS[name].constant_heads for name in rules.formats)
+    return wanted and size != "layer" and parent.family.kv_heads is not None and bool(parent.shape.merged)
 
 
 def cut(space: Space, parent: Parent, rules: DeployRecipe) -> Space:

@@ -128,6 +128,15 @@ def check_config(config: Any, *, origin: str) -> None:
         )
 
 
+def check_merging(parent: Parent) -> None:
+    """Raises UnsupportedModelError unless a config of the family can say that query heads share KV heads."""
+    if parent.family.kv_heads is None:
+        raise UnsupportedModelError(
+            f"{parent.source} is a {parent.model.config.model_type} model, whose config has no number of KV heads: "
+            "they cannot be merged; set space.merge_kv=false"
+        )
+
+
 def check_lengths(parent: Parent, recipe: Recipe) -> None:
     """Raises RecipeError if the recipe's windows or workload are longer than the model's positions."""
     limit = getattr(parent.model.config, "max_position_embeddings", None)

@@ -33,6 +33,28 @@ def unit_rows(
     return torch.cat(segments)
 
 
+def merged_rows(layout: str, shape: ParentShape, merges: int) -> torch.Tensor:
+    """For each row of a projection whose KV groups merge, the parent's rows that it is the mean of: (merges, rows).
+
+    A KV head's rows are those of `merges` consecutive ones; query heads' rows all stay, the same in every line.
+    """
+    parts = part_rows(shape.queries_per_group, shape.head_dim)
+    heads, segments, offset = shape.kv_groups // merges, [], 0
+    for segment in layout.split("|"):
+        size = sum(parts[letter] for letter in segment)
+        within, start = [], 0
+        for letter in segment:
+            rows_KR = torch.arange(shape.kv_groups)[:, None] * size + torch.arange(parts[letter]) + start
+            if letter == "q":
+                within.append(rows_KR.reshape(1, heads, -1).expand(merges, -1, -1))
+            else:
+                within.append(rows_KR.reshape(heads, merges, -1).transpose(0, 1))
+            start += parts[letter]
+        segments.append(offset + torch.cat(within, dim=2).flatten(1))
+        offset += shape.kv_groups * size
+    return torch.cat(segments, dim=1)
+
+
 def input_columns(
     kept_U: torch.Tensor, shape: ParentShape, kind: BlockKind, queries_UQ: torch.Tensor | None = None
 ) -> torch.Tensor:

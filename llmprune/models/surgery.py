@@ -11,18 +11,18 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.architecture import Architecture, BlockChoice, LayerChoice, ParentShape
+from llmprune.architecture import Architecture, AttentionChoice, BlockChoice, LayerChoice, ParentShape
 from llmprune.models import modeling_pruned
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, Family, input_axis
-from llmprune.models.parent import Parent
-from llmprune.models.rows import unit_rows
+from llmprune.models.parent import Parent, check_merging
+from llmprune.models.rows import merged_rows, unit_rows
 
 
 class Repairs(Protocol):
     """What a block library tells surgery: which units a choice keeps, and the output projection after the rest left."""
 
     def kept_units(self, layer: int, choice: BlockChoice) -> torch.Tensor:
-        """Indices of the kept units, ascending: (units,) int64."""
+        """Indices of the kept units, ascending: (units,) int64. Where KV groups merge, all of the parent's."""
         ...
 
     def kept_queries(self, layer: int, choice: BlockChoice) -> torch.Tensor | None:
@@ -42,9 +42,12 @@ def prune(parent: Parent, architecture: Architecture, library: Repairs) -> PreTr
     one); those of changed blocks are contiguous copies. The child is an instance of the class that its checkpoint
     will load as, filled strictly: a missing, unexpected or misshapen tensor is an error.
 
-    Raises ArchitectureError if the architecture is not a sub-network of the parent.
+    Raises ArchitectureError if the architecture is not a sub-network of the parent, and UnsupportedModelError if it
+    merges KV groups that the family cannot merge.
     """
     parent.shape.check(architecture)
+    if any(parent.shape.merges(choice) > 1 for _, choice in architecture.blocks()):
+        check_merging(parent)
     child = skeleton(parent, architecture)
     child.load_state_dict(_child_tensors(parent, architecture, library, child), strict=True, assign=True)
     child.tie_weights()
@@ -112,7 +115,8 @@ def stock_can_say(family: Family, shape: ParentShape, choices: Sequence[LayerCho
     """Whether the family's stock config has words for a model whose layers are these: all alike, nothing left out."""
     if len(set(choices)) != 1 or 0 in (choices[0].attention.kv_groups, choices[0].ffn.ffn_width):
         return False
-    if choices[0].attention == shape.full("attention"):
+    # Whatever a stock class demands of the head count, the parent's own has met.
+    if shape.inputs(choices[0].attention) == shape.inputs(shape.full("attention")):
         return True
     heads = choices[0].attention.kv_groups * shape.queries(choices[0].attention)
     return not family.derives_head_dim and shape.hidden_size % heads == 0
@@ -174,18 +178,41 @@ def _changed_tensors(parent: Parent, layer: int, choice: LayerChoice, library: R
             continue
         names, block = parent.names(kind), parent.block(layer, kind)
         prefix = f"{names.module}." if names.module else ""
-        kept_U, queries_UQ = library.kept_units(layer, own), library.kept_queries(layer, own)
-        for name, layout in names.rows.items():
-            module = block.get_submodule(name)
-            rows = unit_rows(layout, kept_U, parent.shape, kind, queries_UQ)
-            for parameter, value in module.named_parameters():
-                tensors[f"{prefix}{name}.{parameter}"] = _take_rows(module, value.detach(), rows)
+        if isinstance(own, AttentionChoice) and parent.shape.merges(own) > 1:
+            sliced = merged_tensors(parent, layer, own)
+        else:
+            sliced = {}
+            kept_U, queries_UQ = library.kept_units(layer, own), library.kept_queries(layer, own)
+            for name, layout in names.rows.items():
+                module = block.get_submodule(name)
+                rows = unit_rows(layout, kept_U, parent.shape, kind, queries_UQ)
+                for parameter, value in module.named_parameters():
+                    sliced[f"{name}.{parameter}"] = _take_rows(module, value.detach(), rows)
+        tensors |= {f"{prefix}{name}": value for name, value in sliced.items()}
         weight, bias = library.output(layer, own)
         output = parent.output_projection(layer, kind)
         weight = weight if input_axis(output) == 1 else weight.T
         tensors[f"{prefix}{names.output}.weight"] = _like(parent.output_weight(layer, kind), weight)
         if bias is not None:
             tensors[f"{prefix}{names.output}.bias"] = _like(parent.output_weight(layer, kind), bias)
+    return tensors
+
+
+def merged_tensors(parent: Parent, layer: int, choice: AttentionChoice) -> dict[str, torch.Tensor]:
+    """The tensors of an attention block that change where its KV groups merge (but for the output projection), by their
+    name within the block: each KV head's are the mean of theirs that share it (GQA, arXiv 2305.13245)."""
+    tensors = {}
+    block = parent.block(layer, "attention")
+    for name, layout in parent.names("attention").rows.items():
+        if set(layout) <= set("q|"):
+            continue
+        module = block.get_submodule(name)
+        rows_MR = merged_rows(layout, parent.shape, parent.shape.merges(choice))
+        for parameter, value in module.named_parameters():
+            first, *others = (_take_rows(module, value.detach(), rows).double() for rows in rows_MR)
+            # As a mean of differences: heads that are alike come out as they were, to the last bit.
+            shift = torch.stack([other - first for other in others]).sum(dim=0) / len(rows_MR)
+            tensors[f"{name}.{parameter}"] = _like(value, first + shift)
     return tensors
 
 

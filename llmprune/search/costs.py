@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from llmprune.architecture import BLOCK_KINDS, Architecture, BlockChoice
+from llmprune.architecture import BLOCK_KINDS, Architecture, BlockChoice, BlockKind
 from llmprune.space import Assignment, Space
 
 PROBES_PER_KIND = 6
@@ -70,12 +70,12 @@ def probe_architectures(space: Space) -> dict[BlockChoice, Architecture]:
     """Children that differ from the parent in one kind of block, by the same choice in all layers.
 
     Some rungs of the ladder, the lowest among them; the rest is interpolated, since time is close to linear
-    in rows. Dropping every attention would leave no model: there the first layer stays whole (and with one layer,
-    there is nothing to probe).
+    in rows. Choices that merge KV groups are a ladder of their own: they keep the work of all query heads, but read
+    less of the cache. Dropping every attention would leave no model: there the first layer stays whole (and with one
+    layer, there is nothing to probe).
     """
     probes = {}
-    for kind in BLOCK_KINDS:
-        ladder = space.ladder(kind)[:-1]
+    for ladder in (ladder for kind in BLOCK_KINDS for ladder in _ladders(space, kind)):
         count = min(PROBES_PER_KIND, len(ladder))
         for position in np.linspace(0, len(ladder) - 1, count).round().astype(int):
             choice = ladder[position]
@@ -86,23 +86,30 @@ def probe_architectures(space: Space) -> dict[BlockChoice, Architecture]:
 
 
 def cost_table(space: Space, speedups: Mapping[BlockChoice, Mapping[str, float]]) -> CostTable:
-    """From the measured speed-ups (by phase) of the probes to savings a block. Savings are kept monotone in rows."""
+    """From the measured speed-ups (by phase) of the probes to savings a block. Savings are kept monotone in rows: those
+    of choices that merge KV groups among themselves, those of all others likewise."""
     rows = space.shape.rows
     saving: dict[str, dict[BlockChoice, float]] = {}
     for phase in next(iter(speedups.values())):
-        saving[phase] = {}
-        for kind in BLOCK_KINDS:
-            points = {rows(space.shape.full(kind)): 0.0}
-            for choice, measured in speedups.items():
-                if choice.kind == kind:
-                    changed = space.shape.layers - _first_changed(choice)
-                    points[rows(choice)] = (1.0 - 1.0 / measured[phase]) / changed
+        saving[phase] = {space.shape.full(kind): 0.0 for kind in BLOCK_KINDS}
+        for ladder in (ladder for kind in BLOCK_KINDS for ladder in _ladders(space, kind) if ladder):
+            points = {rows(space.shape.full(ladder[0].kind)): 0.0}
+            for choice in speedups.keys() & set(ladder):
+                changed = space.shape.layers - _first_changed(choice)
+                points[rows(choice)] = (1.0 - 1.0 / speedups[choice][phase]) / changed
             sizes = sorted(points)
             # A timing slip must not make a smaller block look slower than a larger one.
             monotone = np.maximum.accumulate([points[size] for size in reversed(sizes)])[::-1]
-            for choice in space.ladder(kind):
+            for choice in ladder:
                 saving[phase][choice] = float(np.interp(rows(choice), sizes, np.maximum(monotone, 0.0)))
     return CostTable(space, saving)
+
+
+def _ladders(space: Space, kind: BlockKind) -> list[list[BlockChoice]]:
+    """The kind's choices below the parent's, ascending: those that merge KV groups, if there are any, apart."""
+    below = space.ladder(kind)[:-1]
+    merged = [choice for choice in below if space.shape.merges(choice) > 1]
+    return [[choice for choice in below if choice not in merged], *([merged] if merged else [])]
 
 
 def _first_changed(choice: BlockChoice) -> int:

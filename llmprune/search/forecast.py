@@ -31,10 +31,12 @@ from llmprune.blocks.statistics import BATCH_TOKENS, statistics_bytes
 from llmprune.blocks.work import (
     SolverFlops,
     estimate_flops_per_token,
+    gathered_choices,
     gram_flops_per_token,
     graph_bytes_per_token,
     layer_library_bytes,
     layer_solver_flops,
+    merged_choices,
     solver_bytes,
 )
 from llmprune.data.tokens import divide_windows, first_windows
@@ -109,7 +111,8 @@ class Plan:
     @property
     def layers_a_pass(self) -> int:
         """Layers whose statistics are gathered together."""
-        return max(1, self.recipe.importance.memory_bytes // statistics_bytes(self.space.shape))
+        merged = gathered_choices(self.space, self.recipe.importance)
+        return max(1, self.recipe.importance.memory_bytes // statistics_bytes(self.space.shape, len(merged)))
 
     def passes(self, layers: int) -> int:
         """Passes over the calibration tokens that the statistics of so many layers take."""
@@ -249,7 +252,7 @@ def _library(plan: Plan, done: Done) -> StageCost:
         "library",
         forward_tokens=plan.passes(missing) * tokens,
         solver=layer_solver_flops(plan.space, rules).times(missing),
-        float32_flops=missing * tokens * gram_flops_per_token(shape),
+        float32_flops=missing * tokens * gram_flops_per_token(shape, gathered_choices(plan.space, rules)),
         peak_memory_bytes=plan.parent_bytes + _solving_bytes(plan, missing),
         disk_bytes=missing * layer_library_bytes(plan.space, plan.dtype_bytes, plan.biased, rules.method),
     )
@@ -258,7 +261,8 @@ def _library(plan: Plan, done: Done) -> StageCost:
 def _solving_bytes(plan: Plan, layers: int) -> int:
     """Statistics of a pass, and beside them what a batch or the solver takes."""
     shape = plan.space.shape
-    statistics = min(layers, plan.layers_a_pass) * statistics_bytes(shape)
+    merged = gathered_choices(plan.space, plan.recipe.importance)
+    statistics = min(layers, plan.layers_a_pass) * statistics_bytes(shape, len(merged))
     batch = max(BATCH_TOKENS, plan.recipe.data.seq_len)
     activations = batch * (3 * shape.ffn_width + 4 * shape.hidden_size) * max(4, plan.dtype_bytes)
     gram = 4 * max(shape.ffn_width, shape.inputs(shape.full("attention"))) ** 2
@@ -270,7 +274,8 @@ def _estimating_bytes(plan: Plan) -> int:
     batch = WINDOWS_A_BATCH * plan.recipe.data.seq_len
     # The logits, then in float32 their copy, the log-softmax and its gradient, and the gradient of the logits.
     logits = batch * plan.vocabulary * (2 * plan.dtype_bytes + 3 * 4)
-    return logits + batch * graph_bytes_per_token(plan.space.shape, plan.dtype_bytes)
+    merged = len(merged_choices(plan.space))
+    return logits + batch * graph_bytes_per_token(plan.space.shape, plan.dtype_bytes, merged)
 
 
 def _estimate(plan: Plan) -> StageCost:

@@ -1,0 +1,84 @@
+"""A whole run in a space of merged KV heads; and what is refused before a search."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Finished
+from families import CASES, IDS, tiny_model
+from test_run import changed
+from tiny import paired_by_bytes, tiny_recipe, tiny_tokenizer
+
+from llmprune.architecture import Architecture, AttentionChoice
+from llmprune.errors import RunDirectoryError, UnsupportedModelError
+from llmprune.models import checkpoint
+from llmprune.run import export, front, search, write_children
+from llmprune.run_directory import RunDirectory, hash_of
+from llmprune.search import evaluate, tables
+from llmprune.search.budgets import parse_pick
+from llmprune.workspace import Run
+
+MERGED = AttentionChoice(1, 4)
+
+
+@pytest.mark.parametrize("sampler", ["slp", "evopress", "nsga2"])
+def test_a_run_finds_scores_and_proves_merged_children(
+    sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (evaluate, tables):
+        monkeypatch.setattr(module, "measure_paired", paired_by_bytes)
+    # FFNs stay whole, and nothing is dropped: all that can change is merged.
+    recipe = changed(
+        tiny_recipe(tmp_path),
+        *("space.merge_kv=true", "space.drop=false", "space.kv_groups_step=2", "space.ffn_step=32"),
+        *(
+            f"search.sampler={sampler}",
+            "search.targets=[1.02]",
+            "front.checkpoints=none",
+            "export.pick=ppl_ratio<=1000",
+        ),
+        "front.baselines=[uniform, milp, random]",
+    )
+    with RunDirectory(tmp_path / "run").locked():
+        run = Run.start(tmp_path / "run", recipe)
+        assert run.space.attention == (MERGED, AttentionChoice(2))
+        search(run)
+        measured = front(run)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "prove", lambda *_: checkpoint.Proof(0.0, 0.0, 1, False))
+            write_children(run)
+        again = Run.open(tmp_path / "run")
+        assert again.tables == run.tables and again.library.hash == run.library.hash
+        # Proven in a fresh process.
+        export(run, parse_pick(recipe.export.pick), tmp_path / "child")
+    children = [Architecture.from_json(record["architecture"]) for record in measured["children"]]
+    assert any(layer.attention == MERGED for child in children for layer in child.layers)
+    for record, child in zip(measured["children"], children, strict=True):
+        heads = sum(layer.attention.kv_groups for layer in child.layers)
+        assert record["kv_bytes_per_token"] == heads * 2 * 6 * 4
+    metadata = json.loads((tmp_path / "child" / checkpoint.METADATA_FILE).read_text())
+    assert "queries_per_group" in json.dumps(metadata["architecture"])
+
+
+def test_a_family_that_cannot_say_it_is_refused_before_anything_is_run(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    tiny_model(CASES[IDS.index("gpt2-mha")]).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    recipe = changed(recipe, f"model.path={tmp_path / 'gpt2'}", "space.merge_kv=true")
+    with pytest.raises(UnsupportedModelError, match=r"no number of KV heads: .* set space\.merge_kv=false"):
+        search(Run.start(tmp_path / "run", recipe))
+    assert not (tmp_path / "run" / "library").exists() and not (tmp_path / "run" / "tables.json").exists()
+
+
+def test_a_run_without_merging_is_the_run_it_was(finished_run: Finished, copied: Path) -> None:
+    run = Run.open(copied)
+    before = run.recipe.space.model_dump(mode="json")
+    del before["merge_kv"]
+    assert dict(run.study_inputs())["space"] == hash_of(before), "studies from before that word go on"
+    with pytest.raises(RunDirectoryError, match=r"made with another space\.merge_kv"):
+        RunDirectory(copied).check_recipe(changed(finished_run.recipe, "space.merge_kv=true"))
+    merging = Run.open(copied)
+    merging.recipe = changed(merging.recipe, "space.merge_kv=true")
+    assert dict(merging.study_inputs())["space"] != dict(run.study_inputs())["space"]
