@@ -219,7 +219,8 @@ def _write(run: Run, record: Record, to: Path, *, force: bool) -> dict[str, Any]
         recipe["model"]["tokenizer"] = Path(tokenizer).name
     for source in recipe["data"]["sources"]:
         source["path"] = source["path"] and Path(source["path"]).name
-    metadata = {"figures": record, "provenance": provenance, "recipe": recipe}
+    parent = {"shape": asdict(run.parent.shape), "figures": read_front(run.directory)["parent"]}
+    metadata = {"figures": record, "parent": parent, "provenance": provenance, "recipe": recipe}
     proof = write_checkpoint(child, run.parent.tokenizer, architecture, metadata, to, force=force)
     return {"directory": str(to), "hash": record["hash"], "proof": asdict(proof), "figures": record}
 

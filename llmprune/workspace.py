@@ -23,6 +23,7 @@ from llmprune.measure.quality import batch_windows
 from llmprune.measure.racing import race_batch
 from llmprune.measure.score_store import ScoreStore, StoredScorer
 from llmprune.measure.throughput import Workload
+from llmprune.models.licence import stated_licence
 from llmprune.models.parent import Parent, check_lengths, load_parent
 from llmprune.progress import Show, silent
 from llmprune.recipe import BaselineName, Recipe, SearchRecipe, SplitName
@@ -95,8 +96,16 @@ class Run:
                 f"{self.recipe.model.path} is not the model this run was made with (its weights have changed); "
                 "use another --out"
             )
+        local = Path(self.recipe.model.path).expanduser().exists()
+        licence = stated_licence(self.recipe.model.path)
         self.directory.note(
-            parent={"model": parent.source, "revision": self.recipe.model.revision, "hash": self.parent_hash},
+            parent={
+                "model": parent.source,
+                "revision": self.recipe.model.revision,
+                "hash": self.parent_hash,
+                "on_hub": not local,
+                "licence": licence and licence.to_json(),
+            },
             versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
             host=fingerprint(),
         )

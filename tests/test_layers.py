@@ -23,6 +23,7 @@ FLOORS = [
     ["search/"],
     ["blocks/"],
     ["measure/"],
+    ["deploy/"],
     ["models/"],
     ["data/"],
     ["files.py", "progress.py", "recipe.py", "architecture.py", "space.py"],
