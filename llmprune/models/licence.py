@@ -10,6 +10,9 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import metadata_load
 
+# Of a card's metadata; a GGUF file has them as general.license, general.license.name and general.license.link.
+_KEYS = ("license", "license_name", "license_link")
+
 
 @dataclass(frozen=True)
 class Licence:
@@ -38,12 +41,11 @@ class Licence:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Licence | None:
         """From a model card's metadata; None if it states none."""
-        stated = metadata.get("license")
+        stated, name, link = (metadata.get(key) for key in _KEYS)
         if isinstance(stated, list):
             stated = ", ".join(map(str, stated))
         if not stated:
             return None
-        name, link = (metadata.get(f"license_{key}") for key in ("name", "link"))
         return cls(str(stated), name and str(name), link and str(link))
 
 
@@ -66,6 +68,10 @@ def _gguf_licence(file: Path) -> Licence | None:
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
-    keys = {"license": "general.license", "license_name": "general.license.name", "license_link": "general.license.link"}
+    keys = {
+        "license": "general.license",
+        "license_name": "general.license.name",
+        "license_link": "general.license.link",
+    }
     fields = {key: reader.get_field(name) for key, name in keys.items()}
     return Licence.from_metadata({key: str(field.contents()) for key, field in fields.items() if field})
