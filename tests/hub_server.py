@@ -54,6 +54,9 @@ class Hub:
     failure: Literal["drop", "500"] = "500"
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def reset(self) -> None:
+        self.repos, self.objects, self.requests, self.puts, self.good_puts = {}, {}, [], [], None
+
     def create(self, repo: str, *, private: bool, card: dict[str, Any] | None = None) -> None:
         first = Commit(self.oid(repo), "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
         self.repos[repo] = Repo(private, {"main": [first]}, card)

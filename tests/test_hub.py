@@ -20,10 +20,28 @@ from tiny import contents
 from llmprune.deploy.contents import METADATA_FILE
 
 REPO = "user/tiny-pruned"
-# A wait of huggingface_hub between two tries is seconds long.
-COMMAND = (
-    "import sys, time; time.sleep = lambda s: None; sys.argv[0] = 'llmprune'; from llmprune.cli import main; main()"
-)
+# Runs commands that come as lines of JSON. A wait of huggingface_hub between two tries is seconds long.
+COMMANDS = """
+import contextlib, io, json, os, sys, time, traceback
+time.sleep = lambda s: None
+from llmprune.cli import main
+
+for line in sys.stdin:
+    arguments, token = json.loads(line)
+    os.environ.pop("HF_TOKEN", None)
+    os.environ.update({"HF_TOKEN": token} if token else {})
+    sys.argv = ["llmprune", *arguments]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        except Exception:
+            code = 1
+            traceback.print_exc()
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
 LOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,33 +69,62 @@ class Result(NamedTuple):
 Push = Callable[..., Result]
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
+@pytest.fixture(scope="module")
+def server() -> Iterator[Hub]:
     with hub_server.running() as hub:
         yield hub
 
 
 @pytest.fixture
-def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+def hub(server: Hub) -> Hub:
+    """The server, as if it had just been started."""
+    server.reset()
+    return server
+
+
+@pytest.fixture(scope="module")
+def environment(server: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
-        "HF_ENDPOINT": hub.url,
+        "HF_ENDPOINT": server.url,
         "HF_TOKEN": TOKEN,
         "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HOME": str(tmp_path_factory.mktemp("hf")),
         "NO_PROXY": "127.0.0.1",
     }
 
 
+def started(environment: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMANDS], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def process(environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    with started(environment) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
 @pytest.fixture
-def push(environment: dict[str, str]) -> Push:
-    def run(*arguments: object, licence: str | None = "mit", **changes: str | None) -> Result:
+def push(process: subprocess.Popen[str], environment: dict[str, str]) -> Push:
+    """Runs `llmprune push`; with `at`, in a process of its own that takes that address for the Hub's."""
+
+    def run(*arguments: object, licence: str | None = "mit", token: str | None = TOKEN, at: str = "") -> Result:
         acknowledged = ["--licence", licence] if licence else []
-        env = {key: value for key, value in {**environment, **changes}.items() if value is not None}
-        command = [sys.executable, "-c", COMMAND, "push", *map(str, arguments), *acknowledged]
-        finished = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        assert TOKEN not in finished.stdout + finished.stderr
-        return Result(finished.returncode, finished.stdout, finished.stderr)
+        line = json.dumps([["push", *map(str, arguments), *acknowledged], token]) + "\n"
+        if at:
+            with started({**environment, "HF_ENDPOINT": at}) as own:
+                answer = own.communicate(line)[0]
+        else:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(line)
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        assert TOKEN not in answer
+        return Result(*json.loads(answer))
 
     return run
 
@@ -168,20 +215,20 @@ def test_an_upload_that_failed_goes_on_where_it_stopped(failure: Any, hub: Hub, 
     assert_one_error(push(child, REPO, "--quiet"), f"pushing to {REPO}", "What was uploaded is kept")
     assert len(hub.puts) == 2 and len(hub.repos[REPO].branches["main"]) == 1
     hub.good_puts = None
-    assert pushed(push(child, REPO, "--quiet", "--json"))["new_commit"]
+    assert pushed(push(child, REPO, "--quiet", "--json", at=hub.url))["new_commit"]
     assert len(hub.puts) == len(set(hub.puts)) == 4
     assert len(hub.repos[REPO].branches["main"]) == 2
 
 
 def test_a_token_that_is_refused(hub: Hub, push: Push, child: Path) -> None:
     wrong = "hf_" + "wrong" * 6
-    result = push(child, REPO, "--quiet", HF_TOKEN=wrong)
+    result = push(child, REPO, "--quiet", token=wrong)
     assert_one_error(result, "does not accept the token (401)")
     assert wrong not in result.err and not hub.repos and not hub.puts
 
 
 def test_refusals_ask_the_server_nothing(hub: Hub, push: Push, child: Path, finished_run: Finished) -> None:
-    assert_one_error(push(child, REPO, "--quiet", HF_TOKEN=None), "needs a token")
+    assert_one_error(push(child, REPO, "--quiet", token=None), "needs a token")
     assert_one_error(push(child, REPO, "--quiet", licence=None), "acknowledged the licence of parent", "--licence")
     assert_one_error(push(child, "tiny", "--quiet"), "a repository is user/name", "'tiny'")
     assert_one_error(push(finished_run.path, REPO, "--quiet"), "export is not a directory")
@@ -221,4 +268,4 @@ def test_what_the_hub_refuses_is_one_error(hub: Hub, push: Push, child: Path) ->
     result = push(child, REPO, "--quiet", licence="not-a-licence")
     assert_one_error(result, '"license" must be one of [apache-2.0, ...]')
     assert not hub.puts
-    assert_one_error(push(child, REPO, "--quiet", HF_ENDPOINT="http://127.0.0.1:9"), "pushing to", "127.0.0.1:9")
+    assert_one_error(push(child, REPO, "--quiet", at="http://127.0.0.1:9"), "pushing to", "127.0.0.1:9")

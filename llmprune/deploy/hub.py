@@ -8,6 +8,7 @@ over Xet), then files the commit, from which it leaves out what has not changed.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Iterator
@@ -222,7 +223,7 @@ def _stale(api: HfApi, info: ModelInfo, wanted: set[str]) -> list[str]:
 def _hub_output(quiet: bool) -> Iterator[None]:
     """huggingface_hub's own bars of each file on stderr, or none; its warnings are said by the caller's result."""
     level, were_hidden = hub_logging.get_verbosity(), are_progress_bars_disabled()
-    hub_logging.set_verbosity(hub_logging.ERROR)
+    hub_logging.set_verbosity(logging.ERROR)
     if quiet:
         disable_progress_bars()
     try:
