@@ -90,21 +90,24 @@ class Run:
         check_lengths(parent, self.recipe)
         if self.joined:
             return parent
-        known = self.directory.read_provenance().get("parent", {}).get("hash", self.parent_hash)
-        if known != self.parent_hash:
+        known = self.directory.read_provenance().get("parent", {})
+        if known.get("hash", self.parent_hash) != self.parent_hash:
             raise RunDirectoryError(
                 f"{self.recipe.model.path} is not the model this run was made with (its weights have changed); "
                 "use another --out"
             )
         local = Path(self.recipe.model.path).expanduser().exists()
-        licence = stated_licence(self.recipe.model.path)
+        if "licence" not in known:
+            # Once a run: the header of a GGUF file takes seconds.
+            licence = stated_licence(self.recipe.model.path)
+            known["licence"] = licence and licence.to_json()
         self.directory.note(
             parent={
                 "model": parent.source,
                 "revision": self.recipe.model.revision,
                 "hash": self.parent_hash,
                 "on_hub": not local,
-                "licence": licence and licence.to_json(),
+                "licence": known["licence"],
             },
             versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
             host=fingerprint(),
