@@ -15,6 +15,7 @@ from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_" + "a1B2c3D4" * 4
+SIGNATURE = "open-sesame"
 LFS_SUFFIXES = (".safetensors", ".gguf")
 
 
@@ -52,10 +53,13 @@ class Hub:
     good_puts: int | None = None
     """So many objects are received; every later PUT fails."""
     failure: Literal["drop", "500"] = "500"
+    intruder: bool = False
+    """Somebody else commits while files are uploaded."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def reset(self) -> None:
-        self.repos, self.objects, self.requests, self.puts, self.good_puts = {}, {}, [], [], None
+        self.repos, self.objects, self.requests, self.puts = {}, {}, [], []
+        self.good_puts, self.intruder = None, False
 
     def create(self, repo: str, *, private: bool, card: dict[str, Any] | None = None) -> None:
         first = Commit(self.oid(repo), "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
@@ -139,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, asked: dict[str, Any]) -> None:
         repo = f"{asked['organization']}/{asked['name']}"
+        if asked["organization"] != "user":
+            return self._error(403, message="You don't have the rights to create a model under this namespace")
         if repo in self.hub.repos:
             return self._error(409, message="You already created this model repo")
         self.hub.create(repo, private=asked.get("visibility") == "private" or asked.get("private") is True)
@@ -168,6 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
             facts = {"id": name, "sha": commit.oid, "private": repo.private, "siblings": siblings}
             return self._json({**facts, "cardData": repo.card} if repo.card else facts)
         if what == "preupload":
+            if self.hub.intruder:
+                repo.branches[revision].append(Commit(self.hub.oid("theirs"), "theirs", {"config.json": b"theirs"}))
             return self._json({"files": [self._mode(commit, file) for file in json.loads(body)["files"]]})
         assert what == "commit"
         self._commit(name, repo, revision, [json.loads(line) for line in body.splitlines()])
@@ -184,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _batch(self, asked: dict[str, Any]) -> None:
         objects = []
         for entry in asked["objects"]:
-            wanted = {"actions": {"upload": {"href": f"{self.hub.url}/objects/{entry['oid']}"}}}
+            wanted = {"actions": {"upload": {"href": f"{self.hub.url}/objects/{entry['oid']}?X-Signature={SIGNATURE}"}}}
             objects.append({**entry, **({} if entry["oid"] in self.hub.objects else wanted)})
         self._json({"transfer": "basic", "objects": objects})
 

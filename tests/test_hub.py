@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import hub_server
 import pytest
 from conftest import Finished
-from hub_server import TOKEN, Hub
+from hub_server import SIGNATURE, TOKEN, Hub
 from tiny import contents
 
 from llmprune.deploy.contents import METADATA_FILE
@@ -123,7 +123,7 @@ def push(process: subprocess.Popen[str], environment: dict[str, str]) -> Push:
             process.stdin.write(line)
             process.stdin.flush()
             answer = process.stdout.readline()
-        assert TOKEN not in answer
+        assert TOKEN not in answer and SIGNATURE not in answer
         return Result(*json.loads(answer))
 
     return run
@@ -225,6 +225,17 @@ def test_a_token_that_is_refused(hub: Hub, push: Push, child: Path) -> None:
     result = push(child, REPO, "--quiet", token=wrong)
     assert_one_error(result, "does not accept the token (401)")
     assert wrong not in result.err and not hub.repos and not hub.puts
+
+
+def test_a_token_without_the_right_to_write_there(hub: Hub, push: Push, child: Path) -> None:
+    assert_one_error(push(child, "org/tiny", "--quiet"), "the token may not do this", "org/tiny", "(403)")
+    assert not hub.repos and not hub.puts
+
+
+def test_a_commit_of_somebody_else_is_not_overwritten(hub: Hub, push: Push, child: Path) -> None:
+    hub.intruder = True
+    assert_one_error(push(child, REPO, "--quiet"), "somebody else committed in the meantime (412)")
+    assert [commit.message for commit in hub.repos[REPO].branches["main"]] == ["initial commit", "theirs"]
 
 
 def test_refusals_ask_the_server_nothing(hub: Hub, push: Push, child: Path, finished_run: Finished) -> None:

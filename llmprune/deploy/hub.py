@@ -256,7 +256,8 @@ def _told(error: BaseException, repo: str, doing: str) -> str:
     cause: Any = error
     while isinstance(cause, RuntimeError) and cause.__cause__ is not None:
         cause = cause.__cause__
-    said = " ".join(str(cause).split()) or type(cause).__name__
+    # The address that a file is sent to may be signed: whoever has its query may write there.
+    said = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(str(cause).split())) or type(cause).__name__
     if status in (409, 412):
         said = f"somebody else committed in the meantime ({status})"
     return f"{doing} {repo} at {at} failed: {said:.400}. What was uploaded is kept: the same command goes on from there"
