@@ -13,12 +13,15 @@ PICK ?= decode_speedup>=1.3
 TO ?= $(OUT)/export
 DIRS ?= $(TO)
 SET ?=
+# make push OUT=runs/name REPO=user/name LICENCE=apache-2.0   (private; LICENCE unless the recipe names it)
+REPO ?= $(error name a REPO=user/name)
+LICENCE ?=
 # make baselines OUT=runs/name AT="1.3 1.5" METHODS="flap sleb"   (default: all, at the recipe's speed-ups)
 AT ?=
 METHODS ?=
 TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
 
-.PHONY: setup demo compress search baselines export bench bench-search bench-scaling eval test lint typecheck check clean
+.PHONY: setup demo compress search baselines export push bench bench-search bench-scaling eval test lint typecheck check clean
 
 setup: $(VENV)/.installed
 
@@ -54,6 +57,9 @@ bench-search: setup
 
 export: setup
 	$(LLMPRUNE) export '$(OUT)' --pick '$(PICK)' --to '$(TO)'
+
+push: setup
+	$(LLMPRUNE) push '$(OUT)' '$(REPO)' $(if $(LICENCE),--licence '$(LICENCE)')
 
 bench: setup
 	$(LLMPRUNE) bench $(DIRS)

@@ -212,6 +212,42 @@ def export(
 
 
 @app.command()
+def push(
+    path: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="Run directory (its export), or a checkpoint.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub; made if it is missing.")],
+    licence: Annotated[
+        str | None, typer.Option(help="The parent's licence, whose terms you have read; default: deploy.licence.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public; default: private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; default: main.")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files and model card; send nothing.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Push an exported checkpoint to the Hugging Face Hub, with a model card; continues where it stopped."""
+    from dataclasses import asdict
+
+    from llmprune.deploy import hub
+    from llmprune.deploy.contents import read_contents
+    from llmprune.run_directory import RunDirectory
+    from llmprune.terminal import push_lines
+
+    hub.check_repo(repo)
+    of_run = RunDirectory(path)
+    contents = read_contents(of_run.export if of_run.recipe.is_file() else path, shown(quiet=quiet))
+    token = None if dry_run else hub.required_token()
+    card = hub.card_of(contents, repo, hub.settled_licence(contents, licence, token))
+    files = [{"name": file.name, "bytes": file.bytes} for file in contents.files if file.name != "README.md"]
+    files.append({"name": "README.md", "bytes": len(card.encode())})
+    result = {"repo": repo, "files": files, "card": card}
+    if token is not None:
+        pushed = hub.push(contents, card, repo, token, public=public, revision=revision, message=message, quiet=quiet)
+        result = {"repo": repo, "files": files, **asdict(pushed)}
+    emit(result, json, lambda: push_lines(result))
+
+
+@app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="Hub id, checkpoint directory or GGUF file.")],
     device: Device = "auto",

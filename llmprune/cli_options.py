@@ -55,7 +55,8 @@ def emit(data: Any, as_json: bool, lines: Any) -> None:
         return
     target = console()
     for line in lines():
-        target.print(line, markup=False) if isinstance(line, str) else target.print(line)
+        # soft_wrap: a line of text is the terminal's to wrap, and stays a line in a file.
+        target.print(line, markup=False, soft_wrap=True) if isinstance(line, str) else target.print(line)
 
 
 def recipe_from(model_or_recipe: str, overrides: list[str] | None) -> Recipe:

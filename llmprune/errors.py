@@ -39,3 +39,7 @@ class StorageError(LlmpruneError):
 
 class ExportError(LlmpruneError):
     """A checkpoint that cannot be written, or that failed its proof."""
+
+
+class PushError(LlmpruneError):
+    """A checkpoint that must not, or cannot, be pushed to the Hub. Never holds a token."""

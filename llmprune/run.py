@@ -220,7 +220,8 @@ def _write(run: Run, record: Record, to: Path, *, force: bool, formats: bool = F
         recipe["model"]["tokenizer"] = Path(tokenizer).name
     for source in recipe["data"]["sources"]:
         source["path"] = source["path"] and Path(source["path"]).name
-    metadata = {"figures": record, "provenance": provenance, "recipe": recipe}
+    parent = {"shape": asdict(run.parent.shape), "figures": read_front(run.directory)["parent"]}
+    metadata = {"figures": record, "parent": parent, "provenance": provenance, "recipe": recipe}
     written: list[dict[str, Any]] = []
 
     def further(staging: Path) -> None:

@@ -307,3 +307,18 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def push_lines(result: Mapping[str, Any]) -> list[str]:
+    """What a push did; of a dry run, what it would do: the files, then the model card as it is."""
+    total = sum(file["bytes"] for file in result["files"])
+    told = f"{len(result['files'])} files, {total:,} bytes"
+    if "card" in result:
+        width = max(len(file["name"]) for file in result["files"])
+        listed = [f"{file['name']:<{width}}  {file['bytes']:>15,}" for file in result["files"]]
+        return [f"{told} would go to {result['repo']}", *listed, "", result["card"]]
+    visible = "private" if result["private"] else "public"
+    if not result["new_commit"]:
+        return [f"{result['url']} ({visible}) has these {told} already, in commit {result['commit']}"]
+    removed = f", {len(result['removed'])} files of an earlier push removed" if result["removed"] else ""
+    return [f"pushed {told} to {result['url']} ({visible}){removed}", f"commit {result['commit_url']}"]

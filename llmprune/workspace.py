@@ -24,6 +24,7 @@ from llmprune.measure.quality import batch_windows
 from llmprune.measure.racing import race_batch
 from llmprune.measure.score_store import ScoreStore, StoredScorer
 from llmprune.measure.throughput import Workload, check_compiler
+from llmprune.models.licence import stated_licence
 from llmprune.models.parent import Parent, check_lengths, check_merging, load_parent
 from llmprune.progress import Show, silent
 from llmprune.recipe import BaselineName, Recipe, SearchRecipe, SplitName
@@ -93,14 +94,25 @@ class Run:
             check_compiler(parent.device)
         if self.joined:
             return parent
-        known = self.directory.read_provenance().get("parent", {}).get("hash", self.parent_hash)
-        if known != self.parent_hash:
+        known = self.directory.read_provenance().get("parent", {})
+        if known.get("hash", self.parent_hash) != self.parent_hash:
             raise RunDirectoryError(
                 f"{self.recipe.model.path} is not the model this run was made with (its weights have changed); "
                 "use another --out"
             )
+        local = Path(self.recipe.model.path).expanduser().exists()
+        if "licence" not in known:
+            # Once a run: the header of a GGUF file takes seconds.
+            licence = stated_licence(self.recipe.model.path)
+            known["licence"] = licence and licence.to_json()
         self.directory.note(
-            parent={"model": parent.source, "revision": self.recipe.model.revision, "hash": self.parent_hash},
+            parent={
+                "model": parent.source,
+                "revision": self.recipe.model.revision,
+                "hash": self.parent_hash,
+                "on_hub": not local,
+                "licence": known["licence"],
+            },
             versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
             host=fingerprint(),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -247,6 +248,8 @@ def test_written_checkpoint(case_id: str, name: str, tmp_path: Path, scratch: Pa
     assert written["hash"] == architecture.hash and written["parent"] == "tiny" and written["format"] == 1
     assert Architecture.from_json(written["architecture"]) == architecture
     assert written["proof"]["params"] == params and written["proof"]["stock_class"] == proof.stock_class
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+    assert written["files"] == {name: digest for name, digest in digests.items() if name != METADATA_FILE}
     weights = [path.name for path in directory.iterdir() if path.suffix not in (".json", ".py", ".jinja")]
     assert weights == ["model.safetensors"]
     assert (directory / "tokenizer.json").exists() == (tokenizer is not None)

@@ -100,6 +100,10 @@ def assert_one_error(result: Result, message: str) -> None:
         ("eval {parent} --split best", "--split is one of calibration, search, validation, test; got 'best'"),
         ("eval {parent} --data {tmp} --quiet", "holds no tokens.safetensors"),
         ("eval {parent} --data {tmp}/nothing.yaml --quiet", "cannot read recipe"),
+        ("push {child} child --licence mit --quiet", "a repository is user/name"),
+        ("push {tmp} user/name --licence mit --quiet", "holds no llmprune.json"),
+        ("push {run} user/name --licence mit --quiet", "export is not a directory; llmprune export writes one"),
+        ("push {child} user/name --dry-run --quiet", "acknowledged the licence of parent"),
         ("validate {tmp}/broken.yaml", "is not YAML"),
         ("validate {recipe} export.pick=fast", "a budget is METRIC>=NUMBER"),
         ("validate {recipe} search.budgets=[params>=x]", "a budget is METRIC>=NUMBER"),
@@ -125,6 +129,19 @@ def test_an_error_of_the_user_is_one_line(
     assert after[0] == before[0]
     assert {name: after[1].get(name) for name in before[1]} == before[1]
     assert not (tmp / "child").exists()
+
+
+def test_a_dry_push_shows_the_files_and_the_card(llmprune: Llmprune, finished_run: Finished) -> None:
+    command = ("push", finished_run.export, "user/name", "--licence", "mit", "--dry-run", "--quiet")
+    shown = llmprune(*command, "--json").json
+    sizes = {file["name"]: file["bytes"] for file in shown["files"]}
+    card = shown["card"].encode()
+    local = {name: len(content) for name, content in contents(finished_run.export).items()}
+    assert sizes == {**local, "README.md": len(card)}
+    told = llmprune(*command)
+    assert told.code == 0 and told.err == ""
+    assert told.out.startswith(f"{len(sizes)} files, {sum(sizes.values()):,} bytes would go to user/name\n")
+    assert told.out.endswith(f"\n\n{shown['card']}\n"), "lines of the card are not broken"
 
 
 @pytest.mark.parametrize("arguments", [["fly"], ["bench"], ["inspect", "--fast"], ["search"], ["recipes", "rm"]])

@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import Finished
 from safetensors.torch import load
-from tiny import contents
+from tiny import contents, tiny_recipe
 
 from llmprune.architecture import Architecture
 from llmprune.errors import BudgetError, ExportError, LlmpruneError, RunDirectoryError
@@ -121,12 +121,24 @@ def test_a_run_directory_holds_what_the_design_says(finished_run: Finished) -> N
 
 def test_an_exported_checkpoint_says_what_it_is_and_not_where_it_was_made(finished_run: Finished) -> None:
     metadata = strict_json(finished_run.export / "llmprune.json")
-    assert {"format", "hash", "architecture", "proof", "figures", "provenance", "recipe"} == metadata.keys()
+    told = {"format", "hash", "architecture", "proof", "files", "figures", "parent", "provenance", "recipe"}
+    assert metadata.keys() == told
+    measured = strict_json(finished_run.path / "front.json")
+    assert metadata["parent"]["figures"] == measured["parent"] and metadata["parent"]["shape"]["ffn_width"] == 32
     assert Architecture.from_json(metadata["architecture"]).hash == metadata["hash"] == metadata["figures"]["hash"]
     assert metadata["proof"]["params"] == metadata["figures"]["params"]
     assert metadata["provenance"]["parent"]["hash"] and metadata["provenance"]["versions"]["torch"]
     for path in finished_run.export.rglob("*.json"):
         assert str(finished_run.path.parent) not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_a_run_notes_what_licence_its_parent_states(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    (Path(recipe.model.path) / "README.md").write_text("---\nlicense: llama3.2\n---\n")
+    run = Run.start(tmp_path / "run", recipe)
+    assert run.parent
+    noted = run.directory.read_provenance()["parent"]
+    assert noted["licence"] == {"id": "llama3.2", "name": None, "link": None} and not noted["on_hub"]
 
 
 def test_a_machine_path_in_the_recipe_does_not_travel(

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 import llmprune.models.proof
 from llmprune.architecture import Architecture
 from llmprune.errors import ExportError
-from llmprune.files import write_json
+from llmprune.files import sha256_file, write_json
 from llmprune.models.sizes import parameter_count
 from llmprune.models.surgery import is_stock
 
@@ -67,8 +67,8 @@ def write_checkpoint(
 ) -> Proof:
     """Save `child`, prove the files, then move them to `directory`: it appears whole and proven, or not at all.
 
-    `metadata` joins the architecture and the proof in `llmprune.json`; `further` may add files to the directory
-    before it is moved.
+    `metadata` joins the architecture, the proof and the SHA-256 of each file that was proven in `llmprune.json`;
+    `further` may add files to the directory before it is moved.
     Raises ExportError if the directory is taken, the disk is full, or the proof fails.
     """
     check_destination(directory, force=force)
@@ -86,6 +86,7 @@ def write_checkpoint(
                     "params": proof.params,
                     "stock_class": proof.stock_class,
                 },
+                "files": {file.name: sha256_file(file) for file in sorted(staging.iterdir())},
                 **metadata,
             },
         )
