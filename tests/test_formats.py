@@ -14,10 +14,11 @@ from families import CASES, IDS, Slices, tiny_parent, tokens
 from tiny import tiny_tokenizer
 
 from llmprune.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice
+from llmprune.deploy.contents import VLLM_DIRECTORY
 from llmprune.deploy.formats import FORMATS, check_child, check_parent, cut, merging_helps
 from llmprune.deploy.layers import LayerSizes, layer_sizes
 from llmprune.deploy.vllm import write_vllm
-from llmprune.deploy.write import VLLM_DIRECTORY, write_formats
+from llmprune.deploy.write import write_formats
 from llmprune.errors import ExportError, RecipeError, UnsupportedModelError
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import prune

@@ -7,11 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmprune.deploy.contents import VLLM_DIRECTORY
 from llmprune.deploy.formats import check_child
 from llmprune.deploy.vllm import write_vllm
 from llmprune.recipe import DeployRecipe
-
-VLLM_DIRECTORY = "vllm"
 
 
 def write_formats(
