@@ -152,7 +152,9 @@ class SpaceRecipe(_Strict):
     ffn_step: int = Field(256, ge=1)
     drop: bool = Field(True, description="may whole blocks be dropped")
     merge_kv: bool = Field(
-        False, description="may an attention keep all query heads on fewer KV heads, each the mean of several"
+        False,
+        description="may an attention keep all query heads on fewer KV heads, each the mean of several; always where "
+        "deploy.formats leave attention no other way to shrink",
     )
 
 
