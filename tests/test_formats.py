@@ -11,7 +11,7 @@ import pytest
 import torch
 from decilm import decilm_logits
 from families import CASES, IDS, Slices, tiny_parent, tokens
-from tiny import tiny_tokenizer
+from tiny import contents, tiny_tokenizer
 
 from llmprune.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice
 from llmprune.deploy.contents import VLLM_DIRECTORY
@@ -75,7 +75,9 @@ def test_vllm_files_are_read_back_in_a_fresh_process(tmp_path: Path) -> None:
     assert config["architectures"] == ["DeciLMForCausalLM"] and config["model_type"] == "nemotron-nas"
     assert [block["attention"]["no_op"] for block in config["block_configs"]] == [False, False, False]
     assert [block["ffn"]["no_op"] for block in config["block_configs"]] == [False, False, True]
-    assert (tmp_path / VLLM_DIRECTORY / "tokenizer.json").is_file()
+    proven = json.loads((tmp_path / VLLM_DIRECTORY / "llmprune.json").read_text())["files"]
+    assert proven.keys() == contents(tmp_path / VLLM_DIRECTORY).keys() - {"llmprune.json"}
+    assert {"tokenizer.json", "model.safetensors", "configuration_decilm.py"} <= proven.keys()
     with pytest.raises(ExportError, match="not empty"):
         write_formats(child, None, rules("vllm"), tmp_path)
 

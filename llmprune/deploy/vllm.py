@@ -19,8 +19,14 @@ import llmprune.deploy.configuration_decilm as schema
 import llmprune.deploy.decilm_proof
 from llmprune.deploy.layers import LayerSizes, layer_sizes
 from llmprune.errors import ExportError
-from llmprune.files import write_json
-from llmprune.models.checkpoint import check_destination, in_fresh_process, move_into_place, staging_beside
+from llmprune.files import sha256_file, write_json
+from llmprune.models.checkpoint import (
+    METADATA_FILE,
+    check_destination,
+    in_fresh_process,
+    move_into_place,
+    staging_beside,
+)
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "configuration_decilm.py"
@@ -68,6 +74,8 @@ def write_vllm(
     with staging_beside(directory) as staging:
         _write(child, tokenizer, staging)
         _prove(staging)
+        files = {file.name: sha256_file(file) for file in sorted(staging.iterdir())}
+        write_json(staging / METADATA_FILE, {"format": 1, "files": files})
         move_into_place(staging, directory)
 
 
