@@ -23,7 +23,8 @@ from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.architecture import Architecture, AttentionChoice, ParentShape
-from llmprune.errors import ExportError, LlmpruneError
+from llmprune.deploy.contents import read_contents
+from llmprune.errors import ExportError, LlmpruneError, PushError
 from llmprune.models import checkpoint
 from llmprune.models.checkpoint import METADATA_FILE, Proof, write_checkpoint
 from llmprune.models.parent import Parent
@@ -283,6 +284,21 @@ def test_existing_directory_is_kept_without_force_and_replaced_with_it(
     with pytest.raises(ExportError, match="is a file; name a directory"):
         write_checkpoint(child, None, architecture, {}, directory / "config.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["child", "scratch"]
+
+
+def test_a_directory_of_chat_templates_is_part_of_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_proof(monkeypatch)
+    child, architecture, _ = child_of("llama-gqa")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}  # type: ignore[assignment]
+    facts = {"figures": {"a": 1}, "parent": {"a": 1}, "provenance": {"a": 1}, "recipe": {"a": 1}}
+    write_checkpoint(child, tokenizer, architecture, facts, tmp_path / "child")
+    name = "additional_chat_templates/tool_use.jinja"
+    assert name in json.loads((tmp_path / "child" / METADATA_FILE).read_text())["files"]
+    assert name in {file.name for file in read_contents(tmp_path / "child").files}
+    (tmp_path / "child" / name).write_text("{{ other }}")
+    with pytest.raises(PushError, match=r"tool_use\.jinja has changed since"):
+        read_contents(tmp_path / "child")
 
 
 def test_an_old_checkpoint_survives_a_failed_proof(

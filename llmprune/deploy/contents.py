@@ -118,26 +118,29 @@ def _read_metadata(directory: Path) -> dict[str, Any]:
     return metadata
 
 
-def _files(directory: Path, proven: Mapping[str, str] | None, prefix: str) -> Iterator[File]:
-    """The files of one directory; `proven` are those whose hashes are known, None if none are."""
+def _files(directory: Path, proven: Mapping[str, str] | None, prefix: str, below: str = "") -> Iterator[File]:
+    """The files of one checkpoint, or of its subdirectory `below`; `proven` are those whose hashes are known, None if
+    none are; `prefix` is where the checkpoint stands in the repository."""
     for path in sorted(directory.iterdir()):
+        name = below + path.name
         if path.name.startswith("."):
             continue
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise PushError(f"{path} is a link or a device; copy the file here, or take it away")
-        if path.is_dir():
-            if not prefix and path.name == VLLM_DIRECTORY:
-                continue
+        if path.is_file():
+            _check_kind(path, name, proven)
+            yield File(prefix + name, path, path.stat().st_size)
+        elif any(known.startswith(f"{name}/") for known in proven or ()):
+            yield from _files(path, proven, prefix, f"{name}/")
+        elif prefix or name != VLLM_DIRECTORY:
             raise PushError(f"{path} is a directory that is no part of a checkpoint; move it elsewhere")
-        _check_kind(path, proven)
-        yield File(prefix + path.name, path, path.stat().st_size)
 
 
-def _check_kind(path: Path, proven: Mapping[str, str] | None) -> None:
+def _check_kind(path: Path, name: str, proven: Mapping[str, str] | None) -> None:
     if path.suffix not in (*PROVEN_SUFFIXES, *FREE_SUFFIXES) and path.name not in FREE_NAMES:
         kinds = " ".join((*PROVEN_SUFFIXES, *FREE_SUFFIXES))
         raise PushError(f"{path} is of a kind that is not pushed; a checkpoint is of {kinds}: move it elsewhere")
-    known = proven is None or path.name in proven or path.name in (METADATA_FILE, EVALUATION_FILE)
+    known = proven is None or name in proven or name in (METADATA_FILE, EVALUATION_FILE)
     if path.suffix in PROVEN_SUFFIXES and not known:
         raise PushError(
             f"{path} was not there when the checkpoint was proven; take it away, or write the checkpoint again with "

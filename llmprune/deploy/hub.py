@@ -92,7 +92,7 @@ def settled_licence(contents: Contents, option: str | None, token: str | None) -
     if stated is None and token and contents.parent_id:
         stated = _hub_licence(contents, contents.parent_id, token)
     if not acknowledged:
-        known = f"{stated.label} by its own card" if stated else "which its files do not state"
+        known = f"{stated.label} by its own card" if stated else "not stated where it was looked for"
         raise PushError(
             f"nobody has acknowledged the licence of {contents.parent_name} ({known}): read its terms, then name it "
             "with --licence or as deploy.licence in the recipe"
@@ -214,8 +214,9 @@ def _stale(api: HfApi, info: ModelInfo, wanted: set[str]) -> list[str]:
         # Not the user's cache: it would keep a file for each push.
         path = api.hf_hub_download(info.id, METADATA_FILE, revision=info.sha, local_dir=scratch)
         with open(path, encoding="utf-8") as file:  # noqa: PTH123 - a str already
-            earlier = json.load(file).get("files", {})
-    ours = (*earlier, EVALUATION_FILE, "*.gguf", f"{VLLM_DIRECTORY}/*")
+            earlier = json.load(file)
+    known = earlier.get("files", {}) if isinstance(earlier, dict) else {}
+    ours = (*known, EVALUATION_FILE, "*.gguf", f"{VLLM_DIRECTORY}/*")
     return sorted(name for name in there if any(fnmatch(name, pattern) for pattern in ours))
 
 
@@ -260,4 +261,4 @@ def _told(error: BaseException, repo: str, doing: str) -> str:
     said = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(str(cause).split())) or type(cause).__name__
     if status in (409, 412):
         said = f"somebody else committed in the meantime ({status})"
-    return f"{doing} {repo} at {at} failed: {said:.400}. What was uploaded is kept: the same command goes on from there"
+    return f"{doing} {repo} at {at} failed: {said:.400}. What was uploaded is kept there: run the same command again"

@@ -86,7 +86,7 @@ def write_checkpoint(
                     "params": proof.params,
                     "stock_class": proof.stock_class,
                 },
-                "files": {file.name: sha256_file(file) for file in sorted(staging.iterdir())},
+                "files": {file.relative_to(staging).as_posix(): sha256_file(file) for file in _files_below(staging)},
                 **metadata,
             },
         )
@@ -184,11 +184,16 @@ def _save(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dir
             tokenizer.save_pretrained(directory)
         # safetensors makes files that nobody else may read; a server often runs as somebody else.
         mode = (directory / "config.json").stat().st_mode
-        for file in directory.iterdir():
+        for file in _files_below(directory):
             file.chmod(mode)
     finally:
         if was_shown:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _files_below(directory: Path) -> list[Path]:
+    # A tokenizer with several chat templates has a directory for them.
+    return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
 @contextmanager
