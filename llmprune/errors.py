@@ -39,3 +39,7 @@ class StorageError(LlmpruneError):
 
 class ExportError(LlmpruneError):
     """A checkpoint that cannot be written, or that failed its proof."""
+
+
+class TaskError(LlmpruneError):
+    """An evaluation task that is unknown, or whose data is not at hand."""

@@ -6,51 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from conftest import Finished
+from conftest import Finished, Llmprune, Result
 from tiny import contents
 
-from llmprune.cli import main
 from llmprune.recipe import Recipe, to_yaml
 from llmprune.recipe_files import recipe_names
 from llmprune.run_directory import RunDirectory
 
 QUICK = ("--prompt-tokens", "8", "--generated-tokens", "4", "--repeats", "1", "--device", "cpu")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """The one object on stdout, of which nothing is left over."""
-        data = json.loads(self.out)
-        assert isinstance(data, dict)
-        return data
-
-
-Llmprune = Callable[..., Result]
-
-
-@pytest.fixture
-def llmprune(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Llmprune:
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["llmprune", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return Result(code, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture

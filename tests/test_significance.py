@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest, multinomial
 
-from llmprune.measure.significance import mcnemar, paired_bootstrap
+from llmprune.measure.significance import Floats, mcnemar, paired_bootstrap
 
 
 def answers(both: int, gained: int, lost: int, neither: int) -> tuple[list[float], list[float]]:
@@ -29,7 +30,7 @@ def test_mcnemar_is_the_binomial_test_of_the_questions_that_differ(gained: int, 
 
 
 def test_mcnemar_is_what_enumeration_gives() -> None:
-    """Every way in which 9 differing questions could have fallen, each as likely: those at least as uneven as 2 to 7."""
+    """Every way in which 9 differing questions could have fallen, each as likely: those as uneven as 2 to 7."""
     ways = [sum(way) for way in itertools.product((0, 1), repeat=9)]
     uneven = sum(abs(2 * gained - 9) >= 5 for gained in ways)
     assert mcnemar(*answers(5, 2, 7, 5)).p == pytest.approx(uneven / len(ways))
@@ -88,13 +89,17 @@ def test_strata_are_drawn_apart_and_a_ratio_is_a_ratio_of_means() -> None:
     strata = [np.full((4, 2), (-10.0, 5.0)), np.full((3, 2), (-2.0, 4.0))]
     worse = [np.full((4, 2), (-20.0, 5.0)), np.full((3, 2), (-4.0, 4.0))]
 
-    def nats_a_word(means: list[np.ndarray]) -> np.ndarray:
-        return sum(-mean[..., 0] / mean[..., 1] for mean in means)
+    def nats_a_word(means: Sequence[Floats]) -> Floats:
+        return np.asarray(sum(-mean[..., 0] / mean[..., 1] for mean in means))
 
     found = paired_bootstrap(strata, worse, nats_a_word, draws=200)
     assert (found.low, found.difference, found.high) == pytest.approx((2.5, 2.5, 2.5))
     documents = np.array([[-1.0, 1.0], [-30.0, 10.0]])
-    found = paired_bootstrap([documents], [documents * (2, 1)], lambda means: np.exp(-means[0][..., 0] / means[0][..., 1]))
+
+    def perplexity(means: Sequence[Floats]) -> Floats:
+        return np.exp(-means[0][..., 0] / means[0][..., 1])
+
+    found = paired_bootstrap([documents], [documents * (2, 1)], perplexity)
     assert found.difference == pytest.approx(math.exp(62 / 11) - math.exp(31 / 11))
 
 

@@ -1,4 +1,4 @@
-"""Is a child worse than its parent, or was it the luck of the questions? Tests on figures of the same samples, in pairs.
+"""Is a child worse than its parent, or was it the luck of the questions? Tests on the same samples, in pairs.
 
 Two models answer the same questions, so what tells them apart are the questions on which they differ; the scatter
 among questions, which is most of a plain standard error, cancels. A difference is candidate minus reference.
