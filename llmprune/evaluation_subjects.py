@@ -98,7 +98,9 @@ def find_subjects(
             say(f"no comparison with the parent: {error}")
     role: Role = "model" if found is None else "child"
     rest = [subject(name, role, recipe) for name, recipe in zip(models, recipes, strict=True)]
-    return rest if found is None else [found, *(one for one in rest if one.identity != found.identity)]
+    every = rest if found is None else [found, *rest]
+    # Who names a model twice, or the parent among its children, asks for it once.
+    return list({one.identity: one for one in reversed(every)}.values())[::-1]
 
 
 def run_of(directory: Path | None) -> RunDirectory | None:

@@ -1,8 +1,8 @@
 """Make the data of `recipes/tasks/continuation_choice.yaml` from a .jsonl of documents: `{"text": ...}` a line.
 
-A question is a passage of a document, its next words, and the words at the same place in three other documents. All
-four answers have as many words, so that none stands out by its length. At most one question a document, so that questions
-are independent, which the tests of significance count on. The same file and seed give the same questions.
+A question is a passage of a document; the answers are its next words, and words of three other documents. All four
+have as many words, so that none stands out by its length. At most one passage a document, so that questions are nearly
+independent, which the tests of significance count on. The same file and seed give the same questions.
 """
 
 from __future__ import annotations

@@ -168,8 +168,10 @@ def test_a_child_without_a_known_parent_is_not_compared(
     stored = json.loads((child / "evaluation.json").read_text())
     assert [model["role"] for model in stored["models"]] == ["model"] and stored["comparisons"] == []
     parent = finished_run.recipe.model.path
-    two = llmprune("eval", child, parent, "--parent", parent, "--data", finished_run.path, *QUICK, "--json", "--quiet")
-    assert [model["role"] for model in two.json["models"]] == ["parent", "child"], "the parent is not its own child"
+    two = llmprune(
+        "eval", child, parent, child, "--parent", parent, "--data", finished_run.path, *QUICK, "--json", "--quiet"
+    )
+    assert [model["role"] for model in two.json["models"]] == ["parent", "child"], "each once"
     assert not (Path(parent) / "evaluation.json").exists()
     names = [row["task"] for row in two.json["comparisons"]]
     assert names == ["text"]

@@ -120,6 +120,20 @@ def test_samples_amount_to_the_figures(finished_run: Finished, opened: TaskSet) 
     assert again.scores == text.scores and again.metrics == text.metrics
 
 
+def test_a_group_is_asked_as_one_and_brings_its_tasks(finished_run: Finished, tmp_path: Path) -> None:
+    files = write_tasks(tmp_path / "tasks")
+    (files / "tiny_group.yaml").write_text(
+        "group: tiny_group\ntask: [tiny_choice]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    model, tokenizer = load_model(ModelRecipe(path=str(finished_run.export), device="cpu"))
+    tasks = open_tasks(["tiny_group"], limit=LIMIT, include_path=files)
+    assert tasks.identities.keys() == {"tiny_group"} and tasks.aggregations.keys() == {"tiny_choice"}
+    found = run_task(model, tokenizer, tasks, "tiny_group")
+    assert found.keys() == {"tiny_group", "tiny_choice"}
+    assert found["tiny_group"].metrics["acc"]["value"] == found["tiny_choice"].metrics["acc"]["value"]
+    assert not found["tiny_group"].scores and len(found["tiny_choice"].scores["acc"]) == LIMIT
+
+
 def test_an_identity_tells_of_settings_and_documents_but_not_of_places(task_files: Path, tmp_path: Path) -> None:
     def identity(directory: Path, **changes: Any) -> str:
         options = {"limit": 5, "include_path": directory, **changes}
