@@ -19,6 +19,14 @@ LICENCE ?=
 # make baselines OUT=runs/name AT="1.3 1.5" METHODS="flap sleb"   (default: all, at the recipe's speed-ups)
 AT ?=
 METHODS ?=
+# make eval DIRS="runs/name other/child" TASKS=piqa,arc_easy LIMIT=200 OUTPUT=results.json   (PARENT=..., FEWSHOT=5)
+# make eval DIRS=runs/demo TASKS=continuation_choice INCLUDE=recipes/tasks                  (after make demo; offline)
+TASKS ?=
+LIMIT ?=
+FEWSHOT ?=
+INCLUDE ?=
+OUTPUT ?=
+PARENT ?=
 TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
 
 .PHONY: setup demo compress search baselines export push bench bench-search bench-scaling eval test lint typecheck check clean
@@ -35,6 +43,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python scripts/fetch_demo_assets.py --to assets/demo
 	$(LLMPRUNE) compress recipes/smollm2-135m.yaml --out runs/demo $(SET)
+	$(BIN)/python scripts/make_continuation_choice.py assets/demo/wikipedia.jsonl assets/demo/continuation_choice.jsonl
 	$(BIN)/python scripts/sample_text.py assets/demo/SmolLM2-135M-Instruct.Q4_1.gguf runs/demo/export
 
 compress: setup
@@ -69,7 +78,8 @@ bench-scaling: setup
 	$(BIN)/python scripts/forecast_shapes.py
 
 eval: setup
-	$(LLMPRUNE) eval $(DIRS)
+	$(LLMPRUNE) eval $(DIRS) $(foreach parent,$(PARENT),--parent '$(parent)') $(if $(TASKS),--tasks '$(TASKS)') $(if $(LIMIT),--limit $(LIMIT)) \
+		$(if $(FEWSHOT),--num-fewshot $(FEWSHOT)) $(if $(INCLUDE),--include-path '$(INCLUDE)') $(if $(OUTPUT),--output '$(OUTPUT)')
 
 test: setup
 	$(BIN)/python -m pytest

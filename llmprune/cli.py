@@ -15,15 +15,23 @@ from llmprune.cli_options import (
     Device,
     DryRun,
     Dtype,
+    FewShot,
     Force,
     Generated,
+    IncludePath,
     Json,
+    Limit,
+    Output,
     Overrides,
+    OwnDtype,
+    Parent,
     Prompt,
     Quiet,
     Repeats,
     RunPath,
     Storage,
+    TaskBatch,
+    Tasks,
     Threads,
     emit,
     model_recipe,
@@ -32,6 +40,7 @@ from llmprune.cli_options import (
     recipe_of_run,
     speaker,
     split_name,
+    task_names,
     workload_recipe,
 )
 from llmprune.errors import LlmpruneError, StorageError
@@ -40,7 +49,6 @@ from llmprune.recipe_files import copy_recipe, recipe_names
 from llmprune.terminal import (
     bench_table,
     error_console,
-    evaluation_table,
     forecast_table,
     front_table,
     inspection_table,
@@ -295,11 +303,18 @@ def bench(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, checkpoint directory or GGUF file.")],
+    models: Annotated[list[str], typer.Argument(help="Checkpoints (Hub id, directory, GGUF) or run directories.")],
+    parent: Parent = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    num_fewshot: FewShot = None,
+    include_path: IncludePath = None,
+    task_batch: TaskBatch = 1,
+    output: Output = None,
     data: Annotated[Path | None, typer.Option(help="Run directory or recipe whose text is used.")] = None,
     split: Annotated[str, typer.Option(help="calibration, search, validation or test.")] = "test",
     device: Device = "auto",
-    dtype: Dtype = "float32",
+    dtype: OwnDtype = "auto",
     batch: Batch = 1,
     prompt_tokens: Prompt = 128,
     generated_tokens: Generated = 32,
@@ -308,11 +323,24 @@ def evaluate(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity of a checkpoint on held-out tokens, and its tokens per second."""
-    from llmprune.checkup import evaluate as evaluate_model
+    """Perplexity, tokens per second and lm-eval tasks of models, beside their parent; continues where it stopped."""
+    from llmprune.evaluation import Questions
+    from llmprune.evaluation import evaluate as evaluate_models
+    from llmprune.evaluation_table import evaluation_table
 
     rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats)
-    result = evaluate_model(model_recipe(model, device, dtype), data, split_name(split), rules, shown(quiet=quiet))
+    asked = (task_names(tasks), limit, num_fewshot, include_path, task_batch)
+    questions = Questions(rules, *asked, data=data, split=split_name(split))
+    result = evaluate_models(
+        models,
+        parent,
+        questions,
+        device=device,
+        dtype=dtype,
+        output=output,
+        show=shown(quiet=quiet),
+        say=speaker(quiet),
+    )
     emit(result, json, lambda: [evaluation_table(result)])
 
 

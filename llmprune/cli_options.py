@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmprune.errors import RecipeError
+from llmprune.errors import RecipeError, TaskError
 from llmprune.recipe import (
     SPLIT_NAMES,
     ModelRecipe,
@@ -46,6 +46,15 @@ Prompt = Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prom
 Generated = Annotated[int, typer.Option("--generated-tokens", help="Tokens decoded after it.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's own choice.")]
 Repeats = Annotated[int, typer.Option(help="Interleaved repeats.")]
+# Of `eval`.
+Parent = Annotated[str | None, typer.Option(help="What the models were pruned from; default: what they or RUN name.")]
+Tasks = Annotated[str | None, typer.Option(metavar="NAME,...", help="lm-eval tasks, groups or tags.")]
+Limit = Annotated[int | None, typer.Option(help="Take the first so many documents of each task.")]
+FewShot = Annotated[int | None, typer.Option("--num-fewshot", help="Examples in a prompt; default: the task's own.")]
+IncludePath = Annotated[Path | None, typer.Option("--include-path", help="Directory with task files of your own.")]
+TaskBatch = Annotated[int, typer.Option("--task-batch", min=1, help="Requests of a task at a time.")]
+Output = Annotated[Path | None, typer.Option("--output", help="JSON file for the results.")]
+OwnDtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
 
 
 def emit(data: Any, as_json: bool, lines: Any) -> None:
@@ -120,6 +129,14 @@ def workload_recipe(
         "repeats": repeats,
     }
     return parse_section(WorkloadRecipe, values)
+
+
+def task_names(text: str | None) -> tuple[str, ...]:
+    """The names in a list with commas, each once. Raises TaskError if there is none in it."""
+    names = tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
+    if text is not None and not names:
+        raise TaskError(f"--tasks must name a task, such as piqa,arc_easy; got {text!r}")
+    return names
 
 
 def split_name(name: str) -> SplitName:

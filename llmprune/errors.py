@@ -43,3 +43,7 @@ class ExportError(LlmpruneError):
 
 class PushError(LlmpruneError):
     """A checkpoint that must not, or cannot, be pushed to the Hub. Never holds a token."""
+
+
+class TaskError(LlmpruneError):
+    """An evaluation task that is unknown, or whose data is not at hand."""

@@ -83,6 +83,10 @@ class RunDirectory:
     def export(self) -> Path:
         return self.path / "export"
 
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process; the kernel lets go when the process ends, however it ends.

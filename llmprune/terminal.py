@@ -240,26 +240,6 @@ def inspection_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def evaluation_table(result: Mapping[str, Any]) -> Table:
-    """Perplexity by source, and speed."""
-    measured_on = result["measured_on"]
-    table = Table(
-        title=f"{result['model']}: {result['params'] / 1e6:.1f}M parameters",
-        caption=f"{measured_on['dataset']}, {measured_on['split']} split, windows of {measured_on['seq_len']} tokens"
-        f"{' with' if measured_on['bos'] else ', no'} BOS; prefill {result['prefill_tokens_per_s']['median']:.0f} and "
-        f"decode {result['decode_tokens_per_s']['median']:.1f} tokens/s at batch {measured_on['workload']['batch']}",
-        caption_justify="left",
-    )
-    table.add_column("text")
-    for column in ("tokens", "nats/token", "nats/byte", "PPL"):
-        table.add_column(column, justify="right", no_wrap=True)
-    rows = {**result["per_source"], "mixture": {**result, "tokens": measured_on["tokens"]}}
-    for name, row in rows.items():
-        figures = (f"{row['nats_per_token']:.4f}", f"{row['nats_per_byte']:.4f}", f"{row['ppl']:.2f}")
-        table.add_row(name, f"{row['tokens']:,}", *figures)
-    return table
-
-
 def formats_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What each format can hold."""
     table = Table(title="Formats", show_lines=True)

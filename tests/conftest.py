@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -26,6 +28,7 @@ os.environ["LLMPRUNE_TURNS"] = tempfile.mkdtemp(prefix="llmprune-turns-")
 import postgres
 from tiny import paired_by_bytes, tiny_recipe
 
+from llmprune.cli import main
 from llmprune.models import checkpoint
 from llmprune.recipe import Recipe
 from llmprune.run import export, front, search, write_children
@@ -76,6 +79,36 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def copied(finished_run: Finished, tmp_path: Path) -> Path:
     """A copy of the finished run's directory, to change."""
     return Path(shutil.copytree(finished_run.path, tmp_path / "run"))
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one object on stdout, of which nothing is left over."""
+        data = json.loads(self.out)
+        assert isinstance(data, dict)
+        return data
+
+
+Llmprune = Callable[..., Result]
+
+
+@pytest.fixture
+def llmprune(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Llmprune:
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["llmprune", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Result(code, *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -6,51 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from conftest import Finished
+from conftest import Finished, Llmprune, Result
 from tiny import contents
 
-from llmprune.cli import main
 from llmprune.recipe import Recipe, to_yaml
 from llmprune.recipe_files import recipe_names
 from llmprune.run_directory import RunDirectory
 
 QUICK = ("--prompt-tokens", "8", "--generated-tokens", "4", "--repeats", "1", "--device", "cpu")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """The one object on stdout, of which nothing is left over."""
-        data = json.loads(self.out)
-        assert isinstance(data, dict)
-        return data
-
-
-Llmprune = Callable[..., Result]
-
-
-@pytest.fixture
-def llmprune(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Llmprune:
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["llmprune", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return Result(code, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -230,7 +197,7 @@ def test_bench_times_against_its_first_directory(llmprune: Llmprune, finished_ru
 def test_eval_gives_the_figures_of_the_front(
     where: str, llmprune: Llmprune, finished_run: Finished, copied: Path, recipe_file: Path, tmp_path: Path
 ) -> None:
-    child, data = finished_run.export, ["--data", copied]
+    child, data = Path(shutil.copytree(finished_run.export, tmp_path / "child")), ["--data", copied]
     if where == "in the run":
         child, data = Path(shutil.copytree(child, copied / "export")), []
     elif where == "from its recipe":
@@ -238,15 +205,18 @@ def test_eval_gives_the_figures_of_the_front(
     result = llmprune("eval", child, *data, "--split", "validation", *QUICK, "--json", "--quiet")
     assert (result.code, result.err) == (0, "")
     figures = json.loads((finished_run.export / "llmprune.json").read_text())["figures"]
+    judged = result.json["models"][-1]
     for key in ("nats_per_token", "nats_per_byte", "ppl"):
-        assert result.json[key] == pytest.approx(figures[key], rel=1e-4)
-    assert result.json["params"] == figures["params"]
-    assert set(result.json["per_source"]) == {"ant", "bee"}
-    assert result.json["measured_on"]["tokens"] == figures["measured_on"]["tokens"]
+        assert judged["quality"][key] == pytest.approx(figures[key], rel=1e-4)
+    assert judged["params"] == figures["params"]
+    assert set(judged["quality"]["per_source"]) == {"ant", "bee"}
+    assert judged["quality"]["measured_on"]["tokens"] == figures["measured_on"]["tokens"]
+    assert len(result.json["models"]) == (2 if where == "in the run" else 1), "a run knows the parent's place"
 
 
-def test_eval_prints_a_row_a_source(llmprune: Llmprune, finished_run: Finished) -> None:
-    result = llmprune("eval", finished_run.recipe.model.path, "--data", finished_run.path, *QUICK)
+def test_eval_prints_a_row_a_source(llmprune: Llmprune, finished_run: Finished, tmp_path: Path) -> None:
+    parent = shutil.copytree(finished_run.recipe.model.path, tmp_path / "parent")
+    result = llmprune("eval", parent, "--data", finished_run.path, *QUICK)
     assert result.code == 0
     assert all(name in result.out for name in ("ant", "bee", "mixture", "test split"))
 

@@ -17,7 +17,11 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 FLOORS = [
     ["cli.py", "cli_checkpoints.py", "cli_options.py"],
     ["__init__.py"],
-    ["terminal.py", "run.py", "comparison.py", "checkup.py", "conversion.py", "inspection.py", "recipe_files.py"],
+    [
+        *("terminal.py", "run.py", "comparison.py", "checkup.py", "conversion.py", "inspection.py", "recipe_files.py"),
+        *("evaluation.py", "evaluation_subjects.py", "evaluation_store.py", "evaluation_differences.py"),
+        "evaluation_table.py",
+    ],
     ["workspace.py", "guidance.py"],
     ["run_directory.py"],
     ["search/"],

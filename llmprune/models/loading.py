@@ -34,7 +34,7 @@ def load_model(
     Weights are read from safetensors (or GGUF, dequantised) only. `check` sees the config before any weight is read,
     and may refuse it. Raises ModelError.
     """
-    place, gguf_file = _locate(recipe.path)
+    place, gguf_file = locate(recipe.path)
     where: dict[str, Any] = {"revision": recipe.revision} if recipe.revision else {}
     if gguf_file:
         _check_gguf(Path(place) / gguf_file)
@@ -80,8 +80,25 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _locate(path: str) -> tuple[str, str | None]:
-    """A place for from_pretrained, and the GGUF file in it if the path names one."""
+def stored_dtype(recipe: ModelRecipe) -> str:
+    """The dtype that a checkpoint is in, by its config; that of a GGUF file is float32, to which it is dequantised.
+
+    Raises ModelError if the checkpoint cannot be found, or does not say.
+    """
+    place, gguf_file = locate(recipe.path)
+    if gguf_file:
+        return "float32"
+    where: dict[str, Any] = {"revision": recipe.revision} if recipe.revision else {}
+    with _readable_errors(recipe.path), _quiet_loading():
+        config = AutoConfig.from_pretrained(place, trust_remote_code=recipe.trust_remote_code, **where)
+    dtype = config.dtype or config.get_text_config().dtype
+    if dtype is None:
+        raise ModelError(f"{recipe.path} does not say its dtype in config.json; name one with --dtype")
+    return str(dtype).removeprefix("torch.")
+
+
+def locate(path: str) -> tuple[str, str | None]:
+    """A place for from_pretrained, and the GGUF file in it if the path names one. Raises ModelError."""
     if path.endswith(".gguf"):
         file = Path(path).expanduser()
         if not file.is_file():
