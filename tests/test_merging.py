@@ -194,7 +194,7 @@ def test_a_scorer_that_starts_at_the_merged_layer_scores_the_whole_child(case_id
 
 
 def test_the_estimate_tells_heads_that_merge_well_from_those_that_do_not(tmp_path: Path) -> None:
-    """In a model that has learnt: layer 1 with heads that nearly agree, layers 0 and 2 as they are."""
+    """In a model that has learnt: layer 1 with heads that nearly agree, and the other layer that loses most."""
     texts = [text for name in ("ant", "bee") for text in numbered_documents(name)]
     save_tiny_llama(tmp_path, texts)
     trained = make_parent(AutoModelForCausalLM.from_pretrained(tmp_path), None)
@@ -215,7 +215,8 @@ def test_the_estimate_tells_heads_that_merge_well_from_those_that_do_not(tmp_pat
         scorer = PrefixScorer(parent, library, split)
         exact = exact_delta_nats(scorer, split, space, wanted, lambda done, total: None)
         if not refit:
-            for found in (exact, estimated):
-                assert min(found[layer, merged] for layer in (0, 2)) > 3 * abs(found[1, merged]) > 0
+            clear = max(wanted, key=exact.__getitem__)
+            assert exact[clear] > 10 * abs(exact[1, merged]) and estimated[clear] > 10 * abs(estimated[1, merged])
+            assert exact[1, merged] != 0 != estimated[1, merged]
         losses[refit] = sum(exact.values())
     assert losses[True] < losses[False], "the refit makes up for some of it"
