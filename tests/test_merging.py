@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import CASES, IDS, MERGING_IDS, Slices, masked, merging, overwritten, tiny_parent, tokens
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from tiny import numbered_documents, save_tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from llmprune.architecture import AttentionChoice, FfnChoice, ParentShape
+from llmprune.blocks.library import build_library
+from llmprune.blocks.sensitivity import estimate_delta_nats
+from llmprune.data.tokens import SourceTokens, Split
 from llmprune.errors import ArchitectureError, UnsupportedModelError
+from llmprune.measure.prefix import PrefixScorer
+from llmprune.measure.quality import score_windows
 from llmprune.models.merging import merged_blocks, merged_inputs
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.sizes import size_of
 from llmprune.models.surgery import is_stock, prune
+from llmprune.recipe import ImportanceRecipe
+from llmprune.search.exact import exact_delta_nats
+from llmprune.space import Space
 
 HEADS: dict[str, Callable[[ParentShape], dict[int, int]]] = {
     "one head": lambda shape: dict.fromkeys(range(shape.layers), 1),
@@ -169,3 +179,44 @@ def test_other_numbers_of_query_heads_are_refused(case_id: str, choice: Attentio
     shape = parent_of(case_id).shape
     with pytest.raises(ArchitectureError, match=f"layer 2 keeps .* all 6 query heads: .* is {legal}$"):
         shape.check(shape.architecture.with_choice(2, choice))
+
+
+@pytest.mark.parametrize("case_id", ["llama-mha", "olmo2-gqa", "phi3-gqa"])
+def test_a_scorer_that_starts_at_the_merged_layer_scores_the_whole_child(case_id: str) -> None:
+    parent = parent_of(case_id)
+    split = Split("search", {"a": SourceTokens(tokens(4, 16), torch.full((4,), 30))}, {"a": 1.0}, 16, bos=False)
+    scorer = PrefixScorer(parent, Slices(parent), split)
+    for heads in ({2: 1}, {3: 1}, {1: 1, 3: parent.shape.merged[-1].kv_groups}):
+        architecture = merging(parent.shape, heads)
+        expected = score_windows(prune(parent, architecture, Slices(parent)), split)
+        assert torch.equal(scorer.score(architecture).nats["a"], expected["a"])
+    assert scorer.work.candidates < scorer.work.plain, "what comes before the merged layer is the parent's"
+
+
+def test_the_estimate_tells_heads_that_merge_well_from_those_that_do_not(tmp_path: Path) -> None:
+    """In a model that has learnt: layer 1 with heads that nearly agree, and the other layer that loses most."""
+    texts = [text for name in ("ant", "bee") for text in numbered_documents(name)]
+    save_tiny_llama(tmp_path, texts)
+    trained = make_parent(AutoModelForCausalLM.from_pretrained(tmp_path), None)
+    parent = overwritten(trained, {1: 1})
+    for name, value in parent.block(1, "attention").named_parameters():
+        if name[0] in "kv":
+            value.data += 0.02 * value.data.std() * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    ids = [token for text in texts for token in tiny_tokenizer()(text)["input_ids"]]
+    windows = torch.tensor(ids[: len(ids) // 16 * 16]).reshape(-1, 16)[:48]
+    split = Split("calibration", {"a": SourceTokens(windows, torch.full((48,), 16))}, {"a": 1.0}, 16, bos=False)
+    space = Space.of(parent.shape, 1, 16, merge_kv=True)
+    merged = parent.shape.merged[0]
+    losses = {}
+    for refit in (True, False):
+        library = build_library(parent, split, ImportanceRecipe(refit=refit), space)
+        estimated = estimate_delta_nats(parent, split, library, tokens=split.tokens)
+        wanted = [(layer, merged) for layer in range(3)]
+        scorer = PrefixScorer(parent, library, split)
+        exact = exact_delta_nats(scorer, split, space, wanted, lambda done, total: None)
+        if not refit:
+            clear = max(wanted, key=exact.__getitem__)
+            assert exact[clear] > 10 * abs(exact[1, merged]) and estimated[clear] > 10 * abs(estimated[1, merged])
+            assert exact[1, merged] != 0 != estimated[1, merged]
+        losses[refit] = sum(exact.values())
+    assert losses[True] < losses[False], "the refit makes up for some of it"

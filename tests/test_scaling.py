@@ -98,13 +98,14 @@ def test_exact_scores_run_the_parent_once_and_then_what_comes_after_the_change()
         assert measured(layers, 4)["exact"]["forward_layer_tokens"] == expected
 
 
-def test_a_bound_on_statistics_is_paid_for_in_passes() -> None:
-    parent, split, space = count_work.tiny_llama(4), count_work.tiny_split(), space_of(4, 4)
+@pytest.mark.parametrize("merge_kv", [False, True])
+def test_a_bound_on_statistics_is_paid_for_in_passes(merge_kv: bool) -> None:
+    parent, split, rules = count_work.tiny_llama(4), count_work.tiny_split(), ImportanceRecipe()
+    space = Space.of(parent.shape, 1, 16, merge_kv=merge_kv)
+    of_layer = statistics_bytes(parent.shape, len(gathered_choices(space, rules)))
     for layers_a_pass, passes in ((1, 4), (2, 2), (3, 2), (4, 1)):
         with counting.counted() as work:
-            build_library(
-                parent, split, ImportanceRecipe(), space, memory_bytes=layers_a_pass * statistics_bytes(space.shape)
-            )
+            build_library(parent, split, rules, space, memory_bytes=layers_a_pass * of_layer)
         assert work.forward_layer_tokens == passes * 4 * TOKENS
 
 
