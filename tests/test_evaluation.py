@@ -52,9 +52,16 @@ def options(task_files: Path) -> list[object]:
 
 
 def test_a_run_is_its_export_beside_its_parent(
-    llmprune: Llmprune, run: Path, finished_run: Finished, task_files: Path, tmp_path: Path
+    llmprune: Llmprune,
+    run: Path,
+    finished_run: Finished,
+    task_files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "results.json"
+    # lm-eval asks git where it is; outside of a checkout that is no noise of ours either.
+    monkeypatch.chdir(tmp_path)
     result = llmprune("eval", run, *options(task_files), "--output", output, "--json", "--quiet")
     assert (result.code, result.err) == (0, "")
     parent, child = result.json["models"]

@@ -288,8 +288,9 @@ def _quiet(progress: Advance | None = None) -> Iterator[None]:
             (lm_eval.api.model, "tqdm", Silent),
             (lm_eval.api.task, "tqdm", Silent),
             (lm_eval.models.huggingface, "tqdm", Told),
-            # It asks pip, lscpu and nvidia-smi, for seconds, about what is recorded elsewhere.
+            # These ask pip, lscpu, nvidia-smi and git, for seconds and not without noise, what is recorded elsewhere.
             (lm_eval.evaluator, "add_env_info", lambda storage: None),
+            (lm_eval.evaluator, "get_git_commit_hash", lambda: None),
         ):
             stack.callback(setattr, module, attribute, getattr(module, attribute))
             setattr(module, attribute, stand_in)
