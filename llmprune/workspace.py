@@ -19,6 +19,7 @@ from llmprune.errors import RunDirectoryError
 from llmprune.files import read_json, write_json
 from llmprune.guidance import Estimates, Seed, seeds_from_json, seeds_to_json, walked_seeds, winner
 from llmprune.measure.host import fingerprint
+from llmprune.measure.llamacpp_engine import check_engine, check_space
 from llmprune.measure.prefix import STATES_BYTES, PrefixScorer
 from llmprune.measure.quality import batch_windows
 from llmprune.measure.racing import race_batch
@@ -91,6 +92,8 @@ class Run:
         check_parent(parent, self.recipe.deploy, self.recipe.space.size)
         if self.recipe.workload.compile:
             check_compiler(parent.device)
+        if self.recipe.workload.engine == "llamacpp":
+            check_engine(parent, self.recipe.deploy.gguf_type)
         if self.joined:
             return parent
         known = self.directory.read_provenance().get("parent", {}).get("hash", self.parent_hash)
@@ -110,11 +113,15 @@ class Run:
     def space(self) -> Space:
         rules = self.recipe.space
         whole = Space.of(self.parent.shape, rules.kv_groups_step, rules.ffn_step, drop=rules.drop, size=rules.size)
-        return cut(whole, self.parent, self.recipe.deploy)
+        space = cut(whole, self.parent, self.recipe.deploy)
+        if self.workload.gguf_type is not None:
+            check_space(self.parent, space, self.workload.gguf_type)
+        return space
 
     @cached_property
     def workload(self) -> Workload:
-        return Workload.from_recipe(self.recipe.workload, self.recipe.model.dtype, str(self.parent.device))
+        recipe, device = self.recipe, str(self.parent.device)
+        return Workload.from_recipe(recipe.workload, recipe.model.dtype, device, recipe.deploy.gguf_type)
 
     @cached_property
     def tokens(self) -> TokenSplits:
@@ -243,7 +250,7 @@ class Run:
 
     def _workload_on_any_device(self) -> dict[str, Any]:
         """One of several like GPUs is as good as another."""
-        return {**self.workload.to_json(), "device": self.parent.device.type}
+        return {**self.workload.to_json(), "device": self.workload.device.partition(":")[0]}
 
     @property
     def speed(self) -> str:

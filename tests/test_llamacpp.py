@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from families import COMMON, GROUPED, Case, Slices, tiny_model, tiny_parent, tokens
+from tiny import tiny_recipe
 from transformers import PreTrainedModel
 
 from llmprune.architecture import Architecture
 from llmprune.deploy.gguf import write_gguf
-from llmprune.errors import ModelError
-from llmprune.measure import llamacpp_library, quality
+from llmprune.errors import ExportError, ModelError, RecipeError
+from llmprune.measure import llamacpp_engine, llamacpp_library, quality
 from llmprune.measure.llamacpp import GgufModel, greedy, logits_of, window_nats
+from llmprune.measure.llamacpp_engine import loaded_runs
+from llmprune.measure.throughput import Workload, measure_paired, token_ids
 from llmprune.models.surgery import prune
+from llmprune.recipe import Recipe, WorkloadRecipe, parse_recipe
+from llmprune.run import front, search
+from llmprune.run_directory import RunDirectory
+from llmprune.terminal import front_table
+from llmprune.workspace import Run
 
 LLAMA = Case("llama", "gqa", {**COMMON, **GROUPED, "tie_word_embeddings": True})
 
@@ -128,3 +141,121 @@ except ModelError as error:
 """
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert finished.stdout == "refused\n" and finished.stderr == ""
+
+
+def in_llamacpp(**changes: Any) -> Workload:
+    rules = WorkloadRecipe(engine="llamacpp", prompt_tokens=9, generated_tokens=5, threads=1, **changes)
+    return Workload.from_recipe(rules, "float32", "cuda:1", "f32")
+
+
+@contextmanager
+def files_counted() -> Iterator[list[Path]]:
+    """The GGUF files that the engine writes."""
+    written: list[Path] = []
+
+    def counted(*arguments: Any) -> None:
+        written.append(arguments[2])
+        write_gguf(*arguments)
+
+    with patch.object(llamacpp_engine, "write_gguf", counted):
+        yield written
+
+
+def test_a_workload_of_torch_is_written_as_it_was() -> None:
+    plain = Workload.from_recipe(WorkloadRecipe(threads=2), "float32", "cuda:1", "q8_0").to_json()
+    assert plain == {
+        "batch": 1,
+        "prompt_tokens": 128,
+        "generated_tokens": 32,
+        "dtype": "float32",
+        "threads": 2,
+        "device": "cuda:1",
+    }
+    named = in_llamacpp().to_json()
+    assert (named["engine"], named["gguf_type"], named["device"]) == ("llamacpp", "f32", "cpu")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_is_timed_is_the_models_own_work(batch: int) -> None:
+    parent = tiny_parent(LLAMA)
+    child = prune(parent, Architecture.of([(0, 30), (2, 0), (3, 40), (1, 9)]), Slices(parent))
+    workload = in_llamacpp(batch=batch)
+    ids_BT = token_ids(parent.model, workload)
+    models = (parent.model, child, parent.model)
+    with loaded_runs(models, ids_BT, workload.prompt_tokens, "f32", 1) as runs, torch.inference_mode():
+        for _ in range(2):
+            assert all(run.prefill() > 0 for run in runs)
+            for read in range(workload.prompt_tokens + 1, ids_BT.shape[1] + 1):
+                assert all(run.decode_step() > 0 for run in runs)
+                for run, model in zip(runs, models, strict=True):
+                    expected_BV = model(ids_BT[:, :read]).logits[:, -1]
+                    found_BV = torch.stack([torch.from_numpy(run._session.logits(row)) for row in range(batch)])
+                    # The cache is f16, as it is for llama.cpp's users.
+                    torch.testing.assert_close(found_BV, expected_BV, rtol=0, atol=0.01)
+
+
+def test_the_reference_is_written_once_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    parent = tiny_parent(LLAMA)
+    child = prune(parent, Architecture.of([(1, 8)] * 4), Slices(parent))
+    told: list[tuple[int, int]] = []
+    with files_counted() as written:
+        for _ in range(2):
+            reference, (speed,) = measure_paired(
+                parent.model, [child], in_llamacpp(), 2, lambda done, total: told.append((done, total))
+            )
+        measure_paired(parent.model, [parent.model], in_llamacpp(), 1)
+    # Parent and child, then the child once more.
+    assert len(written) == 3
+    assert told == [(1, 2), (2, 2)] * 2
+    assert not list(tmp_path.iterdir())
+    assert reference.decode_speedup.median == 1 and speed.decode_tokens_per_s.median > 0
+    kept = llamacpp_engine._kept[parent.model]["f32"]
+    assert kept._model
+    del parent, child
+    gc.collect()
+    assert not kept._model, "weights outlive the model that they are copies of"
+
+
+def test_a_model_that_is_no_gguf_file_is_not_timed() -> None:
+    model = tiny_model(Case("qwen3", "gqa", {**COMMON, **GROUPED, "head_dim": 8}))
+    with pytest.raises(ExportError, match="qwen3"):
+        measure_paired(model, [model], in_llamacpp(), 1)
+
+
+def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
+    data = recipe.model_dump(mode="json")
+    for section, values in sections.items():
+        data[section] |= values
+    return parse_recipe(data, origin="changed")
+
+
+def test_a_search_is_timed_in_llama_cpp(tmp_path: Path) -> None:
+    recipe = changed(tiny_recipe(tmp_path), workload={"engine": "llamacpp", "threads": 1})
+    directory = RunDirectory(tmp_path / "run")
+    with directory.locked(), files_counted() as written:
+        run = Run.start(directory.path, recipe)
+        plain = Run(directory, tiny_recipe(tmp_path))
+        search(run)
+        found = front(run)
+    assert len(written) > recipe.search.trials, "every child has a file"
+    for record in (found["parent"], *found["children"]):
+        workload = record["measured_on"]["workload"]
+        assert workload["engine"] == "llamacpp" and workload["gguf_type"] == "f16"
+    assert "timed in llama.cpp from f16 GGUF files, scored in torch" in str(front_table(found).caption)
+    assert run.study_name != plain.study_name, "trials of two engines do not compare"
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"workload": {"engine": "llamacpp", "compile": True}}, "compile is torch's"),
+        ({"workload": {"engine": "llamacpp"}, "deploy": {"gguf_type": "q8_0"}}, "hidden_size"),
+        ({"workload": {"engine": "tensorrt"}}, "workload.engine"),
+    ],
+)
+def test_recipes_that_llama_cpp_cannot_time_are_refused_at_once(
+    sections: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=named):
+        assert Run.start(tmp_path / "run", changed(tiny_recipe(tmp_path), **sections)).parent

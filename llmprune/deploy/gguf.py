@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.architecture import Architecture, AttentionChoice, BlockChoice, ParentShape
+from llmprune.architecture import AttentionChoice, BlockChoice, ParentShape
 from llmprune.deploy.gguf_tokenizer import add_tokenizer
+from llmprune.deploy.layers import layer_sizes, stock_type
 from llmprune.errors import ExportError
 from llmprune.files import atomic_path
-from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX
+from llmprune.models.modeling_pruned import FAMILIES
 from llmprune.recipe import GgufType
 
 ARCHITECTURE = "deci"
@@ -49,8 +50,7 @@ _F16_MAX = float(np.finfo(np.float16).max)
 def gguf_problem(config: Any, weights: GgufType = "f16") -> str | None:
     """Why a model with this config (a parent's, or a child's) cannot be a GGUF file from which llama.cpp computes
     the same; None if it can. Reads no weight."""
-    family = config.model_type.removeprefix(PRUNED_PREFIX)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    family = stock_type(config)
     rope = getattr(config, "rope_parameters", None) or {}
     if family not in LLAMA_SHAPED:
         return f"gguf holds {', '.join(LLAMA_SHAPED)} models, whose layers llama.cpp's deci computes; got {family}"
@@ -65,37 +65,47 @@ def gguf_problem(config: Any, weights: GgufType = "f16") -> str | None:
             f"gguf knows full attention only, and the model attends to {window} positions of up to "
             f"{config.max_position_embeddings}"
         )
-    if head_dim % 2:
-        return f"head_dim must be even for gguf, got {head_dim}"
+    if _head_dim(config) % 2:
+        return f"head_dim must be even for gguf, got {_head_dim(config)}"
     if weights == "q8_0" and config.hidden_size % BLOCK:
-        return f"hidden_size must be a multiple of {BLOCK} for gguf in q8_0, got {config.hidden_size}; use f16"
+        return (
+            f"hidden_size must be a multiple of {BLOCK} for gguf in q8_0, got {config.hidden_size}; "
+            "use deploy.gguf_type=f16"
+        )
     return None
 
 
-def gguf_choice_problem(shape: ParentShape, layer: int, choice: BlockChoice, weights: GgufType = "f16") -> str | None:
-    """Why a block of a parent of this shape cannot keep this in a GGUF file; None if it can. A choice that `gguf`
-    cannot hold is one in q8_0 whose output projection has rows that are no whole number of blocks."""
-    inputs = shape.inputs(choice)
-    if weights != "q8_0" or inputs % BLOCK == 0:
-        return None
+def gguf_choice_problem(shape: ParentShape, choice: BlockChoice, weights: GgufType = "f16") -> str | None:
+    """Why no block of a parent of this shape can keep this in a GGUF file; None if it can."""
     if isinstance(choice, AttentionChoice):
+        return _row_problem(choice.kv_groups * shape.queries(choice), shape.head_dim, 0, weights)
+    return _row_problem(0, shape.head_dim, choice.ffn_width, weights)
+
+
+def gguf_child_problem(config: Any, weights: GgufType = "f16") -> str | None:
+    """Why a child with this config cannot be a GGUF file, naming the layer; None if it can."""
+    for i, layer in enumerate(layer_sizes(config)):
+        if problem := _row_problem(layer.heads, _head_dim(config), layer.ffn_width, weights, f" in layer {i}"):
+            return problem
+    return None
+
+
+def _row_problem(heads: int, head_dim: int, ffn_width: int, weights: GgufType, where: str = "") -> str | None:
+    """Rows of an output projection that are no whole number of blocks cannot be stored in q8_0."""
+    if weights != "q8_0":
+        return None
+    if heads * head_dim % BLOCK:
         return (
-            f"query heads x head_dim must be a multiple of {BLOCK} for gguf in q8_0, got "
-            f"{inputs // shape.head_dim} x {shape.head_dim} in layer {layer}; use f16, or another number of heads"
+            f"query heads x head_dim must be a multiple of {BLOCK} for gguf in q8_0, got {heads} x {head_dim}{where}; "
+            "use another number of heads, or deploy.gguf_type=f16"
         )
-    low = inputs // BLOCK * BLOCK
-    return (
-        f"ffn_width must be a multiple of {BLOCK} for gguf in q8_0, got {inputs} in layer {layer}; "
-        f"use {low} or {low + BLOCK}, or f16"
-    )
-
-
-def check_gguf(config: Any, shape: ParentShape, architecture: Architecture, weights: GgufType = "f16") -> None:
-    """Raises ExportError, with the first rule that is broken, unless the architecture can be a GGUF file."""
-    problems = (gguf_choice_problem(shape, layer, choice, weights) for layer, choice in architecture.blocks())
-    problem = gguf_problem(config, weights) or next((problem for problem in problems if problem), None)
-    if problem:
-        raise ExportError(problem)
+    if ffn_width % BLOCK:
+        low = ffn_width // BLOCK * BLOCK
+        return (
+            f"ffn_width must be a multiple of {BLOCK} for gguf in q8_0, got {ffn_width}{where}; "
+            f"use {f'{low} or ' if low else ''}{low + BLOCK}, or deploy.gguf_type=f16"
+        )
+    return None
 
 
 def write_gguf(
@@ -107,9 +117,9 @@ def write_gguf(
     tokenizer llama.cpp runs the file on token ids only. The child may be on any device and in any dtype.
     Raises ExportError if llama.cpp would not compute the same from it, RunDirectoryError if `path` cannot be written.
     """
-    if problem := gguf_problem(child.config, weights):
+    if problem := gguf_problem(child.config, weights) or gguf_child_problem(child.config, weights):
         raise ExportError(problem)
-    layers = _layers(child, weights)
+    layers = _layers(child.config)
     tensors = list(_tensors(child, layers, weights))
     with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
@@ -171,35 +181,18 @@ class _Tensor:
         return stored
 
 
-def _layers(child: PreTrainedModel, weights: GgufType) -> list[_Layer]:
-    """What each layer has, read from its tensors. Raises ExportError for rows that q8_0 cannot store."""
-    family = FAMILIES[child.config.model_type.removeprefix(PRUNED_PREFIX)]
-    state = child.state_dict()
-    head_dim = _head_dim(child.config)
+def _layers(config: Any) -> list[_Layer]:
+    """What each layer of the file has: the child's blocks, and zero blocks where llama.cpp has to have one."""
+    family = FAMILIES[stock_type(config)]
     layers = []
-    for i in range(child.config.num_hidden_layers):
-        prefix = f"{family.layers}.{i}."
-        rows = {
-            name: len(tensor) if (tensor := state.get(f"{prefix}{name}.weight")) is not None else 0
-            for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
-        }
-        heads, kv_heads, ffn_width = (
-            rows["self_attn.q_proj"] // head_dim,
-            rows["self_attn.k_proj"] // head_dim,
-            rows["mlp.gate_proj"],
-        )
-        if weights == "q8_0" and (heads * head_dim % BLOCK or ffn_width % BLOCK):
-            raise ExportError(
-                f"query heads x head_dim and ffn_width must be multiples of {BLOCK} for gguf in q8_0, got "
-                f"{heads} x {head_dim} and {ffn_width} in layer {i} of the child; use f16"
-            )
-        zero_head, zero_ffn = i == 0 and not heads, not ffn_width
+    for i, sizes in enumerate(layer_sizes(config)):
+        zero_head, zero_ffn = i == 0 and not sizes.heads, not sizes.ffn_width
         layers.append(
             _Layer(
-                prefix,
-                heads=1 if zero_head else heads,
-                kv_heads=1 if zero_head else kv_heads,
-                ffn_width=BLOCK if zero_ffn else ffn_width,
+                f"{family.layers}.{i}.",
+                heads=1 if zero_head else sizes.heads,
+                kv_heads=1 if zero_head else sizes.kv_heads,
+                ffn_width=BLOCK if zero_ffn else sizes.ffn_width,
                 zero_head=zero_head,
                 zero_ffn=zero_ffn,
             )
