@@ -21,6 +21,7 @@ BASELINE_NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
 FormatName = Literal["hf", "hf-uniform", "gguf", "vllm"]
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
 GgufType = Literal["f32", "f16", "q8_0"]
+EngineName = Literal["torch", "llamacpp"]
 
 
 class _Strict(BaseModel):
@@ -103,6 +104,17 @@ class WorkloadRecipe(_Strict):
         description="time models as torch.compile makes them, with a static cache; every child is compiled, which "
         "takes minutes",
     )
+    engine: EngineName = Field(
+        "torch",
+        description="what runs the timed models: torch on the model's device, or llama.cpp on the CPU, which reads "
+        "them from GGUF files of deploy.gguf_type (quality is torch's either way)",
+    )
+
+    @model_validator(mode="after")
+    def _only_torch_compiles(self) -> WorkloadRecipe:
+        if self.compile and self.engine != "torch":
+            raise ValueError(f"compile is torch's; leave it out with engine={self.engine}")
+        return self
 
 
 class ImportanceRecipe(_Strict):

@@ -128,7 +128,7 @@ def front_table(front: Mapping[str, Any]) -> Table:
             f"{measured_on['seq_len']}, {'with' if measured_on['bos'] else 'no'} BOS. Batch {workload['batch']}, "
             f"{workload['prompt_tokens']} prompt + {workload['generated_tokens']} generated tokens, "
             f"{workload['dtype']}, {workload['threads']} threads on {workload['device']}"
-            f"{', compiled' if workload.get('compile') else ''}. Speed-ups are medians of "
+            f"{', compiled' if workload.get('compile') else ''}{_timed_by(workload)}. Speed-ups are medians of "
             "paired ratios (10th-90th percentile)."
         ),
         caption_justify="left",
@@ -238,6 +238,13 @@ def inspection_table(result: Mapping[str, Any]) -> Table:
             cells += [f"{100 * block[share]:.1f}%" for share in ("prefill_share", "decode_share")]
         table.add_row(*cells)
     return table
+
+
+def _timed_by(workload: Mapping[str, Any]) -> str:
+    """The engine, where it is not the one that scored."""
+    if workload.get("engine", "torch") == "torch":
+        return ""
+    return f"; timed in llama.cpp from {workload['gguf_type']} GGUF files, scored in torch"
 
 
 def formats_table(rows: Sequence[Mapping[str, Any]]) -> Table:

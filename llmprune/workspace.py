@@ -19,6 +19,7 @@ from llmprune.errors import RunDirectoryError
 from llmprune.files import read_json, write_json
 from llmprune.guidance import Estimates, Seed, seeds_from_json, seeds_to_json, walked_seeds, winner
 from llmprune.measure.host import fingerprint
+from llmprune.measure.llamacpp_engine import check_engine, check_space
 from llmprune.measure.prefix import STATES_BYTES, PrefixScorer
 from llmprune.measure.quality import batch_windows
 from llmprune.measure.racing import race_batch
@@ -92,6 +93,8 @@ class Run:
         check_parent(parent, self.recipe.deploy, self.recipe.space.size)
         if self.recipe.workload.compile:
             check_compiler(parent.device)
+        if self.recipe.workload.engine == "llamacpp":
+            check_engine(parent, self.recipe.deploy.gguf_type)
         if self.joined:
             return parent
         known = self.directory.read_provenance().get("parent", {})
@@ -131,11 +134,15 @@ class Run:
             size=rules.size,
             merge_kv=rules.merge_kv or merging_helps(self.parent, self.recipe.deploy, rules.size),
         )
-        return cut(whole, self.parent, self.recipe.deploy)
+        space = cut(whole, self.parent, self.recipe.deploy)
+        if self.workload.gguf_type is not None:
+            check_space(self.parent, space, self.workload.gguf_type)
+        return space
 
     @cached_property
     def workload(self) -> Workload:
-        return Workload.from_recipe(self.recipe.workload, self.recipe.model.dtype, str(self.parent.device))
+        recipe, device = self.recipe, str(self.parent.device)
+        return Workload.from_recipe(recipe.workload, recipe.model.dtype, device, recipe.deploy.gguf_type)
 
     @cached_property
     def tokens(self) -> TokenSplits:
@@ -266,7 +273,7 @@ class Run:
 
     def _workload_on_any_device(self) -> dict[str, Any]:
         """One of several like GPUs is as good as another."""
-        return {**self.workload.to_json(), "device": self.parent.device.type}
+        return {**self.workload.to_json(), "device": self.workload.device.partition(":")[0]}
 
     @property
     def speed(self) -> str:

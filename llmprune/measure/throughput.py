@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from llmprune.errors import RecipeError
-from llmprune.recipe import WorkloadRecipe
+from llmprune.recipe import EngineName, GgufType, WorkloadRecipe
 
 PREFILL_PAIRS = 2
 """Prompts that each model reads in one repeat; the last one's cache is what decode continues."""
@@ -45,17 +45,26 @@ class Workload:
     threads: int
     device: str
     compile: bool = False
+    engine: EngineName = "torch"
+    gguf_type: GgufType | None = None
+    """How llama.cpp's weights are stored, which then says more of the speed than the dtype; None for torch."""
 
     @classmethod
-    def from_recipe(cls, recipe: WorkloadRecipe, dtype: str, device: str) -> Workload:
-        """The recipe's workload on a device such as "cpu" or "cuda:1"; threads default to torch's own choice."""
+    def from_recipe(cls, recipe: WorkloadRecipe, dtype: str, device: str, gguf_type: GgufType = "f16") -> Workload:
+        """The recipe's workload on a device such as "cpu" or "cuda:1" (llama.cpp's is the CPU, always).
+
+        Threads default to torch's own choice.
+        """
         threads = torch.get_num_threads() if recipe.threads is None else recipe.threads
-        return cls(recipe.batch, recipe.prompt_tokens, recipe.generated_tokens, dtype, threads, device, recipe.compile)
+        lengths = recipe.batch, recipe.prompt_tokens, recipe.generated_tokens
+        if recipe.engine == "torch":
+            return cls(*lengths, dtype, threads, device, recipe.compile)
+        return cls(*lengths, dtype, threads, "cpu", engine=recipe.engine, gguf_type=gguf_type)
 
     def to_json(self) -> dict[str, Any]:
         """Without what is as it always was, so that hashes of plain workloads stay."""
-        values = asdict(self)
-        return {key: value for key, value in values.items() if key != "compile" or value}
+        plain = {"compile": False, "engine": "torch", "gguf_type": None}
+        return {key: value for key, value in asdict(self).items() if key not in plain or value != plain[key]}
 
 
 @dataclass(frozen=True)
@@ -120,12 +129,17 @@ def measure_paired(
     prefill: list[list[Pair]] = [[] for _ in candidates]
     decode: list[list[Pair]] = [[] for _ in candidates]
     compiled = _compiled(1 + len(candidates)) if workload.compile else nullcontext()
-    with torch.inference_mode(), steady_process(workload.threads), compiled:
-        for model in (reference, *candidates):
-            _warm_up(model, ids_BT, workload)
+    with (
+        running((reference, *candidates), ids_BT, workload) as (of_reference, *of_candidates),
+        torch.inference_mode(),
+        steady_process(workload.threads),
+        compiled,
+    ):
+        for run in (of_reference, *of_candidates):
+            _warm_up(run, workload)
         for repeat in range(repeats):
-            for i, candidate in enumerate(candidates):
-                runs = tuple(Generation(model, ids_BT, workload) for model in (reference, candidate))
+            for i, run in enumerate(of_candidates):
+                runs = (of_reference, run)
                 prefill[i] += _in_turns(*(run.prefill for run in runs), pairs=PREFILL_PAIRS)
                 decode[i] += _in_turns(*(run.decode_step for run in runs), pairs=workload.generated_tokens)
                 if progress is not None:
@@ -134,8 +148,36 @@ def measure_paired(
     return _speed(_of_reference(prefill), _of_reference(decode), workload), speeds
 
 
+class Timed(Protocol):
+    """One model on its way through the workload, in whatever engine; every method returns seconds."""
+
+    def prefill(self) -> float:
+        """Read the prompt into an empty cache."""
+        ...
+
+    def decode_step(self) -> float:
+        """Read one token more."""
+        ...
+
+
+@contextmanager
+def running(models: Sequence[PreTrainedModel], ids_BT: torch.Tensor, workload: Workload) -> Iterator[list[Timed]]:
+    """Models in the workload's engine, each with a cache of its own; one model may stand there twice.
+
+    The first is the reference, which an engine may keep for the next call.
+    """
+    if workload.engine == "torch":
+        yield [Generation(model, ids_BT, workload) for model in models]
+        return
+    from llmprune.measure.llamacpp_engine import loaded_runs  # imported late: it is not always there
+
+    assert workload.gguf_type is not None, "llama.cpp reads weights of some type"
+    with loaded_runs(models, ids_BT, workload.prompt_tokens, workload.gguf_type, workload.threads) as runs:
+        yield list(runs)
+
+
 class Generation:
-    """One model on its way through the workload, with its cache."""
+    """One model in torch, on its way through the workload, with its cache."""
 
     def __init__(self, model: PreTrainedModel, ids_BT: torch.Tensor, workload: Workload) -> None:
         self._config, self._ids_BT, self._workload = model.config, ids_BT, workload
@@ -179,8 +221,7 @@ def _in_turns(reference: Callable[[], float], candidate: Callable[[], float], *,
     return taken
 
 
-def _warm_up(model: PreTrainedModel, ids_BT: torch.Tensor, workload: Workload) -> None:
-    run = Generation(model, ids_BT, workload)
+def _warm_up(run: Timed, workload: Workload) -> None:
     run.prefill()
     for _ in range(min(_WARM_UP_STEPS, workload.generated_tokens)):
         run.decode_step()
@@ -217,6 +258,8 @@ def _of_reference(pairs_by_candidate: Sequence[Sequence[Pair]]) -> list[Pair]:
 
 def _check(model: PreTrainedModel, workload: Workload) -> None:
     assert not model.training, "dropout would be timed: call model.eval() first"
+    if workload.engine != "torch":
+        return
     assert str(model.dtype) == f"torch.{workload.dtype}", f"a model in {model.dtype} for a workload in {workload.dtype}"
     assert model.device.type == torch.device(workload.device).type, f"a model on {model.device} for {workload.device}"
 

@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 
 import torch
+from transformers import PreTrainedModel
 
 from llmprune.architecture import FfnChoice
 from llmprune.blocks.importance import eliminate
 from llmprune.blocks.library import BlockLibrary
 from llmprune.measure.quality import batch_windows, window_nats
-from llmprune.measure.throughput import Generation, Workload, steady_process, token_ids
+from llmprune.measure.throughput import Workload, running, steady_process, token_ids
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import prune
 from llmprune.space import Space
@@ -46,7 +47,8 @@ class Rates:
     child_s: float
     """Making a child that differs from the parent in one block."""
     comparison_s: float
-    """What a comparison takes besides its passes: garbage is collected first, which outweighs a tiny model."""
+    """What a comparison takes besides its passes: garbage is collected first, which outweighs a tiny model, and
+    llama.cpp reads the child from a file that is written for it."""
     process_s: float = 0.0
     """Starting a process that imports torch and transformers, as the proof of a checkpoint does."""
 
@@ -63,7 +65,8 @@ def measure_rates(parent: Parent, space: Space, workload: Workload, windows: int
         one_less = parent.shape.architecture.with_choice(0, FfnChoice(0))
         # A dropped block asks the library for nothing.
         child_s = _seconds(parent, lambda: prune(parent, one_less, BlockLibrary(space, ())))
-        comparison_s = _seconds(parent, lambda: _collect(workload.threads))
+        child = prune(parent, one_less, BlockLibrary(space, ()))
+        comparison_s = _seconds(parent, lambda: _prepare(parent, child, workload))
     return Rates(forward_s, prefill_s, step_s, float64, elimination, float32, child_s, comparison_s)
 
 
@@ -88,8 +91,10 @@ def _forward_s_per_token(parent: Parent, most: int, seq_len: int) -> float:
         windows = min(2 * windows, most)
 
 
-def _collect(threads: int) -> None:
-    with steady_process(threads):
+def _prepare(parent: Parent, child: PreTrainedModel, workload: Workload) -> None:
+    """All of a comparison but its passes: llama.cpp's children are written to files first."""
+    ids_BT = token_ids(parent.model, workload)
+    with steady_process(workload.threads), running([parent.model, child], ids_BT, replace(workload, compile=False)):
         pass
 
 
@@ -99,10 +104,10 @@ def _workload_s(parent: Parent, workload: Workload) -> tuple[float, float]:
     steps = min(_PASSES, workload.generated_tokens)
     prefills: list[float] = []
     decodes: list[float] = []
-    while len(prefills) < 3 and sum(prefills[1:]) < BUDGET_S:
-        run = Generation(parent.model, ids_BT, plain)
-        prefills.append(run.prefill())
-        decodes += [run.decode_step() for _ in range(steps)]
+    with running([parent.model], ids_BT, plain) as (run,):
+        while len(prefills) < 3 and sum(prefills[1:]) < BUDGET_S:
+            prefills.append(run.prefill())
+            decodes += [run.decode_step() for _ in range(steps)]
     return median(prefills[1:] or prefills), median(decodes)
 
 
