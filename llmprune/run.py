@@ -13,7 +13,7 @@ from optuna.storages import BaseStorage
 
 from llmprune.architecture import Architecture
 from llmprune.comparison import entrant, trials_of
-from llmprune.deploy.write import write_formats
+from llmprune.conversion import write_formats
 from llmprune.errors import ExportError, ModelError, RunDirectoryError, StorageError
 from llmprune.files import read_json, write_json
 from llmprune.measure.host import fingerprint

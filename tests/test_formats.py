@@ -13,16 +13,19 @@ from decilm import decilm_logits
 from families import CASES, IDS, Slices, tiny_parent, tokens
 from tiny import contents, tiny_tokenizer
 
+from llmprune import conversion
 from llmprune.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice
+from llmprune.conversion import convert, gguf_name, write_formats
 from llmprune.deploy.contents import VLLM_DIRECTORY
 from llmprune.deploy.formats import FORMATS, check_child, check_parent, cut, merging_helps
+from llmprune.deploy.gguf import write_gguf
 from llmprune.deploy.layers import LayerSizes, layer_sizes
 from llmprune.deploy.vllm import write_vllm
-from llmprune.deploy.write import write_formats
 from llmprune.errors import ExportError, RecipeError, UnsupportedModelError
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import prune
-from llmprune.recipe import FORMAT_NAMES, DeployRecipe, FormatName
+from llmprune.progress import silent
+from llmprune.recipe import FORMAT_NAMES, DeployRecipe, FormatName, ModelRecipe
 from llmprune.space import Space
 
 DECILM_IDS = [name for name in IDS if name.startswith("llama-")]
@@ -195,3 +198,51 @@ def test_an_impossible_export_names_layer_value_and_fix() -> None:
 def test_every_format_of_a_recipe_is_described() -> None:
     assert set(FORMATS) == set(FORMAT_NAMES)
     assert all(form.holds and form.served_by for form in FORMATS.values())
+
+
+def test_gguf_in_q8_0_leaves_rows_of_whole_blocks() -> None:
+    parent = parent_of("llama-wide-heads")
+    space = Space.of(parent.shape, 1, 8)
+    q8 = DeployRecipe(formats=("gguf",), gguf_type="q8_0")
+    with pytest.raises(UnsupportedModelError, match="hidden_size must be a multiple of 32 for gguf in q8_0, got 48"):
+        check_parent(parent, q8, "medium")
+    kept = cut(space, parent, q8)
+    assert kept.ffn == (FfnChoice(0), FfnChoice(32), FfnChoice(40))
+    assert kept.attention == (AttentionChoice(0), AttentionChoice(3))
+    assert cut(space, parent, rules("gguf")) == space
+
+
+def test_a_checkpoint_is_converted_where_it_lies(tmp_path: Path) -> None:
+    parent = parent_of("llama-biased")
+    child = prune(parent, architecture_of(parent, "ffns"), Slices(parent))
+    child.save_pretrained(tmp_path / "child")
+    tiny_tokenizer().save_pretrained(tmp_path / "child")
+    model = ModelRecipe(path=str(tmp_path / "child"), device="cpu")
+    both = DeployRecipe(formats=("gguf", "vllm"), gguf_type="f32")
+    result = convert(model, both, None, silent, force=False)
+    assert [entry["file"] for entry in result["formats"]] == [gguf_name("f32"), VLLM_DIRECTORY]
+    assert result["formats"][0]["proof"].startswith("run in llama.cpp: KL")
+    assert (tmp_path / "child" / "model-F32.gguf").is_file()
+    with pytest.raises(ExportError, match="is there already; use --force"):
+        convert(model, both, None, silent, force=False)
+    convert(model, both, None, silent, force=True)
+    assert not [path for path in (tmp_path / "child").iterdir() if path.name.startswith(".")]
+
+
+def test_a_gguf_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = parent_of("llama-gqa")
+    child = prune(parent, architecture_of(parent, "widths"), Slices(parent))
+    other = prune(parent, architecture_of(parent, "middle attention"), Slices(parent))
+    monkeypatch.setattr(conversion, "write_gguf", lambda child, *rest: write_gguf(other, *rest))
+    with pytest.raises(ExportError, match=r"llama\.cpp computes something else from model-F16\.gguf: KL"):
+        write_formats(child, None, rules("gguf"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_to_convert_to_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="not a directory that files could be added to; name one with --to"):
+        convert(ModelRecipe(path="org/name"), rules("gguf"), None, silent, force=False)
+    parent = parent_of("qwen3-gqa")
+    parent.model.save_pretrained(tmp_path)
+    with pytest.raises(ExportError, match="gguf cannot hold this child: gguf holds llama, mistral, qwen2 models"):
+        convert(ModelRecipe(path=str(tmp_path)), rules("gguf"), None, silent, force=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmprune.architecture import BLOCK_KINDS, AttentionChoice, BlockChoice, LayerChoice
+from llmprune.deploy.gguf import BLOCK, gguf_child_problem, gguf_choice_problem, gguf_problem
 from llmprune.deploy.layers import layer_sizes, stock_type
 from llmprune.errors import ExportError, RecipeError, UnsupportedModelError
 from llmprune.models.parent import Parent
@@ -22,16 +23,16 @@ Problem = str | None
 class Format:
     """One way to write a child.
 
-    `parent_problem(config)`: why no child of such a parent can be held. `choice_problem(parent, choice, rules)`: why a
-    choice cannot, in whatever layer; such choices are left out of the search. `child_problem(config, rules)`: why this
-    child cannot. `constant_heads`: all layers have the same number of query heads. `sizes`: the space sizes whose
+    `parent_problem(config, rules)`: why no child of such a parent can be held. `choice_problem(parent, choice, rules)`:
+    why a choice cannot, in whatever layer; such choices are left out of the search. `child_problem(config, rules)`: why
+    this child cannot. `constant_heads`: all layers have the same number of query heads. `sizes`: the space sizes whose
     children it holds.
     """
 
     name: FormatName
     holds: str
     served_by: str
-    parent_problem: Callable[[Any], Problem]
+    parent_problem: Callable[[Any, DeployRecipe], Problem]
     choice_problem: Callable[[Parent, BlockChoice, DeployRecipe], Problem]
     child_problem: Callable[[Any, DeployRecipe], Problem]
     constant_heads: bool = False
@@ -41,7 +42,7 @@ class Format:
 def check_parent(parent: Parent, rules: DeployRecipe, size: SpaceSize) -> None:
     """Raises UnsupportedModelError or RecipeError if a format of the recipe can hold no child of this search."""
     for form in (FORMATS[name] for name in rules.formats):
-        if problem := form.parent_problem(parent.model.config):
+        if problem := form.parent_problem(parent.model.config, rules):
             raise UnsupportedModelError(
                 f"deploy.formats names {form.name}, which cannot hold {parent.source}: {problem}"
             )
@@ -87,7 +88,7 @@ def cut(space: Space, parent: Parent, rules: DeployRecipe) -> Space:
 def check_child(config: Any, name: FormatName, rules: DeployRecipe) -> None:
     """Raises ExportError, naming the layer, the value and the fix, if a format cannot hold the child of this config."""
     form = FORMATS[name]
-    if problem := form.parent_problem(config) or form.child_problem(config, rules):
+    if problem := form.parent_problem(config, rules) or form.child_problem(config, rules):
         raise ExportError(f"{name} cannot hold this child: {problem}")
 
 
@@ -125,7 +126,7 @@ def _no_stock_words(parent: Parent, choice: BlockChoice, rules: DeployRecipe) ->
 _DECILM_FAMILIES = ("llama",)
 
 
-def _not_decilm(config: Any) -> Problem:
+def _not_decilm(config: Any, rules: DeployRecipe) -> Problem:
     family = stock_type(config)
     if family not in _DECILM_FAMILIES:
         return f"the DeciLM schema is Llama's, and {family} computes something else; use hf or, where it fits, gguf"
@@ -175,6 +176,15 @@ FORMATS: dict[FormatName, Format] = {
             choice_problem=_no_stock_words,
             child_problem=_not_uniform,
             sizes=("small", "layer"),
+        ),
+        Format(
+            "gguf",
+            holds="children of Llama-shaped families (llama, mistral without a sliding window, qwen2): any heads, any "
+            f"blocks; FFN widths are multiples of {BLOCK} in q8_0",
+            served_by="llama.cpp and what stands on it (architecture deci)",
+            parent_problem=lambda config, rules: gguf_problem(config, rules.gguf_type),
+            choice_problem=lambda parent, choice, rules: gguf_choice_problem(parent.shape, choice, rules.gguf_type),
+            child_problem=lambda config, rules: gguf_child_problem(config, rules.gguf_type),
         ),
         Format(
             "vllm",
