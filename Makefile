@@ -12,6 +12,7 @@ OUT ?= runs/run
 PICK ?= decode_speedup>=1.3
 TO ?= $(OUT)/export
 DIRS ?= $(TO)
+GGUF_TYPE ?= f16
 SET ?=
 # make push OUT=runs/name REPO=user/name LICENCE=apache-2.0   (private; LICENCE unless the recipe names it)
 REPO ?= $(error name a REPO=user/name)
@@ -29,7 +30,7 @@ OUTPUT ?=
 PARENT ?=
 TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
 
-.PHONY: setup demo compress search baselines export push bench bench-search bench-scaling eval test lint typecheck check clean
+.PHONY: setup demo compress search baselines export export-gguf export-vllm push bench bench-search bench-scaling eval test lint typecheck check clean
 
 setup: $(VENV)/.installed
 
@@ -66,6 +67,13 @@ bench-search: setup
 
 export: setup
 	$(LLMPRUNE) export '$(OUT)' --pick '$(PICK)' --to '$(TO)'
+
+# make export-gguf TO=DIR GGUF_TYPE=q8_0      adds DIR/model-Q8_0.gguf to an exported checkpoint
+export-gguf: setup
+	$(LLMPRUNE) convert '$(TO)' --format gguf --gguf-type '$(GGUF_TYPE)'
+
+export-vllm: setup
+	$(LLMPRUNE) convert '$(TO)' --format vllm
 
 push: setup
 	$(LLMPRUNE) push '$(OUT)' '$(REPO)' $(if $(LICENCE),--licence '$(LICENCE)')

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from llmprune.errors import DataError
+from llmprune.deploy.gguf import gguf_child_problem, gguf_problem
+from llmprune.errors import DataError, ModelError
 from llmprune.measure.host import fingerprint
-from llmprune.measure.throughput import Workload, measure_paired
-from llmprune.models.loading import load_model
+from llmprune.measure.llamacpp_library import library
+from llmprune.measure.throughput import Workload, check_compiler, measure_paired
+from llmprune.models.loading import load_model, resolve_device
 from llmprune.models.sizes import parameter_count
 from llmprune.progress import Show
-from llmprune.recipe import ModelRecipe, WorkloadRecipe
+from llmprune.recipe import GgufType, ModelRecipe, WorkloadRecipe
 
 
-def bench(models: Sequence[ModelRecipe], workload: WorkloadRecipe, show: Show) -> dict[str, Any]:
-    """Time checkpoints in one interleaved run; the first is the reference of all speed-ups."""
+def bench(
+    models: Sequence[ModelRecipe], workload: WorkloadRecipe, show: Show, *, gguf_type: GgufType = "f16"
+) -> dict[str, Any]:
+    """Time checkpoints in one interleaved run; the first is the reference of all speed-ups.
+
+    Raises ModelError, before any weight is read, if the workload's engine or compiler cannot run them.
+    """
+    if workload.compile:
+        check_compiler(resolve_device(models[0].device))
     with show("loading") as advance:
         loaded = []
         for done, recipe in enumerate(models, start=1):
-            loaded.append(load_model(recipe)[0])
+            runs = partial(_check_engine, recipe.path, gguf_type) if workload.engine == "llamacpp" else _any
+            loaded.append(load_model(recipe, check=runs)[0])
             advance(done, len(models))
     vocabulary = loaded[0].config.get_text_config().vocab_size
     for recipe, model in zip(models, loaded, strict=True):
         check_vocabulary(model, recipe.path, vocabulary - 1)
-    timed = Workload.from_recipe(workload, models[0].dtype, str(loaded[0].device))
+    timed = Workload.from_recipe(workload, models[0].dtype, str(loaded[0].device), gguf_type)
     with show("timing") as advance:
         # A lone checkpoint is timed against itself: its tokens per second are what is asked for.
         reference, others = measure_paired(loaded[0], loaded[1:] or loaded[:1], timed, workload.repeats, advance)
@@ -38,6 +49,16 @@ def bench(models: Sequence[ModelRecipe], workload: WorkloadRecipe, show: Show) -
         ],
         "measured_on": {"workload": timed.to_json(), "repeats": workload.repeats, "host": fingerprint()},
     }
+
+
+def _any(config: Any) -> None:
+    """torch runs them all."""
+
+
+def _check_engine(path: str, gguf_type: GgufType, config: Any) -> None:
+    library()
+    if problem := gguf_problem(config, gguf_type) or gguf_child_problem(config, gguf_type):
+        raise ModelError(f"llama.cpp cannot run {path}: {problem}")
 
 
 def check_vocabulary(model: PreTrainedModel, path: str, largest_id: int) -> None:

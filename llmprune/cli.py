@@ -11,47 +11,26 @@ from rich.markup import escape
 
 from llmprune.cli_checkpoints import app as of_checkpoints
 from llmprune.cli_options import (
-    Batch,
-    Device,
     DryRun,
-    Dtype,
-    FewShot,
     Force,
-    Generated,
-    IncludePath,
     Json,
-    Limit,
-    Output,
     Overrides,
-    OwnDtype,
-    Parent,
-    Prompt,
     Quiet,
-    Repeats,
     RunPath,
     Storage,
-    TaskBatch,
-    Tasks,
-    Threads,
     emit,
-    model_recipe,
     opened_run,
     recipe_from,
     recipe_of_run,
     speaker,
-    split_name,
-    task_names,
-    workload_recipe,
 )
 from llmprune.errors import LlmpruneError, StorageError
 from llmprune.recipe import Recipe, load_recipe, parse_section
 from llmprune.recipe_files import copy_recipe, recipe_names
 from llmprune.terminal import (
-    bench_table,
     error_console,
     forecast_table,
     front_table,
-    inspection_table,
     print_json,
     print_trial,
     shown,
@@ -217,131 +196,6 @@ def export(
             f"logits within {written['proof']['max_logit_difference']:.1e} after a reload)"
         ],
     )
-
-
-@app.command()
-def push(
-    path: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="Run directory (its export), or a checkpoint.")],
-    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub; made if it is missing.")],
-    licence: Annotated[
-        str | None, typer.Option(help="The parent's licence, whose terms you have read; default: deploy.licence.")
-    ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Make the repository public; default: private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to commit to; default: main.")] = None,
-    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files and model card; send nothing.")] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Push an exported checkpoint to the Hugging Face Hub, with a model card; continues where it stopped."""
-    from dataclasses import asdict
-
-    from llmprune.deploy import hub
-    from llmprune.deploy.contents import CARD_FILE, read_contents
-    from llmprune.run_directory import RunDirectory
-    from llmprune.terminal import push_lines
-
-    hub.check_repo(repo)
-    of_run = RunDirectory(path)
-    contents = read_contents(of_run.export if of_run.recipe.is_file() else path, shown(quiet=quiet))
-    token = None if dry_run else hub.required_token()
-    card = hub.card_of(contents, repo, hub.settled_licence(contents, licence, token))
-    files = [{"name": file.name, "bytes": file.bytes} for file in contents.files if file.name != CARD_FILE]
-    files.append({"name": CARD_FILE, "bytes": len(card.encode())})
-    result = {"repo": repo, "files": files, "card": card}
-    if token is not None:
-        pushed = hub.push(contents, card, repo, token, public=public, revision=revision, message=message, quiet=quiet)
-        result = {"repo": repo, "files": files, **asdict(pushed)}
-    emit(result, json, lambda: push_lines(result))
-
-
-@app.command()
-def inspect(
-    model: Annotated[str, typer.Argument(help="Hub id, checkpoint directory or GGUF file.")],
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    batch: Batch = 1,
-    prompt_tokens: Prompt = 128,
-    generated_tokens: Generated = 32,
-    threads: Threads = None,
-    repeats: Repeats = 3,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Show what can be pruned, layer by layer: parameters, bytes, share of measured time."""
-    from llmprune.inspection import inspect_parent
-    from llmprune.measure.throughput import Workload
-    from llmprune.models.parent import load_parent
-
-    rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats)
-    with shown(quiet=quiet)("loading and timing"):
-        parent = load_parent(model_recipe(model, device, dtype))
-        result = inspect_parent(parent, Workload.from_recipe(rules, dtype, str(parent.device)), repeats)
-    emit(result, json, lambda: [inspection_table(result)])
-
-
-@app.command()
-def bench(
-    models: Annotated[list[str], typer.Argument(help="Checkpoints; the first is the reference.")],
-    device: Device = "auto",
-    dtype: Dtype = "float32",
-    batch: Batch = 1,
-    prompt_tokens: Prompt = 128,
-    generated_tokens: Generated = 32,
-    threads: Threads = None,
-    repeats: Repeats = 9,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Time checkpoints side by side in one interleaved run."""
-    from llmprune.checkup import bench as bench_models
-
-    rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats)
-    result = bench_models([model_recipe(model, device, dtype) for model in models], rules, shown(quiet=quiet))
-    emit(result, json, lambda: [bench_table(result)])
-
-
-@app.command("eval")
-def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Checkpoints (Hub id, directory, GGUF) or run directories.")],
-    parent: Parent = None,
-    tasks: Tasks = None,
-    limit: Limit = None,
-    num_fewshot: FewShot = None,
-    include_path: IncludePath = None,
-    task_batch: TaskBatch = 1,
-    output: Output = None,
-    data: Annotated[Path | None, typer.Option(help="Run directory or recipe whose text is used.")] = None,
-    split: Annotated[str, typer.Option(help="calibration, search, validation or test.")] = "test",
-    device: Device = "auto",
-    dtype: OwnDtype = "auto",
-    batch: Batch = 1,
-    prompt_tokens: Prompt = 128,
-    generated_tokens: Generated = 32,
-    threads: Threads = None,
-    repeats: Repeats = 3,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Perplexity, tokens per second and lm-eval tasks of models, beside their parent; continues where it stopped."""
-    from llmprune.evaluation import Questions
-    from llmprune.evaluation import evaluate as evaluate_models
-    from llmprune.evaluation_table import evaluation_table
-
-    rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats)
-    asked = (task_names(tasks), limit, num_fewshot, include_path, task_batch)
-    questions = Questions(rules, *asked, data=data, split=split_name(split))
-    result = evaluate_models(
-        models,
-        parent,
-        questions,
-        device=device,
-        dtype=dtype,
-        output=output,
-        show=shown(quiet=quiet),
-        say=speaker(quiet),
-    )
-    emit(result, json, lambda: [evaluation_table(result)])
 
 
 @app.command()

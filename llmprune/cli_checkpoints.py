@@ -7,11 +7,132 @@ from typing import Annotated
 
 import typer
 
-from llmprune.cli_options import Device, Force, Json, Quiet, emit, model_recipe
+from llmprune.cli_options import (
+    Batch,
+    Device,
+    Dtype,
+    FewShot,
+    Force,
+    Generated,
+    IncludePath,
+    Json,
+    Limit,
+    Output,
+    OwnDtype,
+    Parent,
+    Prompt,
+    Quiet,
+    Repeats,
+    TaskBatch,
+    Tasks,
+    Threads,
+    emit,
+    model_recipe,
+    speaker,
+    split_name,
+    task_names,
+    workload_recipe,
+)
 from llmprune.recipe import DeployRecipe, parse_section
-from llmprune.terminal import formats_table, shown
+from llmprune.terminal import bench_table, formats_table, inspection_table, shown
+
+GgufWeights = Annotated[str, typer.Option("--gguf-type", help="f32, f16 or q8_0: how gguf stores weights.")]
 
 app = typer.Typer(no_args_is_help=True)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Hub id, checkpoint directory or GGUF file.")],
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch: Batch = 1,
+    prompt_tokens: Prompt = 128,
+    generated_tokens: Generated = 32,
+    threads: Threads = None,
+    repeats: Repeats = 3,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what can be pruned, layer by layer: parameters, bytes, share of measured time."""
+    from llmprune.inspection import inspect_parent
+    from llmprune.measure.throughput import Workload
+    from llmprune.models.parent import load_parent
+
+    rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats)
+    with shown(quiet=quiet)("loading and timing"):
+        parent = load_parent(model_recipe(model, device, dtype))
+        result = inspect_parent(parent, Workload.from_recipe(rules, dtype, str(parent.device)), repeats)
+    emit(result, json, lambda: [inspection_table(result)])
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints; the first is the reference.")],
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch: Batch = 1,
+    prompt_tokens: Prompt = 128,
+    generated_tokens: Generated = 32,
+    threads: Threads = None,
+    repeats: Repeats = 9,
+    engine: Annotated[str, typer.Option(help="torch, or llamacpp: then models are timed from GGUF files.")] = "torch",
+    gguf_type: GgufWeights = "f16",
+    compiled: Annotated[bool, typer.Option("--compile", help="As torch.compile makes them.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time checkpoints side by side in one interleaved run."""
+    from llmprune.checkup import bench as bench_models
+
+    rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats, engine=engine, compile=compiled)
+    files = parse_section(DeployRecipe, {"gguf_type": gguf_type})
+    recipes = [model_recipe(model, device, dtype) for model in models]
+    result = bench_models(recipes, rules, shown(quiet=quiet), gguf_type=files.gguf_type)
+    emit(result, json, lambda: [bench_table(result)])
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints (Hub id, directory, GGUF) or run directories.")],
+    parent: Parent = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    num_fewshot: FewShot = None,
+    include_path: IncludePath = None,
+    task_batch: TaskBatch = 1,
+    output: Output = None,
+    data: Annotated[Path | None, typer.Option(help="Run directory or recipe whose text is used.")] = None,
+    split: Annotated[str, typer.Option(help="calibration, search, validation or test.")] = "test",
+    device: Device = "auto",
+    dtype: OwnDtype = "auto",
+    batch: Batch = 1,
+    prompt_tokens: Prompt = 128,
+    generated_tokens: Generated = 32,
+    threads: Threads = None,
+    repeats: Repeats = 3,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity, tokens per second and lm-eval tasks of models, beside their parent; continues where it stopped."""
+    from llmprune.evaluation.evaluate import Questions
+    from llmprune.evaluation.evaluate import evaluate as evaluate_models
+    from llmprune.evaluation.table import evaluation_table
+
+    rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats)
+    asked = (task_names(tasks), limit, num_fewshot, include_path, task_batch)
+    questions = Questions(rules, *asked, data=data, split=split_name(split))
+    result = evaluate_models(
+        models,
+        parent,
+        questions,
+        device=device,
+        dtype=dtype,
+        output=output,
+        show=shown(quiet=quiet),
+        say=speaker(quiet),
+    )
+    emit(result, json, lambda: [evaluation_table(result)])
 
 
 @app.command()
@@ -27,7 +148,7 @@ def formats(json: Json = False, quiet: Quiet = False) -> None:
 def convert(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, Hub id or GGUF file.")],
     form: Annotated[list[str], typer.Option("--format", help="gguf or vllm; repeatable.")],
-    gguf_type: Annotated[str, typer.Option(help="f32, f16 or q8_0: how gguf stores weights.")] = "f16",
+    gguf_type: GgufWeights = "f16",
     to: Annotated[Path | None, typer.Option(help="Directory to write to; default: the checkpoint's own.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: what weights are read as.")] = "float32",
     device: Device = "cpu",
@@ -43,3 +164,39 @@ def convert(
     result = convert_checkpoint(recipe, rules, to, shown(quiet=quiet), force=force)
     lines = [f"{row['format']}: {result['directory']}/{row['file']} ({row['proof']})" for row in result["formats"]]
     emit(result, json, lambda: lines)
+
+
+@app.command()
+def push(
+    path: Annotated[Path, typer.Argument(metavar="RUN|DIR", help="Run directory (its export), or a checkpoint.")],
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the Hub; made if it is missing.")],
+    licence: Annotated[
+        str | None, typer.Option(help="The parent's licence, whose terms you have read; default: deploy.licence.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public; default: private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; default: main.")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files and model card; send nothing.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Push an exported checkpoint to the Hugging Face Hub, with a model card; continues where it stopped."""
+    from dataclasses import asdict
+
+    from llmprune.deploy import hub
+    from llmprune.deploy.contents import CARD_FILE, read_contents
+    from llmprune.run_directory import RunDirectory
+    from llmprune.terminal import push_lines
+
+    hub.check_repo(repo)
+    of_run = RunDirectory(path)
+    contents = read_contents(of_run.export if of_run.recipe.is_file() else path, shown(quiet=quiet))
+    token = None if dry_run else hub.required_token()
+    card = hub.card_of(contents, repo, hub.settled_licence(contents, licence, token))
+    files = [{"name": file.name, "bytes": file.bytes} for file in contents.files if file.name != CARD_FILE]
+    files.append({"name": CARD_FILE, "bytes": len(card.encode())})
+    result = {"repo": repo, "files": files, "card": card}
+    if token is not None:
+        pushed = hub.push(contents, card, repo, token, public=public, revision=revision, message=message, quiet=quiet)
+        result = {"repo": repo, "files": files, **asdict(pushed)}
+    emit(result, json, lambda: push_lines(result))

@@ -118,7 +118,7 @@ def model_recipe(path: str, device: str, dtype: str) -> ModelRecipe:
 
 
 def workload_recipe(
-    batch: int, prompt_tokens: int, generated_tokens: int, threads: int | None, repeats: int
+    batch: int, prompt_tokens: int, generated_tokens: int, threads: int | None, repeats: int, **others: Any
 ) -> WorkloadRecipe:
     """The workload section of a command's options. Raises RecipeError."""
     values = {
@@ -127,6 +127,7 @@ def workload_recipe(
         "generated_tokens": generated_tokens,
         "threads": threads,
         "repeats": repeats,
+        **others,
     }
     return parse_section(WorkloadRecipe, values)
 

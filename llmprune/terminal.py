@@ -200,7 +200,9 @@ def _cells(entry: Mapping[str, Any] | None) -> tuple[str, str, str]:
 
 def bench_table(result: Mapping[str, Any]) -> Table:
     """Speeds side by side; the first model is the reference."""
-    table = Table(title="Speed, measured side by side")
+    measured_on = result["measured_on"]["workload"]
+    how = "in llama.cpp, GGUF " + measured_on["gguf_type"] if "gguf_type" in measured_on else measured_on["dtype"]
+    table = Table(title=f"Speed, measured side by side ({how}{', compiled' if 'compile' in measured_on else ''})")
     table.add_column("model", overflow="fold")
     for column in ("params", "prefill tok/s", "speed-up", "decode tok/s", "speed-up"):
         table.add_column(column, justify="right", no_wrap=True)

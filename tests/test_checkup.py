@@ -9,7 +9,7 @@ from families import CASES, Case, tiny_model
 from tiny import tiny_tokenizer
 
 from llmprune.checkup import bench
-from llmprune.errors import DataError, RecipeError
+from llmprune.errors import DataError, ModelError, RecipeError
 from llmprune.models.parent import check_lengths, make_parent
 from llmprune.progress import silent
 from llmprune.recipe import ModelRecipe, WorkloadRecipe, parse_recipe
@@ -48,3 +48,15 @@ def test_lengths_beyond_the_positions_are_refused(section: str, values: dict[str
     data[section] = {**data[section], **values}
     with pytest.raises(RecipeError, match=message):
         check_lengths(parent, parse_recipe(data, origin="test"))
+
+
+def test_models_are_timed_in_llamacpp(tmp_path: Path) -> None:
+    model = saved(tmp_path / "model", 300)
+    timed = WORKLOAD.model_copy(update={"engine": "llamacpp"})
+    result = bench([model, model], timed, silent, gguf_type="f32")
+    assert result["measured_on"]["workload"]["gguf_type"] == "f32"
+    assert all(row["decode_tokens_per_s"]["median"] > 0 for row in result["models"])
+    gemma = next(case for case in CASES if case.model_type == "gemma2")
+    tiny_model(gemma).save_pretrained(tmp_path / "gemma")
+    with pytest.raises(ModelError, match=r"llama\.cpp cannot run .*gemma: gguf holds llama, mistral, qwen2 models"):
+        bench([ModelRecipe(path=str(tmp_path / "gemma"), device="cpu")], timed, silent)

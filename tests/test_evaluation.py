@@ -16,10 +16,10 @@ from tasks_tiny import write_tasks
 from tiny import contents
 from transformers import AutoModelForCausalLM
 
-from llmprune import evaluation
 from llmprune.data.store import load_token_splits
 from llmprune.errors import ModelError
-from llmprune.evaluation_subjects import find_subjects, identity_of
+from llmprune.evaluation import evaluate as evaluation
+from llmprune.evaluation.subjects import find_subjects, identity_of
 from llmprune.measure.significance import mcnemar
 from llmprune.measure.tasks import open_tasks, run_task
 from llmprune.models.loading import load_model, stored_dtype
@@ -137,7 +137,7 @@ def test_a_stopped_evaluation_goes_on(
             key: other[key] for key in ("params", "quality", "tasks")
         }
     asked.clear()
-    monkeypatch.setattr("llmprune.evaluation_subjects.load_model", lambda *_: pytest.fail("all is known"))
+    monkeypatch.setattr("llmprune.evaluation.subjects.load_model", lambda *_: pytest.fail("all is known"))
     assert llmprune("eval", run, *options(task_files), "--json", "--quiet").json["models"] == resumed["models"]
     assert not asked
 
@@ -224,7 +224,7 @@ def test_an_error_of_the_user_comes_before_any_weights(
     half = Path(shutil.copytree(finished_run.recipe.model.path, tmp_path / "half"))
     config = json.loads((half / "config.json").read_text())
     (half / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
-    monkeypatch.setattr("llmprune.evaluation_subjects.load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("llmprune.evaluation.subjects.load_model", lambda *_: pytest.fail("too late"))
     before = contents(tmp_path)
     places = {"tmp": tmp_path, "bare": bare, "half": half}
     filled = [part.format(**places) for part in arguments.split()]
@@ -279,7 +279,7 @@ def test_a_stranger_s_checkpoint_fetches_nothing(
         asked.append(options)
         raise OSError("not cached")
 
-    monkeypatch.setattr("llmprune.evaluation_subjects.cached_file", noted)
+    monkeypatch.setattr("llmprune.evaluation.subjects.cached_file", noted)
     said: list[str] = []
     (subject,) = find_subjects([str(child)], None, device="cpu", dtype="auto", say=said.append)
     assert subject.role == "model" and "someone/model, which is not a Hub model in the cache" in said[0]

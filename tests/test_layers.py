@@ -19,8 +19,7 @@ FLOORS = [
     ["__init__.py"],
     [
         *("terminal.py", "run.py", "comparison.py", "checkup.py", "conversion.py", "inspection.py", "recipe_files.py"),
-        *("evaluation.py", "evaluation_subjects.py", "evaluation_store.py", "evaluation_differences.py"),
-        "evaluation_table.py",
+        "evaluation/",
     ],
     ["workspace.py", "guidance.py"],
     ["run_directory.py"],

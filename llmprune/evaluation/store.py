@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.errors import RunDirectoryError
-from llmprune.evaluation_subjects import Subject, run_of
+from llmprune.evaluation.subjects import Subject, run_of
 from llmprune.files import read_json, write_json
 from llmprune.run_directory import hash_of
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from llmprune.evaluation_differences import TEXT
+from llmprune.evaluation.differences import TEXT
 
 
 def evaluation_table(result: Mapping[str, Any]) -> Table:
