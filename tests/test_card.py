@@ -16,7 +16,7 @@ from gguf import GGUFWriter
 
 from llmprune.architecture import Architecture, AttentionChoice, ParentShape
 from llmprune.deploy.card import architecture_map, model_card
-from llmprune.deploy.contents import EVALUATION_FILE, VLLM_DIRECTORY, read_contents
+from llmprune.deploy.contents import EVALUATION_FILE, EVALUATIONS_DIRECTORY, VLLM_DIRECTORY, read_contents
 from llmprune.deploy.hub import card_of, check_repo, settled_licence
 from llmprune.errors import PushError
 from llmprune.models.checkpoint import METADATA_FILE
@@ -198,6 +198,13 @@ def test_what_is_not_as_it_was_proven_stays(damage: Callable[[Path], Any], messa
     damage(child)
     with pytest.raises(PushError, match=message):
         model_card(read_contents(child), "user/tiny", MIT)
+
+
+def test_what_an_evaluation_keeps_for_itself_stays_behind(child: Path) -> None:
+    before = read_contents(child).files
+    (child / EVALUATIONS_DIRECTORY).mkdir()
+    (child / EVALUATIONS_DIRECTORY / "task.json").write_text("{}")
+    assert read_contents(child).files == before
 
 
 def test_a_vllm_directory_with_a_proof_is_held_to_it(child: Path) -> None:

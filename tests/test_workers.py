@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Llmprune
 from optuna.exceptions import StorageInternalError
-from test_cli import Llmprune, assert_one_error, llmprune  # noqa: F401
+from test_cli import assert_one_error
 from tiny import contents
 
 from llmprune import run as stages
@@ -149,7 +150,7 @@ def test_a_storage_that_cannot_be_used_is_one_line_without_a_password(
     storage: str,
     message: str,
     copied: Path,
-    llmprune: Llmprune,  # noqa: F811
+    llmprune: Llmprune,
 ) -> None:
     result = llmprune(command, copied, "--storage", storage, "--quiet")
     assert_one_error(result, message)
@@ -157,7 +158,7 @@ def test_a_storage_that_cannot_be_used_is_one_line_without_a_password(
     assert SECRET.encode() not in b"".join(contents(copied).values())
 
 
-def test_a_proxy_stands_before_a_database(llmprune: Llmprune) -> None:  # noqa: F811
+def test_a_proxy_stands_before_a_database(llmprune: Llmprune) -> None:
     assert_one_error(llmprune("storage-proxy", "--storage", "grpc://host:1"), "a proxy stands before a database")
     assert_one_error(llmprune("storage-proxy"), "a proxy stands before a database")
 

@@ -17,6 +17,8 @@ from llmprune.progress import Show, silent
 CARD_FILE = "README.md"
 EVALUATION_FILE = "evaluation.json"
 VLLM_DIRECTORY = "vllm"
+EVALUATIONS_DIRECTORY = "evaluations"
+"""Where an evaluation keeps what it has so far; its outcome is in EVALUATION_FILE."""
 KEYS = ("hash", "architecture", "proof", "files", "figures", "parent", "provenance", "recipe")
 # What a loader reads or runs, so that a file of it beside the proven ones could make another network of them.
 PROVEN_SUFFIXES = (".safetensors", ".json", ".py", ".jinja", ".model")
@@ -132,7 +134,7 @@ def _files(directory: Path, proven: Mapping[str, str] | None, prefix: str, below
             yield File(prefix + name, path, path.stat().st_size)
         elif any(known.startswith(f"{name}/") for known in proven or ()):
             yield from _files(path, proven, prefix, f"{name}/")
-        elif prefix or name != VLLM_DIRECTORY:
+        elif prefix or name not in (VLLM_DIRECTORY, EVALUATIONS_DIRECTORY):
             raise PushError(f"{path} is a directory that is no part of a checkpoint; move it elsewhere")
 
 

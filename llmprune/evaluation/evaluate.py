@@ -16,10 +16,11 @@ import torch
 from llmprune.checkup import check_vocabulary
 from llmprune.data.store import load_token_splits
 from llmprune.data.tokens import Split, build_token_splits
+from llmprune.deploy.contents import EVALUATION_FILE
 from llmprune.errors import DataError, RunDirectoryError
 from llmprune.evaluation.differences import differences_on_tasks, differences_on_text
 from llmprune.evaluation.store import Store, place_for, versions
-from llmprune.evaluation.subjects import EVALUATION_FILE, Subject, find_subjects, recipe_in
+from llmprune.evaluation.subjects import Subject, find_subjects, recipe_in
 from llmprune.files import write_json
 from llmprune.measure.host import fingerprint
 from llmprune.measure.quality import quality_from_windows, score_windows

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmprune.deploy.contents import EVALUATIONS_DIRECTORY
 from llmprune.errors import RunDirectoryError
 from llmprune.evaluation.subjects import Subject, run_of
 from llmprune.files import read_json, write_json
@@ -52,4 +53,4 @@ def place_for(subjects: Sequence[Subject], output: Path | None) -> Path | None:
             return run.evaluations
     if output is not None:
         return output.with_suffix(".evaluations")
-    return directories[0] / "evaluations" if directories else None
+    return directories[0] / EVALUATIONS_DIRECTORY if directories else None

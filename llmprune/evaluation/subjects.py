@@ -12,6 +12,7 @@ from typing import Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from llmprune.deploy.contents import EVALUATION_FILE
 from llmprune.errors import ModelError, RunDirectoryError
 from llmprune.files import read_json, sha256_file
 from llmprune.models.checkpoint import METADATA_FILE
@@ -20,7 +21,6 @@ from llmprune.progress import Show
 from llmprune.recipe import ModelRecipe, Recipe, parse_recipe, parse_section
 from llmprune.run_directory import RunDirectory
 
-EVALUATION_FILE = "evaluation.json"
 # What a model computes depends on these files; not on what we or others write beside them.
 _SUFFIXES = (".json", ".safetensors", ".py", ".model", ".jinja", ".txt")
 _NOT_OF_THE_MODEL = (METADATA_FILE, EVALUATION_FILE)
