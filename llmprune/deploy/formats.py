@@ -151,7 +151,7 @@ def _mixed_heads(config: Any, rules: DeployRecipe) -> Problem:
     for i, layer in enumerate(sizes):
         if layer.heads not in (0, heads):
             return (
-                f"all its layers have the same number of query heads; layer {i} has {layer.heads}, others {heads}; "
+                f"it wants the same number of query heads in every layer; layer {i} has {layer.heads}, others {heads}; "
                 "search with deploy.formats=[vllm], or export to hf or gguf"
             )
     return None
