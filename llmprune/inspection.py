@@ -25,7 +25,8 @@ from llmprune.recipe import Recipe
 from llmprune.run_directory import RunDirectory, hash_of
 from llmprune.search.baselines.methods import own_libraries
 from llmprune.search.budgets import parse_budget, parse_pick, pick_record
-from llmprune.search.forecast import Done, Plan, Until, forecast
+from llmprune.search.forecast import Until, forecast
+from llmprune.search.plan import Done, Plan
 from llmprune.search.rates import measure_rates, process_seconds
 from llmprune.search.storage import opened_storage
 from llmprune.search.study import finished_trials

@@ -26,7 +26,8 @@ from llmprune.blocks.work import (
 from llmprune.measure.throughput import Workload
 from llmprune.recipe import Recipe, parse_recipe
 from llmprune.recipe_files import DEFAULT_RECIPE, recipe_path
-from llmprune.search.forecast import Plan, forecast
+from llmprune.search.forecast import forecast
+from llmprune.search.plan import Plan
 from llmprune.space import Space
 
 SHAPES = {

@@ -33,7 +33,8 @@ from llmprune.search.baselines.given import Given
 from llmprune.search.baselines.methods import METHODS, choose
 from llmprune.search.budgets import parse_pick
 from llmprune.search.exact import exact_delta_nats
-from llmprune.search.forecast import Done, Plan, StageCost, forecast
+from llmprune.search.forecast import forecast
+from llmprune.search.plan import Done, Plan, StageCost
 from llmprune.search.rates import Rates
 from llmprune.space import Space
 from llmprune.workspace import Run

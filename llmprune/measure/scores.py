@@ -55,6 +55,12 @@ class WindowScores:
         return WindowScores(join(self.nats, later.nats), kl)
 
 
+class SplitScorer(Protocol):
+    """Scores a whole split."""
+
+    def score(self, architecture: Architecture) -> WindowScores: ...
+
+
 class WindowScorer(Protocol):
     """Scores architectures on the windows of one split."""
 

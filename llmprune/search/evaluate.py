@@ -16,7 +16,7 @@ from llmprune.blocks.library import BlockLibrary
 from llmprune.data.tokens import Split
 from llmprune.measure.host import fingerprint
 from llmprune.measure.quality import Quality, quality_from_windows, score_windows
-from llmprune.measure.scores import WindowScores
+from llmprune.measure.scores import SplitScorer
 from llmprune.measure.throughput import Speed, Workload, measure_paired
 from llmprune.measure.turns import scoring, timing
 from llmprune.models.parent import Parent
@@ -26,11 +26,9 @@ from llmprune.models.surgery import prune
 Record = dict[str, Any]
 
 
-class Scorer(Protocol):
+class Scorer(SplitScorer, Protocol):
     """Scores whole splits (see `measure.prefix` and `measure.score_store`): faster, what begins like what it is told to
     remember."""
-
-    def score(self, architecture: Architecture) -> WindowScores: ...
 
     def remember(self, architecture: Architecture) -> None: ...
 

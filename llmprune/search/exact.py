@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
 
-from llmprune.architecture import Architecture, BlockChoice
+from llmprune.architecture import BlockChoice
 from llmprune.blocks.sensitivity import DeltaNats
 from llmprune.data.tokens import Split
 from llmprune.errors import ArchitectureError, ModelError
 from llmprune.measure.quality import quality_from_windows
-from llmprune.measure.scores import WindowScores
+from llmprune.measure.scores import SplitScorer
 from llmprune.progress import Advance
 from llmprune.recipe import TablesRecipe
 from llmprune.space import Space
 
 BROKEN = 100.0
 """Nats a token: more than any text costs, and still a number that a solver can add."""
-
-
-class Scorer(Protocol):
-    """Scores a whole split."""
-
-    def score(self, architecture: Architecture) -> WindowScores: ...
 
 
 def is_exact(choice: BlockChoice, space: Space, rules: TablesRecipe) -> bool:
@@ -33,7 +26,7 @@ def is_exact(choice: BlockChoice, space: Space, rules: TablesRecipe) -> bool:
 
 
 def exact_delta_nats(
-    scorer: Scorer, split: Split, space: Space, choices: Iterable[tuple[int, BlockChoice]], progress: Advance
+    scorer: SplitScorer, split: Split, space: Space, choices: Iterable[tuple[int, BlockChoice]], progress: Advance
 ) -> DeltaNats:
     """Nats per token that each of `choices` costs, put alone into the parent: {(layer, choice): delta}.
 
