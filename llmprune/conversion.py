@@ -74,10 +74,12 @@ def _write_proven_gguf(
     try:
         write_gguf(child, tokenizer, unproven, weights)
         kl = _kl_in_llamacpp(child, unproven)
-        if not kl <= MAX_KL[weights]:
+        # llama.cpp computes in float32 what a child of half precision rounds after every step.
+        limit = MAX_KL[weights] if child.dtype == torch.float32 else max(MAX_KL[weights], MAX_KL["f16"])
+        if not kl <= limit:
             raise ExportError(
-                f"llama.cpp computes something else from {path.name}: KL {kl:.2g} nats a token > {MAX_KL[weights]:g}; "
-                "it is not written"
+                f"llama.cpp computes something else from {path.name}: KL {kl:.2g} nats a token > {limit:g}; it is not "
+                "written"
             )
         unproven.replace(path)
     finally:

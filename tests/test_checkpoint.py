@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CASES, IDS, Slices, merging, tiny_parent, tokens
+from families import CASES, IDS, Slices, merging, tiny_model, tiny_parent, tokens
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
@@ -27,7 +27,7 @@ from llmprune.deploy.contents import read_contents
 from llmprune.errors import ExportError, LlmpruneError, PushError
 from llmprune.models import checkpoint
 from llmprune.models.checkpoint import METADATA_FILE, Proof, write_checkpoint
-from llmprune.models.parent import Parent
+from llmprune.models.parent import Parent, make_parent
 from llmprune.models.surgery import is_stock, prune, register_pruned_classes
 
 HETEROGENEOUS = (
@@ -217,6 +217,20 @@ def test_registered_classes_need_no_remote_code(saved: dict[str, Path]) -> None:
             torch.testing.assert_close(
                 model(expected["tokens"]).logits, expected["logits"], atol=1e-5, rtol=0, msg=name
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_child_of_half_precision_is_proven_in_its_own_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    # Loaded, since `to` would round the rotary frequencies too.
+    tiny_model(CASES[IDS.index("llama-gqa")]).save_pretrained(tmp_path / "parent")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "parent", dtype=dtype)
+    parent = make_parent(model, None, source="half")
+    architecture = architecture_of("heterogeneous", parent.shape)
+    child = prune(parent, architecture, Slices(parent))
+    proof = write_checkpoint(child, None, architecture, {}, tmp_path / "child")
+    assert proof.max_logit_difference <= 1e-6
+    assert {tensor.dtype for tensor in load_file(tmp_path / "child" / "model.safetensors").values()} == {dtype}
+    assert json.loads((tmp_path / "child" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from decilm import decilm_logits
-from families import CASES, IDS, Slices, tiny_parent, tokens
+from families import CASES, IDS, Slices, tiny_model, tiny_parent, tokens
 from tiny import contents, tiny_tokenizer
 
 from llmprune import conversion
@@ -22,7 +22,7 @@ from llmprune.deploy.gguf import write_gguf
 from llmprune.deploy.layers import LayerSizes, layer_sizes
 from llmprune.deploy.vllm import write_vllm
 from llmprune.errors import ExportError, RecipeError, UnsupportedModelError
-from llmprune.models.parent import Parent
+from llmprune.models.parent import Parent, make_parent
 from llmprune.models.surgery import prune
 from llmprune.progress import silent
 from llmprune.recipe import FORMAT_NAMES, DeployRecipe, FormatName, ModelRecipe
@@ -227,6 +227,14 @@ def test_a_checkpoint_is_converted_where_it_lies(tmp_path: Path) -> None:
         convert(model, both, None, silent, force=False)
     convert(model, both, None, silent, force=True)
     assert not [path for path in (tmp_path / "child").iterdir() if path.name.startswith(".")]
+
+
+def test_half_precision_reaches_the_formats_as_it_is(tmp_path: Path) -> None:
+    parent = make_parent(tiny_model(CASES[IDS.index("llama-gqa")]).bfloat16(), None, source="half")
+    child = prune(parent, architecture_of(parent, "widths"), Slices(parent))
+    gguf, vllm = write_formats(child, None, DeployRecipe(formats=("gguf", "vllm"), gguf_type="f32"), tmp_path)
+    assert gguf["proof"].startswith("run in llama.cpp") and vllm["file"] == VLLM_DIRECTORY
+    assert json.loads((tmp_path / VLLM_DIRECTORY / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_a_gguf_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
