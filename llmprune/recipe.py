@@ -14,7 +14,7 @@ SplitName = Literal["calibration", "search", "validation", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = ("calibration", "search", "validation", "test")
 Objective = Literal["decode", "prefill"]
 SpaceSize = Literal["small", "layer", "medium", "large"]
-SamplerName = Literal["slp", "evopress", "linas", "spdy", "nsga2", "nsga3", "tpe", "gp", "random"]
+SamplerName = Literal["slp", "evopress", "linas", "nsga2", "nsga3", "tpe", "gp", "random"]
 OPTUNA_SAMPLERS: tuple[SamplerName, ...] = ("nsga2", "nsga3", "tpe", "gp", "random")
 BaselineName = Literal["uniform", "magnitude", "wanda-sp", "flap", "shortgpt", "sleb", "blockpruner", "milp", "random"]
 BASELINE_NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
@@ -176,8 +176,7 @@ class SearchRecipe(_Strict):
     sampler: SamplerName = Field(
         "slp",
         description="Optuna's own (nsga2 nsga3 tpe gp random), or guided towards the targets by the tables: slp solves "
-        "the knapsack anew at the best child so far, linas searches on predictors, evopress trades rungs at equal "
-        "time, spdy searches the layers' sensitivity coefficients",
+        "the knapsack anew at the best child so far, linas searches on predictors, evopress trades rungs at equal time",
     )
     reward: Literal["front", "mnas-soft", "mnas-hard"] = Field(
         "front",

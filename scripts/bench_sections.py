@@ -40,8 +40,8 @@ SAMPLER_TRIALS = 10
 COLD_TRIALS = 200
 PATIENT_TRIALS = 100
 TARGET = 1.5
-SAMPLERS: tuple[SamplerName, ...] = ("slp", "evopress", "linas", "spdy", "nsga2", "nsga3", "tpe", "gp", "random")
-PATIENT: tuple[SamplerName, ...] = ("linas", "spdy", "nsga2", "nsga3", "tpe", "random")
+SAMPLERS: tuple[SamplerName, ...] = ("slp", "evopress", "linas", "nsga2", "nsga3", "tpe", "gp", "random")
+PATIENT: tuple[SamplerName, ...] = ("linas", "nsga2", "nsga3", "tpe", "random")
 """Not gp, which takes ten seconds and more to propose one of some sixty numbers."""
 
 

@@ -60,7 +60,7 @@ def test_the_default_and_the_demo_come_along() -> None:
         ("search.trials=0", "search.trials: Input should be greater than or equal to 1, got 0"),
         ("search.trials=1.5", "search.trials: Input should be a valid integer"),
         ("search.minutes=.inf", "search.minutes: Input should be a finite number"),
-        ("search.sampler=annealing", "search.sampler: Input should be 'slp', 'evopress', 'linas', 'spdy', 'nsga2'"),
+        ("search.sampler=annealing", "search.sampler: Input should be 'slp', 'evopress', 'linas', 'nsga2'"),
         ("search.targets=[1.2, 0.9]", "search.targets.1: Input should be greater than 1, got 0.9"),
         ("search.budgets=params<=5", "search.budgets: Input should be a valid tuple"),
         ("importance.damp=.nan", "importance.damp: Input should be"),

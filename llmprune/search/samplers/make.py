@@ -17,13 +17,11 @@ from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.guided import GuidedSampler
 from llmprune.search.samplers.linas import LinasSampler
 from llmprune.search.samplers.slp import SlpSampler
-from llmprune.search.samplers.spdy import SpdySampler
 
 GUIDED: Mapping[SamplerName, Callable[..., GuidedSampler]] = {
     "slp": SlpSampler,
     "linas": LinasSampler,
     "evopress": EvoPressSampler,
-    "spdy": SpdySampler,
 }
 """Samplers that need a guide."""
 
