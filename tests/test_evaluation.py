@@ -84,8 +84,13 @@ def test_a_run_is_its_export_beside_its_parent(
         assert row["low"] <= row["difference"] <= row["high"] and 0 < row["p"] <= 1
         assert row["test"] == ("mcnemar" if task == "tiny_choice" else "bootstrap")
         assert row["model"] == child["model"] and row["samples"] == (12 if task != "text" else row["samples"])
-    for file in (output, run / "export" / "evaluation.json", run / "evaluations" / "evaluation.json"):
+    for file in (output, run / "evaluations" / "evaluation.json"):
         assert json.loads(file.read_text()) == result.json
+    travels = (run / "export" / "evaluation.json").read_text()
+    assert str(run.parent) not in travels and str(Path(parent["model"]).parent) not in travels
+    names = [Path(model["model"]).name for model in result.json["models"]]
+    assert [model["model"] for model in json.loads(travels)["models"]] == names
+    assert [row["p"] for row in json.loads(travels)["comparisons"]] == [row["p"] for row in result.json["comparisons"]]
     printed = llmprune("eval", run, *options(task_files))
     assert "tiny_choice acc" in printed.out and "mixture" in printed.out and "McNemar" in printed.out
     assert "results were in" in printed.err

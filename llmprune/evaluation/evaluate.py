@@ -253,6 +253,12 @@ def _comparisons(
     return rows
 
 
+def _without_place(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What travels with a checkpoint names files, not the places they had on this machine."""
+    local = Path(row["model"]).expanduser()
+    return {**row, "model": local.resolve().name if local.exists() else row["model"]}
+
+
 def _write(
     result: Mapping[str, Any],
     subjects: Sequence[Subject],
@@ -267,11 +273,9 @@ def _write(
     for subject in subjects:
         if subject.role == "parent" or subject.directory is None:
             continue
-        own = {
-            **result,
-            "models": [one for one in result["models"] if one["role"] == "parent" or one["model"] == subject.name],
-            "comparisons": [row for row in result["comparisons"] if row["model"] == subject.name],
-        }
+        models = [one for one in result["models"] if one["role"] == "parent" or one["model"] == subject.name]
+        compared = [row for row in result["comparisons"] if row["model"] == subject.name]
+        own = {**result, "models": [*map(_without_place, models)], "comparisons": [*map(_without_place, compared)]}
         try:
             write_json(subject.directory / EVALUATION_FILE, own)
         except RunDirectoryError as error:
