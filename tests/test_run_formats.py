@@ -1,0 +1,35 @@
+"""A whole run whose children have to be served elsewhere: proposed within limits, exported in every format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import patch
+
+from test_run import changed
+from tiny import paired_by_bytes, tiny_recipe
+
+from llmprune.architecture import AttentionChoice
+from llmprune.deploy.contents import VLLM_DIRECTORY
+from llmprune.run import export, front, search
+from llmprune.run_directory import RunDirectory
+from llmprune.search import evaluate, tables
+from llmprune.search.budgets import parse_pick
+from llmprune.workspace import Run
+
+
+def test_a_run_for_gguf_and_vllm_exports_both(tmp_path: Path) -> None:
+    recipe = changed(tiny_recipe(tmp_path), "deploy.formats=[hf, gguf, vllm]", "deploy.gguf_type=f32")
+    with (
+        RunDirectory(tmp_path / "run").locked(),
+        patch.object(evaluate, "measure_paired", paired_by_bytes),
+        patch.object(tables, "measure_paired", paired_by_bytes),
+    ):
+        run = Run.start(tmp_path / "run", recipe)
+        search(run)
+        front(run)
+        written = export(run, parse_pick(recipe.export.pick), tmp_path / "child")
+        assert run.space.attention == (AttentionChoice(0), AttentionChoice(1, 4), AttentionChoice(2))
+    assert [entry["format"] for entry in written["formats"]] == ["gguf", "vllm"]
+    assert written["formats"][0]["proof"].startswith("run in llama.cpp")
+    assert (tmp_path / "child" / "model-F32.gguf").is_file()
+    assert (tmp_path / "child" / VLLM_DIRECTORY / "configuration_decilm.py").is_file()
