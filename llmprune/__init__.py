@@ -15,7 +15,8 @@ from llmprune.measure.throughput import Speed, Workload, measure_paired
 from llmprune.models.checkpoint import write_checkpoint
 from llmprune.models.parent import Parent, load_parent, make_parent
 from llmprune.models.surgery import prune, register_pruned_classes
-from llmprune.recipe import Recipe, load_recipe
+from llmprune.recipe import Recipe
+from llmprune.recipe_text import load_recipe
 from llmprune.run import compress
 from llmprune.space import Space
 from llmprune.workspace import Run

@@ -25,8 +25,9 @@ from llmprune.cli_options import (
     speaker,
 )
 from llmprune.errors import LlmpruneError, StorageError
-from llmprune.recipe import Recipe, load_recipe, parse_section
+from llmprune.recipe import Recipe
 from llmprune.recipe_files import copy_recipe, recipe_names
+from llmprune.recipe_text import load_recipe, parse_section
 from llmprune.terminal import (
     error_console,
     forecast_table,
@@ -206,7 +207,7 @@ def validate(
     quiet: Quiet = False,
 ) -> None:
     """Check a recipe without running it; prints it with every default."""
-    from llmprune.recipe import to_yaml
+    from llmprune.recipe_text import to_yaml
     from llmprune.search.budgets import parse_budget, parse_pick
 
     checked = load_recipe(recipe, overrides)

@@ -33,7 +33,8 @@ from llmprune.cli_options import (
     task_names,
     workload_recipe,
 )
-from llmprune.recipe import DeployRecipe, parse_section
+from llmprune.recipe import DeployRecipe
+from llmprune.recipe_text import parse_section
 from llmprune.terminal import bench_table, formats_table, inspection_table, shown
 
 GgufWeights = Annotated[str, typer.Option("--gguf-type", help="f32, f16 or q8_0: how gguf stores weights.")]

@@ -10,19 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from llmprune.errors import RecipeError, TaskError
-from llmprune.recipe import (
-    SPLIT_NAMES,
-    ModelRecipe,
-    Recipe,
-    SplitName,
-    WorkloadRecipe,
-    apply_overrides,
-    load_recipe,
-    parse_recipe,
-    parse_section,
-    with_absolute_paths,
-)
+from llmprune.recipe import SPLIT_NAMES, ModelRecipe, Recipe, SplitName, WorkloadRecipe
 from llmprune.recipe_files import DEFAULT_RECIPE, recipe_path
+from llmprune.recipe_text import apply_overrides, load_recipe, parse_recipe, parse_section, with_absolute_paths
 from llmprune.terminal import console, error_console, print_json, print_trial, shown
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]

@@ -14,7 +14,8 @@ from typing import Any, TypeGuard
 
 from llmprune.errors import RecipeError, RunDirectoryError
 from llmprune.files import atomic_path, read_json, write_json
-from llmprune.recipe import Recipe, load_recipe, to_yaml
+from llmprune.recipe import Recipe
+from llmprune.recipe_text import load_recipe, to_yaml
 from llmprune.search.evaluate import RECORD_KEYS
 
 # Changing one of these in mid-run would mix figures that do not compare; but for the keys that are `free`.

@@ -24,8 +24,9 @@ from llmprune.blocks.work import (
     solver_bytes,
 )
 from llmprune.measure.throughput import Workload
-from llmprune.recipe import Recipe, parse_recipe
+from llmprune.recipe import Recipe
 from llmprune.recipe_files import DEFAULT_RECIPE, recipe_path
+from llmprune.recipe_text import parse_recipe
 from llmprune.search.forecast import forecast
 from llmprune.search.plan import Plan
 from llmprune.space import Space

@@ -21,7 +21,8 @@ from llmprune.blocks.statistics import collect_statistics
 from llmprune.data.tokens import build_token_splits
 from llmprune.measure.prefix import PrefixScorer
 from llmprune.models.parent import load_parent
-from llmprune.recipe import ImportanceRecipe, load_recipe
+from llmprune.recipe import ImportanceRecipe
+from llmprune.recipe_text import load_recipe
 from llmprune.search.exact import exact_delta_nats
 from llmprune.space import Space
 

@@ -12,7 +12,8 @@ from llmprune.checkup import bench
 from llmprune.errors import DataError, ModelError, RecipeError
 from llmprune.models.parent import check_lengths, make_parent
 from llmprune.progress import silent
-from llmprune.recipe import ModelRecipe, WorkloadRecipe, parse_recipe
+from llmprune.recipe import ModelRecipe, WorkloadRecipe
+from llmprune.recipe_text import parse_recipe
 
 WORKLOAD = WorkloadRecipe(prompt_tokens=4, generated_tokens=2, repeats=1)
 

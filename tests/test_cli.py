@@ -13,8 +13,9 @@ import yaml
 from conftest import Finished, Llmprune, Result
 from tiny import contents
 
-from llmprune.recipe import Recipe, to_yaml
+from llmprune.recipe import Recipe
 from llmprune.recipe_files import recipe_names
+from llmprune.recipe_text import to_yaml
 from llmprune.run_directory import RunDirectory
 
 QUICK = ("--prompt-tokens", "8", "--generated-tokens", "4", "--repeats", "1", "--device", "cpu")

@@ -25,7 +25,8 @@ from llmprune.cli import main
 from llmprune.measure.prefix import PrefixScorer
 from llmprune.measure.throughput import Speed, Spread, Workload, measure_paired
 from llmprune.models.parent import load_parent
-from llmprune.recipe import Recipe, TablesRecipe, parse_recipe, to_yaml
+from llmprune.recipe import Recipe, TablesRecipe
+from llmprune.recipe_text import parse_recipe, to_yaml
 from llmprune.run import export, front, search, write_children
 from llmprune.run_directory import RunDirectory
 from llmprune.search import evaluate, tables

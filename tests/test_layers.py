@@ -29,10 +29,19 @@ FLOORS = [
     ["deploy/"],
     ["models/"],
     ["data/"],
-    ["files.py", "progress.py", "recipe.py", "architecture.py", "space.py"],
+    ["files.py", "progress.py", "recipe.py", "recipe_text.py", "architecture.py", "space.py"],
     ["errors.py"],
 ]
-WITHOUT_TORCH = ("errors.py", "files.py", "progress.py", "recipe.py", "architecture.py", "space.py", "recipe_files.py")
+WITHOUT_TORCH = (
+    "errors.py",
+    "files.py",
+    "progress.py",
+    "recipe.py",
+    "recipe_text.py",
+    "architecture.py",
+    "space.py",
+    "recipe_files.py",
+)
 # Copied beside a checkpoint, or run as a script by a stranger's interpreter.
 ALONE = (
     "models/modeling_pruned.py",

@@ -26,7 +26,8 @@ from llmprune.measure.llamacpp import GgufModel, greedy, logits_of, window_nats
 from llmprune.measure.llamacpp_engine import loaded_runs
 from llmprune.measure.throughput import Workload, measure_paired, token_ids
 from llmprune.models.surgery import prune
-from llmprune.recipe import Recipe, WorkloadRecipe, parse_recipe
+from llmprune.recipe import Recipe, WorkloadRecipe
+from llmprune.recipe_text import parse_recipe
 from llmprune.run import front, search
 from llmprune.run_directory import RunDirectory
 from llmprune.terminal import front_table

@@ -26,7 +26,8 @@ from llmprune.architecture import Architecture
 from llmprune.errors import BudgetError, ExportError, LlmpruneError, RunDirectoryError
 from llmprune.models import checkpoint
 from llmprune.models.parent import load_parent
-from llmprune.recipe import Recipe, apply_overrides, parse_recipe
+from llmprune.recipe import Recipe
+from llmprune.recipe_text import apply_overrides, parse_recipe
 from llmprune.run import compress, export, front, search, write_children
 from llmprune.run_directory import RunDirectory
 from llmprune.search.budgets import parse_pick

@@ -22,7 +22,8 @@ from tiny import linear_costs, record_of, tiny_space
 
 from llmprune.architecture import Architecture, FfnChoice
 from llmprune.errors import RecipeError
-from llmprune.recipe import OPTUNA_SAMPLERS, SearchRecipe, parse_section
+from llmprune.recipe import OPTUNA_SAMPLERS, SearchRecipe
+from llmprune.recipe_text import parse_section
 from llmprune.search.reward import HARD, SOFT
 from llmprune.search.reward import reward as mnas_reward
 from llmprune.search.samplers.make import OneRung, make_sampler

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from llmprune.architecture import BLOCK_KINDS, Architecture, BlockChoice, ParentShape
 from llmprune.measure.throughput import Speed, Spread
-from llmprune.recipe import DataRecipe, Recipe, SourceRecipe, SpaceSize, parse_recipe
+from llmprune.recipe import DataRecipe, Recipe, SourceRecipe, SpaceSize
+from llmprune.recipe_text import parse_recipe
 from llmprune.search.costs import CostTable
 from llmprune.space import Space
 

@@ -29,7 +29,8 @@ from llmprune.measure.tasks import TaskResult, TaskSet, open_tasks, run_task
 from llmprune.measure.throughput import Workload, measure_paired
 from llmprune.models.sizes import parameter_count
 from llmprune.progress import Show
-from llmprune.recipe import SplitName, WorkloadRecipe, load_recipe
+from llmprune.recipe import SplitName, WorkloadRecipe
+from llmprune.recipe_text import load_recipe
 from llmprune.run_directory import RunDirectory
 
 

@@ -18,7 +18,8 @@ from llmprune.files import read_json, sha256_file
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.loading import load_model, locate, resolve_device, stored_dtype
 from llmprune.progress import Show
-from llmprune.recipe import ModelRecipe, Recipe, parse_recipe, parse_section
+from llmprune.recipe import ModelRecipe, Recipe
+from llmprune.recipe_text import parse_recipe, parse_section
 from llmprune.run_directory import RunDirectory
 
 # What a model computes depends on these files; not on what we or others write beside them.
