@@ -48,6 +48,15 @@ class Parent:
     def output_projection(self, layer: int, kind: BlockKind) -> nn.Module:
         return self.block(layer, kind).get_submodule(self.names(kind).output)
 
+    def output_norm(self, layer: int, kind: BlockKind) -> nn.Module | None:
+        """The norm between the output projection and the residual stream; None where the projection adds to it."""
+        name = self.names(kind).output_norm
+        return None if name is None else self.layer(layer).get_submodule(name)
+
+    def adds_to_stream(self, layer: int, kind: BlockKind) -> nn.Module:
+        """The module whose output is what the block adds to the residual stream (up to a constant factor)."""
+        return self.output_norm(layer, kind) or self.output_projection(layer, kind)
+
     def output_weight(self, layer: int, kind: BlockKind) -> torch.Tensor:
         """Weight of the output projection as (D, in), whatever way round the family stores it."""
         projection = self.output_projection(layer, kind)
