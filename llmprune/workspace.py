@@ -16,7 +16,7 @@ from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import Split, TokenSplits, build_token_splits
 from llmprune.deploy.formats import check_parent, cut, merging_helps
 from llmprune.errors import RunDirectoryError
-from llmprune.files import read_json, write_json
+from llmprune.files import exists, read_json, write_json
 from llmprune.guidance import Estimates, Seed, seeds_from_json, seeds_to_json, walked_seeds, winner
 from llmprune.measure.host import fingerprint
 from llmprune.measure.llamacpp_engine import check_engine, check_space
@@ -103,7 +103,7 @@ class Run:
                 f"{self.recipe.model.path} is not the model this run was made with (its weights have changed); "
                 "use another --out"
             )
-        local = Path(self.recipe.model.path).expanduser().exists()
+        local = exists(self.recipe.model.path)
         if "licence" not in known:
             # Once a run: the header of a GGUF file takes seconds.
             licence = stated_licence(self.recipe.model.path)
