@@ -19,7 +19,7 @@ from llmprune.errors import RunDirectoryError
 from llmprune.files import exists, read_json, write_json
 from llmprune.guidance import Estimates, Seed, seeds_from_json, seeds_to_json, walked_seeds, winner
 from llmprune.measure.host import fingerprint
-from llmprune.measure.llamacpp_engine import check_engine, check_space
+from llmprune.measure.llamacpp_engine import check_engine
 from llmprune.measure.prefix import STATES_BYTES, PrefixScorer
 from llmprune.measure.quality import batch_windows
 from llmprune.measure.racing import race_batch
@@ -134,10 +134,7 @@ class Run:
             size=rules.size,
             merge_kv=rules.merge_kv or merging_helps(self.parent, self.recipe.deploy, rules.size),
         )
-        space = cut(whole, self.parent, self.recipe.deploy)
-        if self.workload.gguf_type is not None:
-            check_space(self.parent, space, self.workload.gguf_type)
-        return space
+        return cut(whole, self.parent, self.recipe.deploy, self.recipe.workload.engine)
 
     @cached_property
     def workload(self) -> Workload:
