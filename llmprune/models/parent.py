@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.architecture import BlockKind, ParentShape
-from llmprune.errors import RecipeError, UnsupportedModelError
+from llmprune.errors import RecipeError, UnsupportedModelError, quoted
+from llmprune.files import expanded
 from llmprune.models.loading import load_model
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, BlockNames, Family, input_axis
 from llmprune.recipe import ModelRecipe, Recipe
@@ -89,7 +89,7 @@ def load_parent(recipe: ModelRecipe) -> Parent:
     family, quantisation or layout cannot be pruned.
     """
     model, tokenizer = load_model(recipe, check=partial(check_config, origin=recipe.path))
-    local = Path(recipe.path).expanduser()
+    local = expanded(recipe.path)
     return make_parent(model, tokenizer, source=local.resolve().name if local.exists() else recipe.path)
 
 
@@ -120,7 +120,7 @@ def check_config(config: Any, *, origin: str) -> None:
             f"{origin} is a mixture-of-experts model ({model_type}); only dense families can be pruned: {supported}"
         )
     if model_type not in FAMILIES:
-        raise UnsupportedModelError(f"{origin} has model type {model_type!r}; supported are: {supported}")
+        raise UnsupportedModelError(f"{origin} has model type {quoted(model_type)}; supported are: {supported}")
     if (method := _quantisation(config)) not in (None, "gguf"):
         raise UnsupportedModelError(
             f"{origin} is quantised ({method}); pruning needs float weights: name the unquantised model "
