@@ -37,7 +37,11 @@ class ModelRecipe(_Strict):
     path: str = Field(description="Hub id, local directory, or path of a .gguf file")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub model")
     tokenizer: str | None = Field(None, description="Hub id or directory, if not the model's own")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of weights and arithmetic; auto: the checkpoint's own on a GPU, float32 on a CPU, settled once a "
+        "run and recorded",
+    )
     device: str = Field("auto", description="'auto' (CUDA if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1'")
     trust_remote_code: bool = Field(False, description="let the tokenizer's or config's repository run its code")
 

@@ -18,6 +18,7 @@ from llmprune.errors import ExportError, ModelError, RunDirectoryError, StorageE
 from llmprune.files import read_json, write_json
 from llmprune.measure.host import fingerprint
 from llmprune.models.checkpoint import METADATA_FILE, check_destination, write_checkpoint
+from llmprune.models.loading import dtype_of
 from llmprune.models.surgery import prune
 from llmprune.run_directory import hash_of, read_front
 from llmprune.search.baselines.contest import Entrant, choose_beside
@@ -216,6 +217,7 @@ def _write(run: Run, record: Record, to: Path, *, force: bool, formats: bool = F
     recipe = run.recipe.model_dump(mode="json")
     # A checkpoint travels: it names files, not the places they had on this machine.
     recipe["model"]["path"], recipe["export"]["to"] = run.parent.source, None
+    recipe["model"]["dtype"] = dtype_of(run.parent.model)
     if (tokenizer := recipe["model"]["tokenizer"]) and Path(tokenizer).expanduser().exists():
         recipe["model"]["tokenizer"] = Path(tokenizer).name
     for source in recipe["data"]["sources"]:

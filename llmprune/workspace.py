@@ -26,6 +26,7 @@ from llmprune.measure.racing import race_batch
 from llmprune.measure.score_store import ScoreStore, StoredScorer
 from llmprune.measure.throughput import Workload, check_compiler
 from llmprune.models.licence import stated_licence
+from llmprune.models.loading import dtype_of
 from llmprune.models.parent import Parent, check_lengths, check_merging, load_parent
 from llmprune.progress import Show, silent
 from llmprune.recipe import BaselineName, Recipe, SearchRecipe, SplitName
@@ -87,7 +88,10 @@ class Run:
     @cached_property
     def parent(self) -> Parent:
         with self.show("loading the parent"):
-            parent = load_parent(self.recipe.model)
+            known = self.directory.read_provenance().get("parent", {})
+            # What auto meant when the run began, it means to its end, on whatever device it goes on.
+            settled = known.get("dtype", "auto") if self.recipe.model.dtype == "auto" else self.recipe.model.dtype
+            parent = load_parent(self.recipe.model.model_copy(update={"dtype": settled}))
             self.parent_hash = parent.hash
         check_lengths(parent, self.recipe)
         check_parent(parent, self.recipe.deploy, self.recipe.space.size)
@@ -97,7 +101,6 @@ class Run:
             check_engine(parent, self.recipe.deploy.gguf_type)
         if self.joined:
             return parent
-        known = self.directory.read_provenance().get("parent", {})
         if known.get("hash", self.parent_hash) != self.parent_hash:
             raise RunDirectoryError(
                 f"{self.recipe.model.path} is not the model this run was made with (its weights have changed); "
@@ -113,6 +116,7 @@ class Run:
                 "model": parent.source,
                 "revision": self.recipe.model.revision,
                 "hash": self.parent_hash,
+                "dtype": dtype_of(parent.model),
                 "on_hub": not local,
                 "licence": known["licence"],
             },
@@ -141,8 +145,10 @@ class Run:
 
     @cached_property
     def workload(self) -> Workload:
-        recipe, device = self.recipe, str(self.parent.device)
-        return Workload.from_recipe(recipe.workload, recipe.model.dtype, device, recipe.deploy.gguf_type)
+        recipe, parent = self.recipe, self.parent
+        return Workload.from_recipe(
+            recipe.workload, dtype_of(parent.model), str(parent.device), recipe.deploy.gguf_type
+        )
 
     @cached_property
     def tokens(self) -> TokenSplits:
