@@ -64,7 +64,8 @@ def inspect(
     rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats)
     with shown(quiet=quiet)("loading and timing"):
         parent = load_parent(model_recipe(model, device, dtype))
-        result = inspect_parent(parent, Workload.from_recipe(rules, dtype_of(parent.model), str(parent.device)), repeats)
+        workload = Workload.from_recipe(rules, dtype_of(parent.model), str(parent.device))
+        result = inspect_parent(parent, workload, repeats)
     emit(result, json, lambda: [inspection_table(result)])
 
 

@@ -133,6 +133,9 @@ class _Looked(RunDirectory):
     def note(self, **facts: Any) -> None:
         pass
 
+    def write_front(self, front: dict[str, Any]) -> None:
+        pass
+
 
 def _done(run: Run) -> Done:
     """How far a run is, asked of its own stages one after the other."""
@@ -193,7 +196,8 @@ def _baseline_layers(run: Run, input_hash: str) -> dict[str, int]:
 def _checkpoints_left(run: Run, front: dict[str, Any]) -> int:
     left = 0
     if run.recipe.front.checkpoints == "all":
-        left += sum(not (run.directory.children / record["hash"]).exists() for record in front["children"])
+        usable = (record for record in front["children"] if record["usable"])
+        left += sum(not (run.directory.children / record["hash"]).exists() for record in usable)
     to = Path(run.recipe.export.to) if run.recipe.export.to else run.directory.export
     picked = pick_record(front["children"], parse_pick(run.recipe.export.pick))
-    return left + int(stages.exported_hash(to) != picked["hash"])
+    return left + int(picked["usable"] and stages.exported_hash(to) != picked["hash"])

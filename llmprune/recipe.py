@@ -225,7 +225,17 @@ class FrontRecipe(_Strict):
     random_draws: int | None = Field(
         None, ge=0, description="random architectures drawn at a speed; default: as many as the search had trials"
     )
-    checkpoints: Literal["all", "none"] = Field("all", description="write every front child to RUN/children/HASH")
+    usable_ppl_ratio: float = Field(
+        10.0,
+        gt=1,
+        description="a child with more than so many times the parent's perplexity on the validation split is marked as "
+        "unusable, and exported by force only",
+    )
+    checkpoints: Literal["all", "none"] = Field(
+        "all", description="write every usable child of the front to RUN/children/HASH"
+    )
+
+    free: ClassVar[frozenset[str]] = frozenset({"usable_ppl_ratio", "checkpoints"})
 
 
 class BaselinesRecipe(_Strict):

@@ -34,7 +34,7 @@ from llmprune.run_directory import RunDirectory, hash_of
 from llmprune.search.allocate import Allocator
 from llmprune.search.baselines.methods import METHODS, own_libraries
 from llmprune.search.budgets import parse_budget, parse_pick
-from llmprune.search.evaluate import Judge
+from llmprune.search.evaluate import QUOTED, Judge
 from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.make import GUIDED
 from llmprune.search.studies import StudyFacts
@@ -347,6 +347,15 @@ class Run:
             finish = partial(complete, self.parent, library) if complete else None
         scorer = self.scorer(split, library)
         return Judge(self.parent, library, split, self.workload, repeats, scorer, finish)
+
+    def quoting(self, baseline: BaselineName | None = None) -> list[Judge]:
+        """What measures the figures that are quoted of a child, or of a baseline's: on text nothing is chosen on."""
+        return [self.judge(name, 1, baseline) for name in QUOTED if name in self.tokens.splits]
+
+    @property
+    def quoted_hashes(self) -> list[str]:
+        """Of the tokens that those figures are of."""
+        return [self.tokens[name].hash for name in QUOTED if name in self.tokens.splits]
 
 
 def _rewarded(search: SearchRecipe) -> list[Any]:
