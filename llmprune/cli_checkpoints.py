@@ -106,7 +106,7 @@ def evaluate(
     task_batch: TaskBatch = 1,
     output: Output = None,
     data: Annotated[Path | None, typer.Option(help="Run directory or recipe whose text is used.")] = None,
-    split: Annotated[str, typer.Option(help="calibration, search, validation or test.")] = "test",
+    split: Annotated[str, typer.Option(help="calibration, search, validation, test or unseen.")] = "test",
     device: Device = "auto",
     dtype: OwnDtype = "auto",
     batch: Batch = 1,

@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SplitName = Literal["calibration", "search", "validation", "test"]
-SPLIT_NAMES: tuple[SplitName, ...] = ("calibration", "search", "validation", "test")
+SplitName = Literal["calibration", "search", "validation", "test", "unseen"]
+SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
 Objective = Literal["decode", "prefill"]
 SpaceSize = Literal["small", "layer", "medium", "large"]
 SamplerName = Literal["slp", "evopress", "linas", "nsga2", "nsga3", "tpe", "gp", "random"]
@@ -67,28 +67,59 @@ class SourceRecipe(_Strict):
 
 
 class DataRecipe(_Strict):
-    """Text, and how it is cut: disjoint windows of `seq_len` tokens for each split."""
+    """Text, and how it is cut: disjoint windows for each split, of `seq_len` tokens, or `unseen_seq_len`."""
 
     sources: tuple[SourceRecipe, ...] = Field(min_length=1)
+    unseen: tuple[SourceRecipe, ...] = Field(
+        (),
+        description="text of other kinds, which is never calibrated, searched or chosen on: figures of it say what a "
+        "child is worth elsewhere",
+    )
     seq_len: int = Field(256, ge=8, description="tokens a window")
-    bos: bool = Field(
-        False, description="open every window with the BOS token (it counts towards seq_len, is never scored)"
+    unseen_seq_len: int = Field(1_024, ge=8, description="tokens a window of the unseen text")
+    bos: Literal["auto"] | bool = Field(
+        "auto",
+        description="open every window with the BOS token (it counts towards seq_len, is never scored); auto: if the "
+        "tokenizer itself puts it in front of a text",
     )
     calibration_tokens: int = Field(24_576, ge=256, description="for statistics of the blocks")
     search_tokens: int = Field(4_096, ge=64, description="every trial is scored on these")
     validation_tokens: int = Field(16_384, ge=64, description="for choosing on the front")
     test_tokens: int = Field(16_384, ge=64, description="reported once")
+    unseen_tokens: int = Field(16_384, ge=64, description="reported of the unseen text, if there is some")
     seed: int = 0
 
     @model_validator(mode="after")
     def _names_differ(self) -> DataRecipe:
-        names = [source.name for source in self.sources]
+        names = [source.name for source in (*self.sources, *self.unseen)]
         if len(set(names)) != len(names):
-            raise ValueError(f"every source needs a name of its own; got {names}")
+            raise ValueError(f"every source needs a name of its own, in sources and unseen together; got {names}")
         return self
+
+    @property
+    def splits(self) -> tuple[SplitName, ...]:
+        """Those that there are: "unseen" only where `unseen` names a source."""
+        return tuple(name for name in SPLIT_NAMES if self.sources_of(name))
+
+    def identity(self) -> dict[str, Any]:
+        """What the tokens depend on, as JSON values. A key of what is not used is left out: a run that was made before
+        there was such a key keeps its tokens."""
+        unused = set() if self.unseen else {"unseen", "unseen_seq_len", "unseen_tokens"}
+        return self.model_dump(mode="json", exclude=unused)
+
+    def sources_of(self, split: SplitName) -> tuple[SourceRecipe, ...]:
+        return self.unseen if split == "unseen" else self.sources
+
+    def weights_of(self, split: SplitName) -> dict[str, float]:
+        """Share of each source in a split; they sum to 1."""
+        total = sum(source.weight for source in self.sources_of(split))
+        return {source.name: source.weight / total for source in self.sources_of(split)}
 
     def tokens_of(self, split: SplitName) -> int:
         return int(getattr(self, f"{split}_tokens"))
+
+    def seq_len_of(self, split: SplitName) -> int:
+        return self.unseen_seq_len if split == "unseen" else self.seq_len
 
 
 class WorkloadRecipe(_Strict):

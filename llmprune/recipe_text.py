@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from llmprune.errors import RecipeError
-from llmprune.recipe import Recipe
+from llmprune.recipe import Recipe, SourceRecipe
 
 Section = TypeVar("Section", bound=BaseModel)
 
@@ -85,14 +85,14 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     def absolute(text: str) -> str:
         return str(Path(text).expanduser().resolve()) if Path(text).expanduser().exists() else text
 
-    sources = tuple(
-        source if source.path is None else source.model_copy(update={"path": absolute(source.path)})
-        for source in recipe.data.sources
-    )
+    def found(sources: tuple[SourceRecipe, ...]) -> tuple[SourceRecipe, ...]:
+        return tuple(s if s.path is None else s.model_copy(update={"path": absolute(s.path)}) for s in sources)
+
+    texts = {"sources": found(recipe.data.sources), "unseen": found(recipe.data.unseen)}
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"path": absolute(recipe.model.path)}),
-            "data": recipe.data.model_copy(update={"sources": sources}),
+            "data": recipe.data.model_copy(update=texts),
         }
     )
 

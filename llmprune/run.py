@@ -240,7 +240,7 @@ def _write(run: Run, record: Record, to: Path, *, force: bool, formats: bool = F
     recipe["model"]["dtype"] = dtype_of(run.parent.model)
     if (tokenizer := recipe["model"]["tokenizer"]) and Path(tokenizer).expanduser().exists():
         recipe["model"]["tokenizer"] = Path(tokenizer).name
-    for source in recipe["data"]["sources"]:
+    for source in (*recipe["data"]["sources"], *recipe["data"]["unseen"]):
         source["path"] = source["path"] and Path(source["path"]).name
     parent = {"shape": asdict(run.parent.shape), "figures": read_front(run.directory)["parent"]}
     metadata = {"figures": record, "parent": parent, "provenance": provenance, "recipe": recipe}

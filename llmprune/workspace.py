@@ -158,7 +158,7 @@ class Run:
                 raise RunDirectoryError(f"a worker needs {path}; copy it from the run directory of llmprune search")
             return load_token_splits(path)
         assert tokenizer is not None, "a parent that was loaded has a tokenizer"
-        key = hash_of(self.recipe.data.model_dump(mode="json"), self.parent_hash)
+        key = hash_of(self.recipe.data.identity(), self.parent_hash)
         if not self.directory.is_done("tokens", key, path):
             with self.show("cutting text into token splits"):
                 splits = build_token_splits(self.recipe.data, tokenizer)

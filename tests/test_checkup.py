@@ -34,6 +34,11 @@ def test_models_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
+        (
+            "data",
+            {"unseen": [{"name": "b", "path": "b.txt"}], "unseen_seq_len": 129},
+            r"data.unseen_seq_len must be at most .* 128 positions; got 129",
+        ),
         ("data", {"seq_len": 129}, r"data.seq_len must be at most .* 128 positions; got 129"),
         ("workload", {"prompt_tokens": 128, "generated_tokens": 2}, r"workload.prompt_tokens \+ .* got 130"),
     ],

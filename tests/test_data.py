@@ -17,7 +17,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from llmprune.data.tokens import TokenSplits, build_token_splits, divide_windows, encode_with_bytes
 from llmprune.errors import DataError
-from llmprune.recipe import SPLIT_NAMES, DataRecipe, SourceRecipe
+from llmprune.recipe import DataRecipe, SourceRecipe
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_document_is_one_run_of_tokens_in_one_split(
     source = write_jsonl(tmp_path_factory.mktemp("data") / "s.jsonl", texts)
     splits = build_token_splits(small_data_recipe(source, seq_len=seq_len, bos=bos), tokenizer)
     used: list[str] = []
-    for name in SPLIT_NAMES:
+    for name in splits.splits:
         windows = splits[name].sources["s"].windows
         assert windows.shape[1] == seq_len and windows.numel() >= SMALL_SPLITS[f"{name}_tokens"]
         ids = windows[:, int(bos) :]
@@ -83,6 +83,44 @@ def test_a_document_is_one_run_of_tokens_in_one_split(
             assert len(run) <= documents[character] and (not eos or len(run) == documents[character])
         used += [character for _, character, _ in runs]
     assert len(used) == len(set(used))
+
+
+@pytest.fixture
+def unseen(tmp_path: Path) -> dict[str, Any]:
+    """An unseen source, half of which are copies of what the sources have."""
+    copies = numbered_documents("ant", 30)
+    source = write_jsonl(tmp_path / "u.jsonl", [*copies, *numbered_documents("cow", 60)])
+    return {"unseen": (source,), "unseen_seq_len": 40, "unseen_tokens": 200}
+
+
+def test_unseen_text_is_a_split_of_its_own_and_shares_no_document(
+    two_sources: tuple[SourceRecipe, SourceRecipe], unseen: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    # All of the first source's documents are taken, so that a copy of any of them would be a leak.
+    taken = small_data_recipe(*two_sources, calibration_tokens=1700)
+    without = build_token_splits(taken, tokenizer)
+    splits = build_token_splits(taken.model_copy(update=unseen), tokenizer)
+    assert "unseen" not in without.splits and list(splits.splits)[-1] == "unseen"
+    assert {name: splits[name].hash for name in without.splits} == {n: s.hash for n, s in without.splits.items()}
+    split = splits["unseen"]
+    assert (split.name, split.seq_len, split.dataset, split.weights) == ("unseen", 40, "u", {"u": 1.0})
+    assert split.sources["u"].windows.shape == (5, 40) and split.tokens == 200
+    texts = texts_of(splits, tokenizer)
+    here = {word for text in texts.pop("unseen/u") for word in text.split()[1:-1]}
+    there = {word for documents in texts.values() for text in documents for word in text.split()}
+    assert here and not here & there
+    assert splits.provenance["documents"]["unseen"]["u"] >= 1 and "u" in splits.provenance["sources"]
+    with pytest.raises(DataError, match=r"there is no unseen text here, .*name its sources in data\.unseen"):
+        without["unseen"]
+
+
+def test_a_run_keeps_its_tokens_when_a_later_version_knows_more_keys(
+    two_sources: tuple[SourceRecipe, SourceRecipe], unseen: dict[str, Any]
+) -> None:
+    recipe = small_data_recipe(*two_sources, bos=False)
+    first_version = {"sources", "seq_len", "bos", *(f"{n}_tokens" for n in recipe.splits), "seed"}
+    assert recipe.identity().keys() == first_version
+    assert recipe.model_copy(update=unseen).identity().keys() == set(DataRecipe.model_fields)
 
 
 def test_long_documents_are_cut_at_the_end_of_a_window(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -100,7 +138,7 @@ def test_the_seed_decides_which_documents_are_where(
     one, again, other = (
         build_token_splits(small_data_recipe(*two_sources, seed=seed), tokenizer) for seed in (1, 1, 2)
     )
-    for name in SPLIT_NAMES:
+    for name in one.splits:
         assert one[name].hash == again[name].hash
         assert one[name].hash != other[name].hash
 
@@ -111,7 +149,8 @@ def test_more_calibration_text_leaves_the_scored_splits_alone(
     less, more = (
         build_token_splits(small_data_recipe(*two_sources, calibration_tokens=n), tokenizer) for n in (256, 512)
     )
-    assert [less[name].hash == more[name].hash for name in SPLIT_NAMES] == [False, True, True, True]
+    same = {name: less[name].hash == more[name].hash for name in less.splits}
+    assert same == {"calibration": False, "search": True, "validation": True, "test": True}
 
 
 def test_hash_covers_windows_weights_and_bytes(
@@ -197,8 +236,46 @@ def test_special_tokens_that_the_tokenizer_would_add_are_left_out(
     adding = tiny_tokenizer()
     adding.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     assert adding("a")["input_ids"][0] == adding.bos_token_id
-    plain, other = (build_token_splits(small_data_recipe(*two_sources), one) for one in (tokenizer, adding))
+    recipe = small_data_recipe(*two_sources, bos=False)
+    plain, other = (build_token_splits(recipe, one) for one in (tokenizer, adding))
     assert plain["search"].hash == other["search"].hash
+
+
+def adding_bos() -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+class SlowAddingBos(ByT5Tokenizer):
+    """A slow tokenizer with a BOS, which it puts before a text as its settings do not say."""
+
+    def __init__(self) -> None:
+        super().__init__(bos_token="<pad>")
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        return [0, *token_ids_0, 1]
+
+
+@pytest.mark.parametrize(
+    ("make", "opens"),
+    [(tiny_tokenizer, False), (adding_bos, True), (ByT5Tokenizer, False), (SlowAddingBos, True)],
+)
+def test_bos_is_what_the_tokenizer_does_unless_the_recipe_says_otherwise(
+    make: Any, opens: bool, two_sources: tuple[SourceRecipe, SourceRecipe]
+) -> None:
+    tokenizer = make()
+    assert DataRecipe(sources=two_sources).bos == "auto"
+    for bos, expected in (("auto", opens), (False, False), (True, True)):
+        if bos is True and tokenizer.bos_token_id is None:
+            continue
+        splits = build_token_splits(small_data_recipe(*two_sources, bos=bos), tokenizer)
+        for split in splits.splits.values():
+            assert split.bos is expected
+            first = torch.cat([source.windows[:, 0] for source in split.sources.values()])
+            assert (first == tokenizer.bos_token_id).all() if expected else (first > 1).any()
 
 
 def test_tokenizers_without_the_special_tokens_are_refused(
@@ -207,7 +284,8 @@ def test_tokenizers_without_the_special_tokens_are_refused(
     without_bos, without_eos = tiny_tokenizer(), tiny_tokenizer()
     without_bos.bos_token = None
     without_eos.eos_token = None
-    with pytest.raises(DataError, match=r"set data\.bos to false"):
+    assert not build_token_splits(small_data_recipe(*two_sources), without_bos)["test"].bos
+    with pytest.raises(DataError, match=r"set data\.bos to auto"):
         build_token_splits(small_data_recipe(*two_sources, bos=True), without_bos)
     with pytest.raises(DataError, match="set its eos_token"):
         build_token_splits(small_data_recipe(*two_sources), without_eos)

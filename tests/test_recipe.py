@@ -64,6 +64,8 @@ def test_the_default_and_the_demo_come_along() -> None:
         ("data.sources=[{name: a, path: x, dataset: y}]", "give exactly one of `dataset`"),
         ("data.sources=[{name: a, path: x, weight: .inf}]", "data.sources.0.weight: Input should be a finite number"),
         ("data.sources=[{name: a, path: x}, {name: a, path: y}]", "every source needs a name of its own"),
+        ("data.unseen=[{name: a, path: y}]", "every source needs a name of its own, in sources and unseen together"),
+        ("data.bos=yesterday", "data.bos"),
         ("data={}", "an override names section.key, such as search.trials; got 'data'"),
         ("front.size.more=1", "an override names section.key, such as search.trials; got 'front.size.more'"),
         ("search.trials", "an override is key.sub=value, such as search.trials=100; got 'search.trials'"),
@@ -160,12 +162,15 @@ def test_the_schema_names_every_key() -> None:
 
 
 def test_splits_have_sizes_of_their_own() -> None:
-    data = parse_recipe(SMALLEST, origin="").data
+    data = parse_recipe(apply_overrides(SMALLEST, ["data.unseen=[{name: b, path: b.txt}]"]), origin="").data
+    assert (parse_recipe(SMALLEST, origin="").data.splits, data.splits) == (SPLIT_NAMES[:4], SPLIT_NAMES)
+    assert {name: data.seq_len_of(name) for name in SPLIT_NAMES} == {**dict.fromkeys(SPLIT_NAMES, 256), "unseen": 1024}
     assert {name: data.tokens_of(name) for name in SPLIT_NAMES} == {
         "calibration": data.calibration_tokens,
         "search": data.search_tokens,
         "validation": data.validation_tokens,
         "test": data.test_tokens,
+        "unseen": data.unseen_tokens,
     }
 
 
@@ -173,7 +178,9 @@ def test_local_files_are_made_absolute_and_hub_ids_are_not(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").touch()
     sources = "data.sources=[{name: a, path: a.txt}, {name: b, dataset: org/set}]"
-    recipe = with_absolute_paths(parse_recipe(apply_overrides(SMALLEST, [sources]), origin=""))
+    unseen = "data.unseen=[{name: c, path: a.txt}]"
+    recipe = with_absolute_paths(parse_recipe(apply_overrides(SMALLEST, [sources, unseen]), origin=""))
+    assert [source.path for source in recipe.data.unseen] == [str(tmp_path / "a.txt")]
     assert recipe.model.path == "org/name"
     assert [source.path for source in recipe.data.sources] == [str(tmp_path / "a.txt"), None]
     assert with_absolute_paths(recipe) == recipe

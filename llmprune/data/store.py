@@ -16,7 +16,7 @@ from llmprune.errors import RunDirectoryError
 from llmprune.files import atomic_path
 from llmprune.recipe import SplitName
 
-_VERSION = 1
+_VERSION = 2
 
 
 def save_token_splits(splits: TokenSplits, path: Path) -> None:
@@ -29,11 +29,16 @@ def save_token_splits(splits: TokenSplits, path: Path) -> None:
     header = json.dumps(
         {
             "version": _VERSION,
-            "seq_len": splits.seq_len,
-            "bos": splits.bos,
             "provenance": splits.provenance,
             "splits": [
-                {"name": name, "weights": split.weights, "hash": split.hash} for name, split in splits.splits.items()
+                {
+                    "name": name,
+                    "weights": split.weights,
+                    "seq_len": split.seq_len,
+                    "bos": split.bos,
+                    "hash": split.hash,
+                }
+                for name, split in splits.splits.items()
             ],
         }
     )
@@ -57,13 +62,15 @@ def load_token_splits(path: Path) -> TokenSplits:
     if metadata.get("header_sha256") != _sha256(text):
         raise _corrupt(path, "its header is not the one that was saved")
     header = json.loads(text)
-    if header["version"] != _VERSION:
-        raise _corrupt(path, f"it has version {header['version']}, this llmprune reads {_VERSION}")
-    splits = {entry["name"]: _split(entry, header, tensors, path) for entry in header["splits"]}
-    return TokenSplits(splits, header["seq_len"], header["bos"], header["provenance"])
+    if header["version"] not in (1, _VERSION):
+        raise _corrupt(path, f"it has version {header['version']}, this llmprune reads up to {_VERSION}")
+    # Version 1 says the length of windows, and BOS, once for all splits.
+    of_all = {key: header[key] for key in ("seq_len", "bos") if key in header}
+    splits = {entry["name"]: _split({**of_all, **entry}, tensors, path) for entry in header["splits"]}
+    return TokenSplits(splits, header["provenance"])
 
 
-def _split(entry: dict[str, Any], header: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> Split:
+def _split(entry: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> Split:
     name: SplitName = entry["name"]
     try:
         sources = {
@@ -72,7 +79,7 @@ def _split(entry: dict[str, Any], header: dict[str, Any], tensors: dict[str, tor
         }
     except KeyError as error:
         raise _corrupt(path, f"it lacks the tensor {error}") from error
-    split = Split(name, sources, entry["weights"], header["seq_len"], header["bos"])
+    split = Split(name, sources, entry["weights"], entry["seq_len"], entry["bos"])
     if split.hash != entry["hash"]:
         raise _corrupt(path, f"split {name!r} does not have the hash it was saved with")
     return split

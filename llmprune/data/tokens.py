@@ -1,4 +1,4 @@
-"""Token splits: what statistics, trials, the choice on the front and the final figure each see, and nothing else does.
+"""Token splits: what statistics, trials, the choice on the front and the final figures each see, and nothing else does.
 
 Splits are disjoint by document, not only by window: half an article in `search` makes the other half easier in `test`.
 """
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from llmprune.data.bos import resolved_bos
 from llmprune.data.sources import read_documents
 from llmprune.errors import DataError
 from llmprune.recipe import DataRecipe, SplitName
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 IntArray = npt.NDArray[np.int64]
 
-SPLITS_BY_PRIORITY: tuple[SplitName, ...] = ("search", "validation", "test", "calibration")
+SPLITS_BY_PRIORITY: tuple[SplitName, ...] = ("search", "validation", "test", "calibration", "unseen")
 """Which split takes its documents first: raising `calibration_tokens` leaves the scored text as it was."""
 
 LARGEST_DOCUMENT_SHARE = 1 / 16
@@ -102,62 +103,65 @@ class TokenSplits:
     """All splits of a run, and where their text came from."""
 
     splits: Mapping[SplitName, Split]
-    seq_len: int
-    bos: bool
+    """Each with its own length of windows; "unseen" is there only if the recipe names such text."""
     provenance: Mapping[str, Any]
     """JSON: seed, tokenizer, identity of every source, and its documents in each split."""
 
     def __getitem__(self, name: SplitName) -> Split:
+        """Raises DataError if there is no such split."""
+        if name not in self.splits:
+            raise DataError(
+                f"there is no {name} text here, only {', '.join(self.splits)}; name its sources in data.{name}"
+            )
         return self.splits[name]
 
 
 def build_token_splits(recipe: DataRecipe, tokenizer: PreTrainedTokenizerBase) -> TokenSplits:
-    """Shuffle, tokenise and cut the recipe's text into windows of `seq_len` tokens.
+    """Shuffle, tokenise and cut the recipe's text into windows of each split's `seq_len` tokens.
 
     Documents are joined by EOS, no document (nor an exact copy of it) is in two splits, and no more are tokenised than
     are needed. A document that is longer than `LARGEST_DOCUMENT_SHARE` allows is cut at the end of a window. Each split
-    gets at least the tokens asked for, in whole windows, divided over the sources by weight. Raises DataError on text
+    gets at least the tokens asked for, in whole windows, divided over its sources by weight. Raises DataError on text
     that cannot be read or is too short, and on a tokenizer without EOS (or BOS, if asked for).
     """
-    _check_special_tokens(recipe, tokenizer)
-    total = sum(source.weight for source in recipe.sources)
-    weights = {source.name: source.weight / total for source in recipe.sources}
-    cuts = {name: divide_windows(recipe, name, weights) for name in SPLITS_BY_PRIORITY}
+    if tokenizer.eos_token_id is None:
+        raise DataError("documents are joined by EOS, and this tokenizer has none; set its eos_token")
+    bos = resolved_bos(recipe.bos, tokenizer)
+    weights = {name: recipe.weights_of(name) for name in SPLITS_BY_PRIORITY if name in recipe.splits}
+    cuts = {name: divide_windows(recipe, name, shares) for name, shares in weights.items()}
     seen: set[bytes] = set()
     filled: dict[str, dict[SplitName, _Filling]] = {}
     identities: dict[str, Mapping[str, str | None]] = {}
-    for source in recipe.sources:
+    for source in (*recipe.sources, *recipe.unseen):
         text = read_documents(source, seed=recipe.seed)
         identities[source.name] = text.identity
         documents = _encoded(_without_copies(text.documents, seen), tokenizer)
-        wanted = {name: windows[source.name] for name, windows in cuts.items()}
-        filled[source.name] = _fill(documents, wanted, recipe, source.name)
+        fillings = {
+            name: _Filling(windows[source.name], recipe.seq_len_of(name) - bos)
+            for name, windows in cuts.items()
+            if source.name in windows
+        }
+        _fill(documents, fillings, source.name)
+        filled[source.name] = fillings
     splits = {
         name: Split(
             name,
-            {source: _cut(filled[source][name], recipe, tokenizer) for source in weights},
-            weights,
-            recipe.seq_len,
-            recipe.bos,
+            {source: _cut(filled[source][name], tokenizer.bos_token_id if bos else None) for source in shares},
+            shares,
+            recipe.seq_len_of(name),
+            bos,
         )
-        for name in SPLITS_BY_PRIORITY
+        for name, shares in weights.items()
     }
     provenance = {
         "seed": recipe.seed,
         "tokenizer": {"class": type(tokenizer).__name__, "vocabulary": len(tokenizer)},
         "sources": identities,
         "documents": {
-            name: {source: filled[source][name].documents for source in weights} for name in SPLITS_BY_PRIORITY
+            name: {source: filled[source][name].documents for source in shares} for name, shares in weights.items()
         },
     }
-    return TokenSplits(splits, recipe.seq_len, recipe.bos, provenance)
-
-
-def _check_special_tokens(recipe: DataRecipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.eos_token_id is None:
-        raise DataError("documents are joined by EOS, and this tokenizer has none; set its eos_token")
-    if recipe.bos and tokenizer.bos_token_id is None:
-        raise DataError("data.bos opens windows with BOS, and this tokenizer has none; set data.bos to false")
+    return TokenSplits(splits, provenance)
 
 
 def first_windows(
@@ -175,7 +179,7 @@ def first_windows(
 
 def divide_windows(recipe: DataRecipe, split: SplitName, weights: Mapping[str, float]) -> dict[str, int]:
     """Windows of each source: together enough for the split's tokens, in proportion to `weights`, one at the least."""
-    total = max(len(weights), math.ceil(recipe.tokens_of(split) / recipe.seq_len))
+    total = max(len(weights), math.ceil(recipe.tokens_of(split) / recipe.seq_len_of(split)))
     windows = {name: max(1, math.floor(total * weight)) for name, weight in weights.items()}
     by_shortfall = sorted(weights, key=lambda name: windows[name] - total * weights[name])
     for name in by_shortfall[: max(0, total - sum(windows.values()))]:
@@ -213,21 +217,14 @@ class _Filling:
         self.documents += 1
 
 
-def _fill(
-    documents: Iterator[tuple[IntArray, IntArray]],
-    wanted: Mapping[SplitName, int],
-    recipe: DataRecipe,
-    source: str,
-) -> dict[SplitName, _Filling]:
+def _fill(documents: Iterator[tuple[IntArray, IntArray]], fillings: Mapping[SplitName, _Filling], source: str) -> None:
     """Give every split whole documents until its windows are full; what is left of its last document is dropped."""
-    fillings = {name: _Filling(windows, recipe.seq_len - recipe.bos) for name, windows in wanted.items()}
     for filling in fillings.values():
         while filling.tokens < filling.needed_tokens:
             document = next(documents, None)
             if document is None:
                 raise _too_short(fillings, source)
             filling.add(*document)
-    return fillings
 
 
 def _too_short(fillings: Mapping[SplitName, _Filling], source: str) -> DataError:
@@ -244,12 +241,12 @@ def _too_short(fillings: Mapping[SplitName, _Filling], source: str) -> DataError
     )
 
 
-def _cut(filling: _Filling, recipe: DataRecipe, tokenizer: PreTrainedTokenizerBase) -> SourceTokens:
+def _cut(filling: _Filling, bos_token_id: int | None) -> SourceTokens:
     shape = (filling.windows, filling.window_tokens)
     windows = np.concatenate(filling.ids)[: filling.needed_tokens].reshape(shape)
     token_bytes = np.concatenate(filling.bytes)[: filling.needed_tokens].reshape(shape)
-    if recipe.bos:
-        windows = np.insert(windows, 0, tokenizer.bos_token_id, axis=1)
+    if bos_token_id is not None:
+        windows = np.insert(windows, 0, bos_token_id, axis=1)
         scored_bytes = token_bytes
     else:
         scored_bytes = token_bytes[:, 1:]

@@ -172,7 +172,8 @@ def _host(host: Mapping[str, Any]) -> str:
 
 def _sources(metadata: Mapping[str, Any]) -> Iterator[str]:
     identities = metadata["provenance"].get("data", {}).get("sources", {})
-    for source in metadata["recipe"]["data"]["sources"]:
+    texts = metadata["recipe"]["data"]
+    for source in (*texts["sources"], *texts.get("unseen", ())):
         known = identities.get(source["name"], {})
         if source["dataset"]:
             facts = {key: known.get(key, source[key]) for key in ("config", "split", "revision")}
@@ -181,7 +182,8 @@ def _sources(metadata: Mapping[str, Any]) -> Iterator[str]:
             facts = {"SHA-256": known.get("sha256")}
             where = f"`{source['path']}`"
         told = ", ".join(f"{key} `{value}`" for key, value in facts.items() if value)
-        yield f"{source['name']}: {where}{', ' + told if told else ''}, weight {source['weight']:g}"
+        role = "for figures only" if source in texts.get("unseen", ()) else f"weight {source['weight']:g}"
+        yield f"{source['name']}: {where}{', ' + told if told else ''}, {role}"
 
 
 def _provenance(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

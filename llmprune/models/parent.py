@@ -142,6 +142,7 @@ def check_lengths(parent: Parent, recipe: Recipe) -> None:
     limit = getattr(parent.model.config, "max_position_embeddings", None)
     lengths = {
         "data.seq_len": recipe.data.seq_len,
+        **({"data.unseen_seq_len": recipe.data.unseen_seq_len} if recipe.data.unseen else {}),
         "workload.prompt_tokens + workload.generated_tokens": recipe.workload.prompt_tokens
         + recipe.workload.generated_tokens,
     }

@@ -40,7 +40,7 @@ from llmprune.measure.prefix_states import common_steps, last_start, spread, ste
 from llmprune.measure.quality import LOGITS_BYTES
 from llmprune.measure.racing import SHARES
 from llmprune.measure.throughput import passes_of
-from llmprune.recipe import SPLIT_NAMES, SamplerName, SplitName
+from llmprune.recipe import SamplerName, SplitName
 from llmprune.search.baselines.methods import METHODS, own_libraries
 from llmprune.search.costs import probe_architectures
 from llmprune.search.path import stops_of
@@ -74,8 +74,8 @@ def forecast(plan: Plan, done: Done | None = None, *, until: Until = "export") -
 
 def _tokens_bytes(plan: Plan) -> int:
     """Token ids in int32, and an int32 a window."""
-    seq_len = plan.recipe.data.seq_len
-    return sum(4 * sum(plan.windows(split).values()) * (seq_len + 1) for split in SPLIT_NAMES)
+    data = plan.recipe.data
+    return sum(4 * sum(plan.windows(split).values()) * (data.seq_len_of(split) + 1) for split in data.splits)
 
 
 def _library(plan: Plan, done: Done) -> StageCost:

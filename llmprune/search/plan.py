@@ -42,21 +42,24 @@ class Plan:
 
     def windows(self, split: SplitName) -> Mapping[str, int]:
         """Windows of each source, as the token splits will have them."""
-        return divide_windows(self.recipe.data, split, self._weights)
+        return divide_windows(self.recipe.data, split, self.recipe.data.weights_of(split))
 
     def tokens(self, split: SplitName) -> int:
-        return sum(self.windows(split).values()) * self.recipe.data.seq_len
+        return sum(self.windows(split).values()) * self.recipe.data.seq_len_of(split)
 
     def estimated_tokens(self, tokens: int) -> int:
         """Calibration tokens of a one-backward estimate that asks for `tokens`, in whole windows a source."""
         seq_len, windows = self.recipe.data.seq_len, self.windows("calibration")
-        wanted = {name: max(1, round(tokens * weight / seq_len)) for name, weight in self._weights.items()}
+        weights = self.recipe.data.weights_of("calibration")
+        wanted = {name: max(1, round(tokens * weight / seq_len)) for name, weight in weights.items()}
         return sum(min(wanted[name], windows[name]) for name in windows) * seq_len
 
     def first_tokens(self, split: SplitName, tokens: int | None) -> int:
         """About so many of a split's tokens, in whole windows of each source; all without a number."""
         share = 1.0 if tokens is None else min(1.0, tokens / self.tokens(split))
-        return sum(first_windows(self.windows(split), self._weights, share).values()) * self.recipe.data.seq_len
+        data = self.recipe.data
+        windows = first_windows(self.windows(split), data.weights_of(split), share)
+        return sum(windows.values()) * data.seq_len_of(split)
 
     @property
     def exact_tokens(self) -> int:
@@ -91,11 +94,6 @@ class Plan:
         """Logits of one pass in the model's dtype, and float32 copies of one window."""
         one = self.recipe.data.seq_len * self.vocabulary
         return windows * one * self.dtype_bytes + 3 * 4 * one
-
-    @property
-    def _weights(self) -> dict[str, float]:
-        total = sum(source.weight for source in self.recipe.data.sources)
-        return {source.name: source.weight / total for source in self.recipe.data.sources}
 
 
 @dataclass(frozen=True)

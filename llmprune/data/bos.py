@@ -1,0 +1,31 @@
+"""Whether a text is opened with the BOS token: one rule for windows, tasks and files.
+
+Models differ: Gemma computes nonsense without it, and GPT-2 never saw it in front of a text.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from llmprune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself puts BOS in front of a text.
+
+    By what it does, not by what its settings claim: post-processors overrule them, and slow tokenizers have others.
+    """
+    ids: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def resolved_bos(rule: Literal["auto"] | bool, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """What the recipe's `data.bos` comes to with this tokenizer. Raises DataError if it asks for a BOS that is not."""
+    if rule == "auto":
+        return puts_bos(tokenizer)
+    if rule and tokenizer.bos_token_id is None:
+        raise DataError("data.bos=true opens windows with BOS, and this tokenizer has none; set data.bos to auto")
+    return rule
