@@ -276,6 +276,8 @@ def _print_forecast(
     path: Path, recipe: Recipe, until: Literal["search", "export"], storage: str | None, json: bool, quiet: bool
 ) -> None:
     from llmprune.inspection import forecast_run
+    from llmprune.search.reach import described, reach_from_json
 
     result = forecast_run(path, recipe, until, shown(quiet=quiet), storage=storage)
-    emit(result, json, lambda: [forecast_table(result)])
+    reached = [described(reach_from_json(result["reach"]))] if result["reach"] else []
+    emit(result, json, lambda: [forecast_table(result), *reached, *result["warnings"]])

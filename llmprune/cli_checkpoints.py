@@ -55,18 +55,19 @@ def inspect(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what can be pruned, layer by layer: parameters, bytes, share of measured time."""
+    """Show what can be pruned, layer by layer: parameters, bytes, share of measured time; and what that can reach."""
     from llmprune.inspection import inspect_parent
     from llmprune.measure.throughput import Workload
     from llmprune.models.loading import dtype_of
     from llmprune.models.parent import load_parent
+    from llmprune.search.reach import described, reach_from_json
 
     rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats)
     with shown(quiet=quiet)("loading and timing"):
         parent = load_parent(model_recipe(model, device, dtype))
         workload = Workload.from_recipe(rules, dtype_of(parent.model), str(parent.device))
         result = inspect_parent(parent, workload, repeats)
-    emit(result, json, lambda: [inspection_table(result)])
+    emit(result, json, lambda: [inspection_table(result), described(reach_from_json(result["reach"]))])
 
 
 @app.command()

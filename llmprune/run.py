@@ -32,6 +32,7 @@ from llmprune.search.front import (
     unusable,
     with_verdicts,
 )
+from llmprune.search.reach import check_reach, described
 from llmprune.search.samplers.guide import HOLDS_WITHIN
 from llmprune.search.samplers.make import GUIDED
 from llmprune.search.storage import masked, opened_storage
@@ -52,9 +53,15 @@ _LOCAL = ("stages", "study")
 
 
 def search(run: Run, report: Report | None = None) -> SearchOutcome:
-    """Search until the recipe's trials or minutes are used up; trials that are there, and other workers', count."""
+    """Search until the recipe's trials or minutes are used up; trials that are there, and other workers', count.
+
+    Raises RecipeError, before the library is built, if a target is beyond what the space can reach.
+    """
     # Opened first: a storage that cannot be used is found out before the hours that the library may take.
     with opened_storage(run.storage, run.directory.journal) as storage:
+        warnings = check_reach(run.reach, run.recipe)
+        for line in (described(run.reach), *warnings):
+            run.say(line)
         return _work(run, start_study(run, storage), report)
 
 

@@ -45,6 +45,10 @@ class RunDirectory:
         return self.path / "library"
 
     @property
+    def reach(self) -> Path:
+        return self.path / "reach.json"
+
+    @property
     def tables(self) -> Path:
         return self.path / "tables.json"
 

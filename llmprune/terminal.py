@@ -144,12 +144,13 @@ def bench_table(result: Mapping[str, Any]) -> Table:
 
 def inspection_table(result: Mapping[str, Any]) -> Table:
     """What every block holds, and what it takes of the time."""
-    shape = result["shape"]
+    shape, outside = result["shape"], result["outside_blocks"]
     table = Table(
         title=f"{result['model']} ({result['model_type']}): {result['params'] / 1e6:.1f}M parameters, "
         f"{result['bytes'] / 1e6:.0f} MB, {result['kv_bytes_per_token']:,} KV bytes a token",
         caption=f"hidden size {shape['hidden_size']}, {shape['queries_per_group']} query heads a KV group, "
-        f"head dim {shape['head_dim']}; shares are of one pass, the rest is embeddings, output and norms",
+        f"head dim {shape['head_dim']}; shares are of one pass; {outside['prefill']:.0%} of prefill and "
+        f"{outside['decode']:.0%} of decode are outside of all blocks: embeddings, output, norms",
         caption_justify="left",
     )
     table.add_column("layer", justify="right")

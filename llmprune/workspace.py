@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llmprune.architecture import Architecture
+from llmprune.architecture import BLOCK_KINDS, Architecture
 from llmprune.blocks.library import BlockLibrary, Plan, build_libraries, build_library, load_library
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import Split, TokenSplits, build_token_splits
@@ -35,6 +35,7 @@ from llmprune.search.allocate import Allocator
 from llmprune.search.baselines.methods import METHODS, own_libraries
 from llmprune.search.budgets import parse_budget, parse_pick
 from llmprune.search.evaluate import QUOTED, Judge
+from llmprune.search.reach import Reach, measure_reach, reach_from_json, reach_to_json
 from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.make import GUIDED
 from llmprune.search.studies import StudyFacts
@@ -149,6 +150,21 @@ class Run:
         return Workload.from_recipe(
             recipe.workload, dtype_of(parent.model), str(parent.device), recipe.deploy.gguf_type
         )
+
+    @cached_property
+    def reach(self) -> Reach:
+        """What the space can reach at all, which takes seconds to know: no library is needed."""
+        file, space = self.directory.reach, self.space
+        ladders = [[choice.to_json() for choice in space.ladder(kind)] for kind in BLOCK_KINDS]
+        key = hash_of(self.parent_hash, space.size, ladders, self.workload.to_json(), fingerprint())
+        if not self.directory.is_done("reach", key, file):
+            with self.show("timing what the space can reach"):
+                write_json(file, reach_to_json(measure_reach(self.parent, space, self.workload)))
+            self.directory.mark_done("reach", key)
+        try:
+            return reach_from_json(read_json(file))
+        except (KeyError, TypeError) as error:
+            raise RunDirectoryError(f"{file} is damaged ({type(error).__name__}: {error}); delete it") from error
 
     @cached_property
     def tokens(self) -> TokenSplits:

@@ -203,7 +203,7 @@ def test_the_table_of_a_front_quotes_test_and_unseen_text(finished_run: Finished
 def test_a_run_directory_holds_what_the_design_says(finished_run: Finished) -> None:
     names = {path.name for path in finished_run.path.iterdir()}
     inputs = {"recipe.yaml", "provenance.json", "tokens.safetensors", "library", "tables.json", "seeds.json"}
-    assert names == {*inputs, "study.journal", "front.json", "children", "scores", ".lock"}
+    assert names == {*inputs, "reach.json", "study.journal", "front.json", "children", "scores", ".lock"}
     children = strict_json(finished_run.path / "front.json")["children"]
     assert {path.name for path in (finished_run.path / "children").iterdir()} == {child["hash"] for child in children}
     assert len(finished_hashes(finished_run.path)) == finished_run.recipe.search.trials
@@ -351,6 +351,8 @@ def front_again(run: Path) -> None:
         ("tables.json", b"{", search_again),
         ("tables.json", b"{}", search_again),
         ("tables.json", b"[1]", search_again),
+        ("reach.json", b"[]", search_again),
+        ("reach.json", b'{"decode": {}}', search_again),
         ("seeds.json", b"{", search_again),
         ("seeds.json", b"7", search_again),
         ("seeds.json", b"{}{}", search_again),
@@ -372,7 +374,9 @@ def test_a_damaged_file_is_named_in_one_error(
     assert (copied / name).read_bytes() == content, "damage is for a person to look at"
 
 
-@pytest.mark.parametrize("name", ["tokens.safetensors", "tables.json", "seeds.json", "provenance.json", "library"])
+@pytest.mark.parametrize(
+    "name", ["tokens.safetensors", "reach.json", "tables.json", "seeds.json", "provenance.json", "library"]
+)
 def test_a_missing_file_is_made_again(name: str, copied: Path) -> None:
     before = Run.open(copied)
     hashes = before.library.hash, before.tokens["search"].hash, before.study_name
