@@ -13,7 +13,7 @@ from llmprune.errors import DataError, ModelError
 from llmprune.measure.host import fingerprint
 from llmprune.measure.llamacpp_library import library
 from llmprune.measure.throughput import Workload, check_compiler, measure_paired
-from llmprune.models.loading import load_model, resolve_device
+from llmprune.models.loading import dtype_of, load_model, resolve_device
 from llmprune.models.sizes import parameter_count
 from llmprune.progress import Show
 from llmprune.recipe import GgufType, ModelRecipe, WorkloadRecipe
@@ -24,7 +24,8 @@ def bench(
 ) -> dict[str, Any]:
     """Time checkpoints in one interleaved run; the first is the reference of all speed-ups.
 
-    Raises ModelError, before any weight is read, if the workload's engine or compiler cannot run them.
+    Raises ModelError, before any weight is read, if the workload's engine or compiler cannot run them; and if they come
+    in different dtypes.
     """
     if workload.compile:
         check_compiler(resolve_device(models[0].device))
@@ -37,7 +38,11 @@ def bench(
     vocabulary = loaded[0].config.get_text_config().vocab_size
     for recipe, model in zip(models, loaded, strict=True):
         check_vocabulary(model, recipe.path, vocabulary - 1)
-    timed = Workload.from_recipe(workload, models[0].dtype, str(loaded[0].device), gguf_type)
+    dtypes = {recipe.path: dtype_of(model) for recipe, model in zip(models, loaded, strict=True)}
+    if len({*dtypes.values()}) > 1:
+        listed = ", ".join(f"{path} in {found}" for path, found in dtypes.items())
+        raise ModelError(f"models side by side must be in one dtype, but there are {listed}; name one with --dtype")
+    timed = Workload.from_recipe(workload, dtype_of(loaded[0]), str(loaded[0].device), gguf_type)
     with show("timing") as advance:
         # A lone checkpoint is timed against itself: its tokens per second are what is asked for.
         reference, others = measure_paired(loaded[0], loaded[1:] or loaded[:1], timed, workload.repeats, advance)

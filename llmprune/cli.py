@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -12,7 +13,6 @@ from rich.markup import escape
 from llmprune.cli_checkpoints import app as of_checkpoints
 from llmprune.cli_options import (
     DryRun,
-    Force,
     Json,
     Overrides,
     Quiet,
@@ -31,7 +31,6 @@ from llmprune.recipe_text import load_recipe, parse_section
 from llmprune.terminal import (
     error_console,
     forecast_table,
-    front_table,
     print_json,
     print_trial,
     shown,
@@ -63,6 +62,7 @@ def compress(
 ) -> None:
     """Run every stage: search, re-measure the front, write its checkpoints, export the recipe's pick."""
     from llmprune import run as stages
+    from llmprune.front_tables import front_table
 
     recipe = recipe_from(model_or_recipe, overrides)
     if dry_run:
@@ -70,7 +70,17 @@ def compress(
     with opened_run(out, recipe, quiet, storage) as (run, report):
         to = Path(recipe.export.to) if recipe.export.to else run.directory.export
         result = stages.compress(run, to, report=report)
-    emit(result, json, lambda: [front_table(result), f"exported {result['exported']['hash']} to {to}"])
+    emit(result, json, lambda: [front_table(result), *_told(result, to)])
+
+
+def _told(result: Mapping[str, Any], to: Path) -> list[str]:
+    """What came of the export, and what may be quoted of the child."""
+    from llmprune.front_tables import quoted_lines
+
+    if result["exported"] is None:
+        return [f"exported nothing: {result['not_exported']}"]
+    exported = next(child for child in result["children"] if child["hash"] == result["exported"]["hash"])
+    return [f"exported {exported['hash']} to {to}", *(f"  {line}" for line in quoted_lines(exported))]
 
 
 @app.command()
@@ -143,8 +153,9 @@ def front(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Re-measure the best trials on validation tokens, beside the baselines; prints the front."""
+    """Choose among the best trials on validation tokens, measure the chosen on test tokens; prints the front."""
     from llmprune import run as stages
+    from llmprune.front_tables import front_table
 
     with opened_run(run_path, recipe_of_run(run_path, None, overrides), quiet, storage) as (run, _):
         measured = stages.front(run)
@@ -161,8 +172,8 @@ def baselines(
 ) -> None:
     """Compare published methods, luck and the run's front at the same measured speed; continues where it stopped."""
     from llmprune.comparison import baselines as compared
+    from llmprune.front_tables import baselines_table
     from llmprune.recipe import BaselinesRecipe
-    from llmprune.terminal import baselines_table
 
     recipe = recipe_of_run(run_path, None, None)
     asked = {key: value for key, value in (("at", at), ("methods", method)) if value}
@@ -177,12 +188,15 @@ def export(
     run_path: RunPath,
     pick: Annotated[str | None, typer.Option(help="decode_speedup>=1.5, ppl_ratio<=1.2, or a hash.")] = None,
     to: Annotated[Path | None, typer.Option(help="Directory to write; default RUN/export.")] = None,
-    force: Force = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a checkpoint that is there; export even an unusable child.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a child of the front as a checkpoint, proven in a fresh process."""
     from llmprune import run as stages
+    from llmprune.front_tables import quoted_lines
     from llmprune.search.budgets import parse_pick
 
     recipe = recipe_of_run(run_path, None, None)
@@ -194,7 +208,8 @@ def export(
         json,
         lambda: [
             f"exported {written['hash']} to {written['directory']} ({written['proof']['params']:,} parameters, "
-            f"logits within {written['proof']['max_logit_difference']:.1e} after a reload)"
+            f"logits within {written['proof']['max_logit_difference']:.1e} after a reload)",
+            *(f"  {line}" for line in quoted_lines(written["figures"])),
         ],
     )
 
@@ -261,6 +276,8 @@ def _print_forecast(
     path: Path, recipe: Recipe, until: Literal["search", "export"], storage: str | None, json: bool, quiet: bool
 ) -> None:
     from llmprune.inspection import forecast_run
+    from llmprune.search.reach import described, reach_from_json
 
     result = forecast_run(path, recipe, until, shown(quiet=quiet), storage=storage)
-    emit(result, json, lambda: [forecast_table(result)])
+    reached = [described(reach_from_json(result["reach"]))] if result["reach"] else []
+    emit(result, json, lambda: [forecast_table(result), *reached, *result["warnings"]])

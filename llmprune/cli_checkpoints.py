@@ -46,7 +46,7 @@ app = typer.Typer(no_args_is_help=True)
 def inspect(
     model: Annotated[str, typer.Argument(help="Hub id, checkpoint directory or GGUF file.")],
     device: Device = "auto",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     batch: Batch = 1,
     prompt_tokens: Prompt = 128,
     generated_tokens: Generated = 32,
@@ -55,23 +55,26 @@ def inspect(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what can be pruned, layer by layer: parameters, bytes, share of measured time."""
+    """Show what can be pruned, layer by layer: parameters, bytes, share of measured time; and what that can reach."""
     from llmprune.inspection import inspect_parent
     from llmprune.measure.throughput import Workload
+    from llmprune.models.loading import dtype_of
     from llmprune.models.parent import load_parent
+    from llmprune.search.reach import described, reach_from_json
 
     rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats)
     with shown(quiet=quiet)("loading and timing"):
         parent = load_parent(model_recipe(model, device, dtype))
-        result = inspect_parent(parent, Workload.from_recipe(rules, dtype, str(parent.device)), repeats)
-    emit(result, json, lambda: [inspection_table(result)])
+        workload = Workload.from_recipe(rules, dtype_of(parent.model), str(parent.device))
+        result = inspect_parent(parent, workload, repeats)
+    emit(result, json, lambda: [inspection_table(result), described(reach_from_json(result["reach"]))])
 
 
 @app.command()
 def bench(
     models: Annotated[list[str], typer.Argument(help="Checkpoints; the first is the reference.")],
     device: Device = "auto",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     batch: Batch = 1,
     prompt_tokens: Prompt = 128,
     generated_tokens: Generated = 32,

@@ -31,7 +31,9 @@ Storage = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, stage by stage; write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto (the checkpoint's own on a GPU, float32 on a CPU), float32, bfloat16 or float16.")
+]
 Batch = Annotated[int, typer.Option(help="Sequences at a time.")]
 Prompt = Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.")]
 Generated = Annotated[int, typer.Option("--generated-tokens", help="Tokens decoded after it.")]

@@ -18,6 +18,7 @@ from llmprune.search.baselines.contest import Entrant, compare, front_entries
 from llmprune.search.baselines.given import Given
 from llmprune.search.baselines.ledger import effort_of
 from llmprune.search.baselines.methods import ALL_TABLES, METHODS
+from llmprune.search.evaluate import quote
 from llmprune.search.path import stops_of
 from llmprune.search.samplers.slp import FROM
 from llmprune.search.storage import opened_storage
@@ -28,7 +29,8 @@ from llmprune.workspace import Run
 
 def baselines(run: Run, rules: BaselinesRecipe) -> dict[str, Any]:
     """What each method loses at the same measured speed-ups, on the tokens and at the workload of the front, beside
-    the children of the front if there is one; kept in `baselines.json`.
+    the children of the front if there is one; kept in `baselines.json`. Children are settled on by validation tokens,
+    and then measured on the splits that are quoted.
 
     Raises RunDirectoryError if the run has no tables.
     """
@@ -36,10 +38,12 @@ def baselines(run: Run, rules: BaselinesRecipe) -> dict[str, Any]:
         raise RunDirectoryError(f"{run.directory.path} has no tables yet; run llmprune search first")
     book = Book.open(run.directory.baselines, run.directory.baseline_scores)
     same = [run.tables.to_json(), run.study_name, run.tokens["validation"].hash, run.recipe.front.repeats]
+    same += run.quoted_hashes
     parent = book.parent(hash_of(*same))
     if parent is None:
         with run.show("measuring the parent"):
             parent = run.judge("validation", run.recipe.front.repeats).parent_record()
+            parent = quote(parent, run.quoting())
         book.put_parent(parent, hash_of(*same))
     targets = sorted(set(rules.at))
     keys = {
@@ -95,6 +99,7 @@ def entrant(run: Run, name: BaselineName) -> Entrant:
         partial(given, remember=chooser.scorer.remember),
         chooser,
         run.judge("validation", run.recipe.front.repeats, name),
+        run.quoting(name),
         METHODS[name].preparation_tokens(run.tokens["calibration"].tokens, run.recipe.tables.tokens),
     )
 

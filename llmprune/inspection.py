@@ -28,14 +28,22 @@ from llmprune.search.budgets import parse_budget, parse_pick, pick_record
 from llmprune.search.forecast import Until, forecast
 from llmprune.search.plan import Done, Plan
 from llmprune.search.rates import measure_rates, process_seconds
+from llmprune.search.reach import check_reach, measure_reach, reach_to_json
 from llmprune.search.storage import opened_storage
 from llmprune.search.study import finished_trials
+from llmprune.space import Space
 from llmprune.workspace import Run
+
+FFN_RUNGS = 16
+"""Widths that `inspect` assumes a search may choose among."""
 
 
 def inspect_parent(parent: Parent, workload: Workload, repeats: int) -> dict[str, Any]:
-    """Shape and sizes of the model, and for every block its units, parameters, bytes and share of measured time."""
+    """Shape and sizes of the model, for every block its units, parameters, bytes and share of measured time; and what a
+    search that may drop and narrow every block could reach at all."""
     shares = time_shares(parent, workload, repeats)
+    space = Space.of(parent.shape, 1, max(1, parent.shape.ffn_width // FFN_RUNGS))
+    reach = measure_reach(parent, space, workload)
     layers = [
         {
             "layer": layer,
@@ -57,6 +65,10 @@ def inspect_parent(parent: Parent, workload: Workload, repeats: int) -> dict[str
         "shape": asdict(parent.shape),
         **asdict(size_of(parent.model, parent.shape, parent.shape.architecture)),
         "layers": layers,
+        "outside_blocks": {
+            phase: max(0.0, 1.0 - sum(getattr(shares, phase).values())) for phase in ("prefill", "decode")
+        },
+        "reach": reach_to_json(reach),
         "measured_on": {"workload": workload.to_json(), "repeats": repeats, "host": fingerprint()},
     }
 
@@ -105,6 +117,12 @@ def forecast_run(
         rates = measure_rates(parent, space, run.workload, windows, recipe.data.seq_len)
         if until == "export":
             rates = replace(rates, process_s=process_seconds())
+    reach = None
+    # Compiling its children would take longer than a forecast may.
+    if not run.workload.compile:
+        with show("timing what the space can reach"):
+            reach = measure_reach(parent, space, run.workload)
+    warnings = check_reach(reach, recipe) if reach else []
     rows = [stage.to_json(rates) for stage in forecast(plan, _done(run), until=until)]
     total = {name: sum(row[name] for row in rows) for name in ("forward_equivalents", "seconds", "disk_bytes")}
     total["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in rows)
@@ -113,6 +131,8 @@ def forecast_run(
         **asdict(size),
         "workload": run.workload.to_json(),
         "rates": rates.to_json(),
+        "reach": reach and reach_to_json(reach),
+        "warnings": warnings,
         "stages": rows,
         "total": total,
     }
@@ -131,6 +151,9 @@ class _Looked(RunDirectory):
         return True
 
     def note(self, **facts: Any) -> None:
+        pass
+
+    def write_front(self, front: dict[str, Any]) -> None:
         pass
 
 
@@ -193,7 +216,8 @@ def _baseline_layers(run: Run, input_hash: str) -> dict[str, int]:
 def _checkpoints_left(run: Run, front: dict[str, Any]) -> int:
     left = 0
     if run.recipe.front.checkpoints == "all":
-        left += sum(not (run.directory.children / record["hash"]).exists() for record in front["children"])
+        usable = (record for record in front["children"] if record["usable"])
+        left += sum(not (run.directory.children / record["hash"]).exists() for record in usable)
     to = Path(run.recipe.export.to) if run.recipe.export.to else run.directory.export
     picked = pick_record(front["children"], parse_pick(run.recipe.export.pick))
-    return left + int(stages.exported_hash(to) != picked["hash"])
+    return left + int(picked["usable"] and stages.exported_hash(to) != picked["hash"])

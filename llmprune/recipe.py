@@ -57,7 +57,11 @@ class ModelRecipe(_Strict):
     path: PathText = Field(description="Hub id, local directory, or path of a .gguf file")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub model")
     tokenizer: PathText | None = Field(None, description="Hub id or directory, if not the model's own")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of weights and arithmetic; auto: the checkpoint's own on a GPU, float32 on a CPU, settled once a "
+        "run and recorded",
+    )
     device: str = Field("auto", description="'auto' (CUDA if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1'")
     trust_remote_code: bool = Field(False, description="let the tokenizer's or config's repository run its code")
 
@@ -274,7 +278,17 @@ class FrontRecipe(_Strict):
     random_draws: int | None = Field(
         None, ge=0, description="random architectures drawn at a speed; default: as many as the search had trials"
     )
-    checkpoints: Literal["all", "none"] = Field("all", description="write every front child to RUN/children/HASH")
+    usable_ppl_ratio: float = Field(
+        10.0,
+        gt=1,
+        description="a child with more than so many times the parent's perplexity on the validation split is marked as "
+        "unusable, and exported by force only",
+    )
+    checkpoints: Literal["all", "none"] = Field(
+        "all", description="write every usable child of the front to RUN/children/HASH"
+    )
+
+    free: ClassVar[frozenset[str]] = frozenset({"usable_ppl_ratio", "checkpoints"})
 
 
 class BaselinesRecipe(_Strict):

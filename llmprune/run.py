@@ -15,16 +15,24 @@ from llmprune.architecture import Architecture
 from llmprune.comparison import entrant, trials_of
 from llmprune.conversion import write_formats
 from llmprune.errors import ExportError, ModelError, RunDirectoryError, StorageError
-from llmprune.files import exists, read_json, write_json
+from llmprune.files import exists, read_json
 from llmprune.measure.host import fingerprint
 from llmprune.models.checkpoint import METADATA_FILE, check_destination, write_checkpoint
+from llmprune.models.loading import dtype_of
 from llmprune.models.surgery import prune
 from llmprune.run_directory import hash_of, read_front
 from llmprune.search.baselines.contest import Entrant, choose_beside
 from llmprune.search.baselines.methods import METHODS
 from llmprune.search.budgets import Pick, parse_budget, parse_pick, pick_record
-from llmprune.search.evaluate import Record, is_finite
-from llmprune.search.front import candidates_for_front, holding_budgets, non_dominated
+from llmprune.search.evaluate import Record, is_finite, quote
+from llmprune.search.front import (
+    candidates_for_front,
+    holding_budgets,
+    non_dominated,
+    unusable,
+    with_verdicts,
+)
+from llmprune.search.reach import check_reach, described
 from llmprune.search.samplers.guide import HOLDS_WITHIN
 from llmprune.search.samplers.make import GUIDED
 from llmprune.search.storage import masked, opened_storage
@@ -45,9 +53,15 @@ _LOCAL = ("stages", "study")
 
 
 def search(run: Run, report: Report | None = None) -> SearchOutcome:
-    """Search until the recipe's trials or minutes are used up; trials that are there, and other workers', count."""
+    """Search until the recipe's trials or minutes are used up; trials that are there, and other workers', count.
+
+    Raises RecipeError, before the library is built, if a target is beyond what the space can reach.
+    """
     # Opened first: a storage that cannot be used is found out before the hours that the library may take.
     with opened_storage(run.storage, run.directory.journal) as storage:
+        warnings = check_reach(run.reach, run.recipe)
+        for line in (described(run.reach), *warnings):
+            run.say(line)
         return _work(run, start_study(run, storage), report)
 
 
@@ -116,7 +130,8 @@ def _tell_of_other_hardware(run: Run, found: Sequence[Candidate]) -> None:
 
 
 def front(run: Run) -> dict[str, Any]:
-    """Re-measure the best trials and the baselines on validation tokens; writes and returns `front.json`.
+    """Re-measure the best trials and the baselines on validation tokens, choose among them, and measure what is quoted
+    of the chosen on text that nothing was chosen on; writes and returns `front.json`.
 
     Raises RunDirectoryError if no trial has finished, BudgetError if none holds the recipe's budgets.
     """
@@ -136,14 +151,21 @@ def front(run: Run) -> dict[str, Any]:
     wanted = [pick, *aims, pick.stricter(MARGIN), *(aim.stricter(MARGIN) for aim in aims)]
     chosen = candidates_for_front(holding, run.speed, rules.size, wanted)
     hashes = [sorted(record["hash"] for record in records) for records in (trials, chosen)]
-    key = hash_of(run.study_name, hashes, run.tokens["validation"].hash, rules.model_dump())
+    split_hashes = [run.tokens["validation"].hash, *run.quoted_hashes]
+    key = hash_of(run.study_name, hashes, split_hashes, rules.decisive())
     if not run.directory.is_done("front", key, run.directory.front):
         run.baseline_libraries(rules.baselines)
         entrants = [entrant(run, name) for name in dict.fromkeys(rules.baselines)]
         beside = choose_beside(entrants, rules.baselines_at, run.show)
-        write_json(run.directory.front, _measure_front(run, chosen, beside))
+        measured = _measure_front(run, chosen, beside)
+        run.directory.write_front(with_verdicts(measured, rules.usable_ppl_ratio))
         run.directory.mark_done("front", key)
-    return read_front(run.directory)
+    measured = read_front(run.directory)
+    # What counts as usable may change without anything being measured again.
+    judged = with_verdicts(measured, rules.usable_ppl_ratio)
+    if judged != measured:
+        run.directory.write_front(judged)
+    return judged
 
 
 def _where_trials_are(run: Run) -> str:
@@ -164,24 +186,28 @@ def _measure_front(run: Run, chosen: Sequence[Record], beside: Mapping[Entrant, 
         for name, architecture in candidates:
             advance(len(children), len(candidates) + len(beside))
             children.append(judge.judge(architecture, name))
-        baselines: list[Record] = []
+        baselines: list[tuple[Record, Entrant]] = []
         for rival, architecture in beside.items():
             advance(len(children) + len(baselines), len(candidates) + len(beside))
             # A child whose logits are NaN is no baseline.
             with suppress(ModelError):
-                baselines.append(rival.measure(architecture))
+                baselines.append((rival.measure(architecture), rival))
         advance(len(candidates) + len(beside), len(candidates) + len(beside))
-    return {
-        "parent": parent,
-        "children": non_dominated(filter(is_finite, children), run.speed),
-        "baselines": baselines,
-    }
+    chosen_children = non_dominated(filter(is_finite, children), run.speed)
+    with run.show("measuring what is quoted, on text that nothing was chosen on"):
+        quoting = run.quoting()
+        return {
+            "parent": quote(parent, quoting),
+            "children": [quote(record, quoting) for record in chosen_children],
+            "baselines": [quote(record, rival.quoting) for record, rival in baselines],
+        }
 
 
 def export(run: Run, pick: Pick, to: Path, *, force: bool = False) -> dict[str, Any]:
     """Write the picked child to `to`, proven in a fresh process; returns what was written.
 
-    Raises BudgetError if no child holds the pick, ExportError if the directory is taken or the proof fails.
+    Raises BudgetError if no child holds the pick, ExportError if the directory is taken, the child is unusable or the
+    proof fails; without `force` only, but for the proof.
     """
     check_destination(to, force=force)
     measured = read_front(run.directory)
@@ -191,13 +217,15 @@ def export(run: Run, pick: Pick, to: Path, *, force: bool = False) -> dict[str, 
             f"{record['hash']} is a {record['name']} child, whose biases no {run.parent.model.config.model_type} "
             "checkpoint holds; it is there to compare, pick another"
         )
+    if not record["usable"] and not force:
+        raise ExportError(unusable(record, run.recipe.front.usable_ppl_ratio))
     with run.show(f"exporting {record['hash']} and proving it"):
         return _write(run, dict(record), to, force=force, formats=True)
 
 
 def write_children(run: Run) -> list[Path]:
-    """Write every child of the front to the run's `children/HASH`, unless it is there already."""
-    children = read_front(run.directory)["children"]
+    """Write every usable child of the front to the run's `children/HASH`, unless it is there already."""
+    children = [record for record in read_front(run.directory)["children"] if record["usable"]]
     paths = [run.directory.children / record["hash"] for record in children]
     with run.show("writing and proving the front's checkpoints") as advance:
         for done, (path, record) in enumerate(zip(paths, children, strict=True), start=1):
@@ -216,6 +244,7 @@ def _write(run: Run, record: Record, to: Path, *, force: bool, formats: bool = F
     recipe = run.recipe.model_dump(mode="json")
     # A checkpoint travels: it names files, not the places they had on this machine.
     recipe["model"]["path"], recipe["export"]["to"] = run.parent.source, None
+    recipe["model"]["dtype"] = dtype_of(run.parent.model)
     if (tokenizer := recipe["model"]["tokenizer"]) and exists(tokenizer):
         recipe["model"]["tokenizer"] = Path(tokenizer).name
     for source in (*recipe["data"]["sources"], *recipe["data"]["unseen"]):
@@ -241,7 +270,8 @@ def _write(run: Run, record: Record, to: Path, *, force: bool, formats: bool = F
 def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = False) -> dict[str, Any]:
     """Every stage in order: search, front, the front's checkpoints, and the recipe's pick exported to `to`.
 
-    A checkpoint that is at `to` already and is the picked child is left as it is.
+    A checkpoint that is at `to` already and is the picked child is left as it is. An unusable one is not exported:
+    then `exported` is None, and `not_exported` says why.
     """
     written = exported_hash(to)
     replaces_own = written is not None and to == run.directory.export
@@ -253,6 +283,9 @@ def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = 
         write_children(run)
     pick = parse_pick(run.recipe.export.pick)
     picked = pick_record(measured["children"], pick)
+    if not picked["usable"]:
+        why = unusable(picked, run.recipe.front.usable_ppl_ratio)
+        return {**measured, "exported": None, "not_exported": why}
     exported = {"directory": str(to), "hash": written}
     if written != picked["hash"]:
         exported = export(run, pick, to, force=force or replaces_own)

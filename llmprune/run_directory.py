@@ -16,7 +16,7 @@ from llmprune.errors import RecipeError, RunDirectoryError
 from llmprune.files import atomic_path, read_json, write_json
 from llmprune.recipe import Recipe
 from llmprune.recipe_text import load_recipe, to_yaml
-from llmprune.search.evaluate import RECORD_KEYS
+from llmprune.search.evaluate import FRONT_KEYS
 
 # Changing one of these in mid-run would mix figures that do not compare; but for the keys that are `free`.
 FIXED_SECTIONS = ("model", "data", "workload", "importance", "tables", "space", "deploy")
@@ -43,6 +43,10 @@ class RunDirectory:
     @property
     def library(self) -> Path:
         return self.path / "library"
+
+    @property
+    def reach(self) -> Path:
+        return self.path / "reach.json"
 
     @property
     def tables(self) -> Path:
@@ -161,6 +165,9 @@ class RunDirectory:
         provenance["stages"][stage] = input_hash
         write_json(self.provenance, provenance)
 
+    def write_front(self, front: dict[str, Any]) -> None:
+        write_json(self.front, front)
+
     def read_provenance(self) -> dict[str, Any]:
         if not self.provenance.exists():
             return {"stages": {}}
@@ -189,7 +196,9 @@ def read_front(directory: RunDirectory) -> dict[str, Any]:
         raise RunDirectoryError(f"{directory.path} has no front yet; run llmprune front first")
     data = read_json(directory.front)
     if not _is_front(data):
-        raise RunDirectoryError(f"{directory.front} is damaged; delete it and run llmprune front again")
+        raise RunDirectoryError(
+            f"{directory.front} is damaged, or of an older llmprune; delete it and run llmprune front again"
+        )
     return data
 
 
@@ -199,4 +208,4 @@ def _is_front(data: Any) -> TypeGuard[dict[str, Any]]:
     if not isinstance(data["children"], list) or not isinstance(data["baselines"], list):
         return False
     every = [data["parent"], *data["children"], *data["baselines"]]
-    return all(isinstance(record, dict) and record.keys() >= RECORD_KEYS for record in every)
+    return all(isinstance(record, dict) and record.keys() >= FRONT_KEYS for record in every)

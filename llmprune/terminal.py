@@ -117,85 +117,9 @@ def print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def front_table(front: Mapping[str, Any]) -> Table:
-    """The measured front, and the baselines beside it."""
-    measured_on = front["parent"]["measured_on"]
-    workload = measured_on["workload"]
-    table = Table(
-        title="Front, measured",
-        caption=(
-            f"{measured_on['dataset']}, {measured_on['split']} split: {measured_on['tokens']:,} tokens in windows of "
-            f"{measured_on['seq_len']}, {'with' if measured_on['bos'] else 'no'} BOS. Batch {workload['batch']}, "
-            f"{workload['prompt_tokens']} prompt + {workload['generated_tokens']} generated tokens, "
-            f"{workload['dtype']}, {workload['threads']} threads on {workload['device']}"
-            f"{', compiled' if workload.get('compile') else ''}{_timed_by(workload)}. Speed-ups are medians of "
-            "paired ratios (10th-90th percentile)."
-        ),
-        caption_justify="left",
-    )
-    table.add_column("", no_wrap=True)
-    for column in ("params", "bytes", "KV bytes\na token", "nats\na token", "PPL\n(x parent)"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("prefill tokens/s\nspeed-up", "decode tokens/s\nspeed-up"):
-        table.add_column(column, justify="right", no_wrap=True)
-    _add(table, "parent", front["parent"])
-    table.add_section()
-    for record in front["children"]:
-        _add(table, "child", record)
-    table.add_section()
-    for record in front["baselines"]:
-        _add(table, record["name"], record)
-    return table
-
-
-def _add(table: Table, label: str, record: Mapping[str, Any]) -> None:
-    table.add_row(
-        f"{label}\n[dim]{record['hash']}[/dim]",
-        f"{record['params'] / 1e6:.1f}M",
-        f"{record['bytes'] / 1e6:.0f}M",
-        f"{record['kv_bytes_per_token']:,}",
-        f"{record['nats_per_token']:.3f}",
-        f"{record['ppl']:.2f}\n({record['ppl_ratio']:.2f}x)",
-        f"{record['prefill_tokens_per_s']['median']:.0f}\n{_ratio(record['prefill_speedup'])}",
-        f"{record['decode_tokens_per_s']['median']:.1f}\n{_ratio(record['decode_speedup'])}",
-    )
-
-
-def _ratio(spread: Mapping[str, float]) -> str:
+def spread_text(spread: Mapping[str, float]) -> str:
+    """A speed-up's median, 10th and 90th percentile."""
     return f"{spread['median']:.2f}x ({spread['low']:.2f}-{spread['high']:.2f})"
-
-
-def baselines_table(result: Mapping[str, Any]) -> Table:
-    """What each method loses at the same measured speed-ups, and what choosing its child cost."""
-    parent, cells = result["parent"], {(entry["method"], entry["at"]): entry for entry in result["results"]}
-    measured_on, targets = parent["measured_on"], sorted({at for _, at in cells})
-    phase = result["speed"].removesuffix("_speedup")
-    table = Table(
-        title=f"Nats a token lost at measured {phase} speed-ups (the parent has {parent['nats_per_token']:.3f})",
-        caption=f"{measured_on['dataset']}, {measured_on['split']} split, {measured_on['tokens']:,} tokens; "
-        "~ interpolated between two measured children. Minutes of choosing; evals: forward passes over the search "
-        "tokens, passes for statistics and tables included",
-        caption_justify="left",
-        min_width=90,
-    )
-    table.add_column("method")
-    for at in targets:
-        for column in (f"lost at {at:g}x", "min", "evals"):
-            table.add_column(column, justify="right", no_wrap=True)
-    for method in dict.fromkeys(method for method, _ in cells):
-        table.add_row(method, *(text for at in targets for text in _cells(cells.get((method, at)))))
-    return table
-
-
-def _cells(entry: Mapping[str, Any] | None) -> tuple[str, str, str]:
-    if entry is None:
-        return "", "", ""
-    lost, effort = "out of reach", entry["effort"]
-    if entry["nats_lost"] is not None:
-        lost = f"{'~' if entry['interpolated'] else ''}{entry['nats_lost']:+.3f}"
-    elif not entry["why"].startswith(lost):
-        lost = "failed"
-    return lost, f"{effort['minutes']:.1f}", f"{effort['forward_equivalents']:.0f}"
 
 
 def bench_table(result: Mapping[str, Any]) -> Table:
@@ -211,21 +135,22 @@ def bench_table(result: Mapping[str, Any]) -> Table:
             row["model"],
             f"{row['params'] / 1e6:.1f}M",
             f"{row['prefill_tokens_per_s']['median']:.0f}",
-            _ratio(row["prefill_speedup"]),
+            spread_text(row["prefill_speedup"]),
             f"{row['decode_tokens_per_s']['median']:.1f}",
-            _ratio(row["decode_speedup"]),
+            spread_text(row["decode_speedup"]),
         )
     return table
 
 
 def inspection_table(result: Mapping[str, Any]) -> Table:
     """What every block holds, and what it takes of the time."""
-    shape = result["shape"]
+    shape, outside = result["shape"], result["outside_blocks"]
     table = Table(
         title=f"{result['model']} ({result['model_type']}): {result['params'] / 1e6:.1f}M parameters, "
         f"{result['bytes'] / 1e6:.0f} MB, {result['kv_bytes_per_token']:,} KV bytes a token",
         caption=f"hidden size {shape['hidden_size']}, {shape['queries_per_group']} query heads a KV group, "
-        f"head dim {shape['head_dim']}; shares are of one pass, the rest is embeddings, output and norms",
+        f"head dim {shape['head_dim']}; shares are of one pass; {outside['prefill']:.0%} of prefill and "
+        f"{outside['decode']:.0%} of decode are outside of all blocks: embeddings, output, norms",
         caption_justify="left",
     )
     table.add_column("layer", justify="right")
@@ -240,13 +165,6 @@ def inspection_table(result: Mapping[str, Any]) -> Table:
             cells += [f"{100 * block[share]:.1f}%" for share in ("prefill_share", "decode_share")]
         table.add_row(*cells)
     return table
-
-
-def _timed_by(workload: Mapping[str, Any]) -> str:
-    """The engine, where it is not the one that scored."""
-    if workload.get("engine", "torch") == "torch":
-        return ""
-    return f"; timed in llama.cpp from {workload['gguf_type']} GGUF files, scored in torch"
 
 
 def formats_table(rows: Sequence[Mapping[str, Any]]) -> Table:

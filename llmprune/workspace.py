@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llmprune.architecture import Architecture
+from llmprune.architecture import BLOCK_KINDS, Architecture
 from llmprune.blocks.library import BlockLibrary, Plan, build_libraries, build_library, load_library
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import Split, TokenSplits, build_token_splits
@@ -26,6 +26,7 @@ from llmprune.measure.racing import race_batch
 from llmprune.measure.score_store import ScoreStore, StoredScorer
 from llmprune.measure.throughput import Workload, check_compiler
 from llmprune.models.licence import stated_licence
+from llmprune.models.loading import dtype_of
 from llmprune.models.parent import Parent, check_lengths, check_merging, load_parent
 from llmprune.progress import Show, silent
 from llmprune.recipe import BaselineName, Recipe, SearchRecipe, SplitName
@@ -33,7 +34,8 @@ from llmprune.run_directory import RunDirectory, hash_of
 from llmprune.search.allocate import Allocator
 from llmprune.search.baselines.methods import METHODS, own_libraries
 from llmprune.search.budgets import parse_budget, parse_pick
-from llmprune.search.evaluate import Judge
+from llmprune.search.evaluate import QUOTED, Judge
+from llmprune.search.reach import Reach, measure_reach, reach_from_json, reach_to_json
 from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.make import GUIDED
 from llmprune.search.studies import StudyFacts
@@ -87,7 +89,10 @@ class Run:
     @cached_property
     def parent(self) -> Parent:
         with self.show("loading the parent"):
-            parent = load_parent(self.recipe.model)
+            known = self.directory.read_provenance().get("parent", {})
+            # What auto meant when the run began, it means to its end, on whatever device it goes on.
+            settled = known.get("dtype", "auto") if self.recipe.model.dtype == "auto" else self.recipe.model.dtype
+            parent = load_parent(self.recipe.model.model_copy(update={"dtype": settled}))
             self.parent_hash = parent.hash
         check_lengths(parent, self.recipe)
         check_parent(parent, self.recipe.deploy, self.recipe.space.size)
@@ -97,7 +102,6 @@ class Run:
             check_engine(parent, self.recipe.deploy.gguf_type)
         if self.joined:
             return parent
-        known = self.directory.read_provenance().get("parent", {})
         if known.get("hash", self.parent_hash) != self.parent_hash:
             raise RunDirectoryError(
                 f"{self.recipe.model.path} is not the model this run was made with (its weights have changed); "
@@ -113,6 +117,7 @@ class Run:
                 "model": parent.source,
                 "revision": self.recipe.model.revision,
                 "hash": self.parent_hash,
+                "dtype": dtype_of(parent.model),
                 "on_hub": not local,
                 "licence": known["licence"],
             },
@@ -138,8 +143,25 @@ class Run:
 
     @cached_property
     def workload(self) -> Workload:
-        recipe, device = self.recipe, str(self.parent.device)
-        return Workload.from_recipe(recipe.workload, recipe.model.dtype, device, recipe.deploy.gguf_type)
+        recipe, parent = self.recipe, self.parent
+        return Workload.from_recipe(
+            recipe.workload, dtype_of(parent.model), str(parent.device), recipe.deploy.gguf_type
+        )
+
+    @cached_property
+    def reach(self) -> Reach:
+        """What the space can reach at all, which takes seconds to know: no library is needed."""
+        file, space = self.directory.reach, self.space
+        ladders = [[choice.to_json() for choice in space.ladder(kind)] for kind in BLOCK_KINDS]
+        key = hash_of(self.parent_hash, space.size, ladders, self.workload.to_json(), fingerprint())
+        if not self.directory.is_done("reach", key, file):
+            with self.show("timing what the space can reach"):
+                write_json(file, reach_to_json(measure_reach(self.parent, space, self.workload)))
+            self.directory.mark_done("reach", key)
+        try:
+            return reach_from_json(read_json(file))
+        except (KeyError, TypeError) as error:
+            raise RunDirectoryError(f"{file} is damaged ({type(error).__name__}: {error}); delete it") from error
 
     @cached_property
     def tokens(self) -> TokenSplits:
@@ -338,6 +360,15 @@ class Run:
             finish = partial(complete, self.parent, library) if complete else None
         scorer = self.scorer(split, library)
         return Judge(self.parent, library, split, self.workload, repeats, scorer, finish)
+
+    def quoting(self, baseline: BaselineName | None = None) -> list[Judge]:
+        """What measures the figures that are quoted of a child, or of a baseline's: on text nothing is chosen on."""
+        return [self.judge(name, 1, baseline) for name in QUOTED if name in self.tokens.splits]
+
+    @property
+    def quoted_hashes(self) -> list[str]:
+        """Of the tokens that those figures are of."""
+        return [self.tokens[name].hash for name in QUOTED if name in self.tokens.splits]
 
 
 def _rewarded(search: SearchRecipe) -> list[Any]:

@@ -98,7 +98,7 @@ def nats_of(parent: Parent, library: BlockLibrary, architecture: Architecture) -
 
 
 def judge_of(parent: Parent, library: BlockLibrary, name: SplitName, finish: Any = None) -> Judge:
-    split = random_split(name, seed=5 if name == "search" else 7)
+    split = random_split(name, seed={"search": 5, "validation": 7, "test": 11}[name])
     return Judge(parent, library, split, WORKLOAD, 1, PrefixScorer(parent, library, split), finish)
 
 

@@ -33,7 +33,7 @@ from llmprune.models import checkpoint
 from llmprune.recipe import Recipe
 from llmprune.run import export, front, search, write_children
 from llmprune.run_directory import RunDirectory
-from llmprune.search import evaluate, tables
+from llmprune.search import evaluate, reach, tables
 from llmprune.search.budgets import parse_pick
 from llmprune.workspace import Run
 
@@ -65,6 +65,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         RunDirectory(finished.path).locked(),
         patch.object(evaluate, "measure_paired", paired_by_bytes),
         patch.object(tables, "measure_paired", paired_by_bytes),
+        patch.object(reach, "measure_paired", paired_by_bytes),
     ):
         run = Run.start(finished.path, finished.recipe)
         search(run)

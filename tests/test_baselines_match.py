@@ -19,7 +19,7 @@ from llmprune.blocks.library import BlockLibrary
 from llmprune.errors import ModelError, RunDirectoryError
 from llmprune.models.parent import Parent
 from llmprune.progress import silent
-from llmprune.recipe import BaselineName
+from llmprune.recipe import BaselineName, SplitName
 from llmprune.search import evaluate
 from llmprune.search.baselines.book import Book
 from llmprune.search.baselines.contest import Entrant, choose_beside, compare, compete, front_entries
@@ -27,6 +27,7 @@ from llmprune.search.baselines.given import Aim, Nats, along
 from llmprune.search.baselines.ledger import Ledger
 from llmprune.search.baselines.match import AT, CLOSE, close_in, settle
 from llmprune.search.baselines.methods import METHODS
+from llmprune.search.budgets import metric_value
 
 SPEED = "decode_speedup"
 
@@ -147,13 +148,14 @@ def entrant_of(name: BaselineName) -> Entrant:
     def given_to(nats: Nats) -> Any:
         return given_of(parent, library, nats)
 
-    judges = (judge_of(parent, library, split, finish) for split in ("search", "validation"))  # type: ignore[arg-type]
-    return Entrant(name, given_to, *judges, preparation_tokens=96)
+    names: tuple[SplitName, ...] = ("search", "validation", "test")
+    chooser, judge, quoting = (judge_of(parent, library, split, finish) for split in names)
+    return Entrant(name, given_to, chooser, judge, [quoting], preparation_tokens=96)
 
 
 def contest(book: Book, name: BaselineName, targets: list[float], key: str = "k") -> list[Any]:
     entrant = entrant_of(name)
-    parent = entrant.judge.parent_record()
+    parent = evaluate.quote(entrant.judge.parent_record(), entrant.quoting)
     entries = []
     for entry in compete(entrant, targets, parent, SPEED, book, key, silent):
         book.put(entry)
@@ -224,7 +226,23 @@ def test_an_entry_holds_its_children_whole(tmp_path: Path, timed: list[str]) -> 
     assert entry["nats_lost"] is not None and entry["why"] is None and entry["input_hash"] == "k"
     for child in entry["children"]:
         assert child.keys() >= evaluate.RECORD_KEYS
+        assert child["test"].keys() == evaluate.QUOTED_KEYS
         assert child["name"] == "parent" or (child["exportable"], child["library"]) == (False, "flap")
+
+
+@pytest.mark.parametrize("name", ["flap", "milp", "uniform"])
+def test_what_is_quoted_of_an_entry_mixes_its_children_in_the_same_shares(
+    tmp_path: Path, timed: list[str], name: BaselineName
+) -> None:
+    for entry in contest(open_book(tmp_path), name, [1.1, 1.22]):
+        speeds = [metric_value(child, SPEED) for child in entry["children"]]
+        shares = [1.0]
+        if entry["interpolated"]:
+            share = math.log(entry["at"] / speeds[0]) / math.log(speeds[1] / speeds[0])
+            shares = [1 - share, share]
+        mixed = sum(s * child["test"]["nats_lost"] for s, child in zip(shares, entry["children"], strict=True))
+        assert entry["test"]["nats_lost"] == pytest.approx(mixed, abs=1e-9)
+        assert entry["test"]["nats_lost"] != entry["nats_lost"] and "unseen" not in entry
 
 
 def test_out_of_reach_says_so(tmp_path: Path, timed: list[str]) -> None:

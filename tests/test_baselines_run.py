@@ -58,12 +58,16 @@ def test_every_method_in_one_table(
     assert list(cells) == [(name, at) for name in ("llmprune", *BASELINE_NAMES) for at in (1.2, 30)]
     assert all(cells[name, 30]["why"].startswith("out of reach") for name, _ in cells)
     assert all(cells[name, 1.2]["nats_lost"] is not None for name in BASELINE_NAMES)
+    assert all(cells[name, 1.2]["test"]["nats_lost"] is not None for name in BASELINE_NAMES)
     for name in ("magnitude", "wanda-sp", "flap"):
         assert len(list((copied / f"library-{name}").glob("*.safetensors"))) == 3
     count = len(timed)
     code, out, _ = llmprune(capfd, monkeypatch, "baselines", copied, *at, "--quiet")
     assert code == 0 and len(timed) == count and out.count("out of reach") == 10
     assert all(name in out for name in BASELINE_NAMES) and "~" in out
+    milp = cells["milp", 1.2]
+    assert f"{milp['test']['nats_lost']:+.3f}" in out and f"{milp['nats_lost']:+.3f}" in out
+    assert "test (ant+bee, 60 tokens in windows of 16, no BOS); validation (ant+bee, 60 tokens" in " ".join(out.split())
     stored = json.loads((copied / "baselines.json").read_text())
     assert {(entry["method"], entry["at"]) for entry in stored["results"]} == {c for c in cells if c[0] != "llmprune"}
 

@@ -73,11 +73,16 @@ def test_a_card_holds_the_figures_of_the_files(child: Path, finished_run: Finish
     own, parent = known["figures"], known["parent"]["figures"]
     lines = card.splitlines()
     assert f"| parameters | {parent['params']:,} | {own['params']:,} |" in lines
-    assert f"| nats a token | {parent['nats_per_token']:.4f} | {own['nats_per_token']:.4f} |" in lines
-    assert f"| perplexity a token | {parent['ppl']:.2f} | {own['ppl']:.2f} |" in lines
+    assert (
+        f"| nats a token, test | {parent['test']['nats_per_token']:.4f} | {own['test']['nats_per_token']:.4f} |"
+        in lines
+    )
+    assert f"| perplexity a token, test | {parent['test']['ppl']:.2f} | {own['test']['ppl']:.2f} |" in lines
+    assert f"{own['nats_per_token']:.4f}" not in card, "what was chosen by is not quoted"
     assert f"it decodes {own['decode_speedup']['median']:.2f} times as fast" in card
-    assert "ant+bee, validation split, 60 tokens scored, in windows of 16 (no BOS)." in card
-    assert "batch 1, 8 prompt tokens, 4 generated, float32 on cpu" in card and "no test set" in card
+    assert "Test: ant+bee, 60 tokens scored, in windows of 16 (no BOS)." in lines
+    assert "Nothing was chosen on this text: the choice was made on ant+bee, validation split." in lines
+    assert "batch 1, 8 prompt tokens, 4 generated, float32 on cpu" in card and "nusable" not in card.split("```yaml")[0]
     assert "trust_remote_code=True" in card and "llama.cpp" not in card and "vLLM" not in card
     recipe = card.split("```yaml\n")[1].split("\n```")[0]
     assert yaml.safe_load(recipe) == known["recipe"]
@@ -92,7 +97,22 @@ def test_a_card_holds_the_figures_of_the_files(child: Path, finished_run: Finish
     assert header.keys().isdisjoint({"base_model", "base_model_relation", "datasets"}), "nothing of it is on the Hub"
     (result,) = header["model-index"][0]["results"]
     assert result["dataset"]["args"] == {"seq_len": 16, "tokens": 60, "bos": False}
-    assert result["metrics"][0] == {"type": "perplexity", "value": own["ppl"], "name": "perplexity"}
+    assert result["dataset"]["split"] == "test"
+    assert result["metrics"][0] == {"type": "perplexity", "value": own["test"]["ppl"], "name": "perplexity"}
+
+
+def test_a_card_quotes_unseen_text_and_says_what_is_unusable(child: Path) -> None:
+    known = metadata_of(child)
+    for record, nats in ((known["figures"], 4.5), (known["parent"]["figures"], 2.5)):
+        record["unseen"] = {**record["test"], "nats_per_token": nats, "ppl": None, "dataset": "code", "seq_len": 1024}
+    known["figures"] |= {"usable": False, "ppl_ratio": 142.3}
+    change(child, **known)
+    card = model_card(read_contents(child), "user/tiny", MIT)
+    assert "| nats a token, unseen | 2.5000 | 4.5000 |" in card.splitlines()
+    assert "| perplexity a token, unseen | inf | inf |" in card.splitlines()
+    assert "Unseen: code, 60 tokens scored, in windows of 1024 (no BOS)." in card.splitlines()
+    assert "**Unusable:** where it was chosen, its perplexity is 142.3 times its parent's, beyond the 10 times" in card
+    assert len(header_of(card)["model-index"][0]["results"]) == 1, "an infinite figure is no result"
 
 
 def test_a_card_says_where_a_parent_and_texts_of_the_hub_are(child: Path) -> None:
@@ -137,7 +157,7 @@ def test_an_evaluation_is_in_the_card_and_its_metadata(child: Path) -> None:
         for result in header_of(card)["model-index"][0]["results"]
         for metric in result["metrics"]
     }
-    own = metadata_of(child)["figures"]["ppl"]
+    own = metadata_of(child)["figures"]["test"]["ppl"]
     assert results == {("ant+bee", "perplexity"): own, ("stories", "perplexity"): 3.5, ("piqa", "acc"): 0.6575}
 
 

@@ -241,10 +241,15 @@ def test_every_stage_of_a_run_reports(
     assert found["front"].json == measured
     assert found["compress"].json == {**measured, "exported": found["compress"].json["exported"]}
     printed = {name: llmprune(name, copied) for name in ("search", "front")}
+    last = llmprune("compress", recipe_file, "--out", copied).out.splitlines()[-2:]
+    exported = found["compress"].json["exported"]["hash"]
+    lost = next(child["test"]["nats_lost"] for child in measured["children"] if child["hash"] == exported)
+    assert last[0] == f"exported {exported} to {copied / 'export'}"
+    assert last[1].startswith(f"  test (ant+bee, 60 tokens in windows of 16, no BOS): {lost:+.3f} nats a token lost")
     assert "5 trials (0 new)" in printed["search"].out and "stopped by trials" in printed["search"].out
     for record in (measured["parent"], *measured["children"], *measured["baselines"]):
         assert record["hash"] in printed["front"].out
-        assert f"{record['ppl']:.2f}" in printed["front"].out, "no figure is cut off"
+        assert f"{record['test']['ppl']:.2f}" in printed["front"].out, "no figure is cut off"
     assert "loading the parent" in printed["front"].err
 
 

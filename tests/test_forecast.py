@@ -151,7 +151,7 @@ def counted_run(tmp_path_factory: pytest.TempPathFactory) -> Counted:
         patch.setattr(tables, "measure_paired", timed_but_by_size)
         patch.setattr(checkpoint, "prove", lambda *_: checkpoint.Proof(0.0, 0.0, 1, False))
         run = Run.start(path, recipe)
-        assert run.tokens
+        assert run.tokens and run.reach
         for stage, work in (
             ("library", lambda: run.library),
             ("tables", lambda: run.tables),

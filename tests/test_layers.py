@@ -18,7 +18,16 @@ FLOORS = [
     ["cli.py", "cli_checkpoints.py", "cli_options.py"],
     ["__init__.py"],
     [
-        *("terminal.py", "run.py", "comparison.py", "checkup.py", "conversion.py", "inspection.py", "recipe_files.py"),
+        *(
+            "terminal.py",
+            "front_tables.py",
+            "run.py",
+            "comparison.py",
+            "checkup.py",
+            "conversion.py",
+            "inspection.py",
+            "recipe_files.py",
+        ),
         "evaluation/",
     ],
     ["workspace.py", "guidance.py"],

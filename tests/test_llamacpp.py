@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from llmprune.architecture import Architecture
 from llmprune.deploy.gguf import write_gguf
 from llmprune.errors import ExportError, ModelError, RecipeError
+from llmprune.front_tables import front_table
 from llmprune.measure import llamacpp_engine, llamacpp_library, quality
 from llmprune.measure.llamacpp import GgufModel, greedy, logits_of, window_nats
 from llmprune.measure.llamacpp_engine import loaded_runs
@@ -30,7 +31,6 @@ from llmprune.recipe import Recipe, WorkloadRecipe
 from llmprune.recipe_text import parse_recipe
 from llmprune.run import front, search
 from llmprune.run_directory import RunDirectory
-from llmprune.terminal import front_table
 from llmprune.workspace import Run
 
 LLAMA = Case("llama", "gqa", {**COMMON, **GROUPED, "tie_word_embeddings": True})

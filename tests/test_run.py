@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -14,26 +15,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import optuna
 import pytest
 import torch
 from conftest import Finished
+from rich.console import Console
 from safetensors.torch import load
-from tiny import contents, tiny_recipe
+from tiny import contents, paired_by_bytes, tiny_recipe
 
 from llmprune.architecture import Architecture
 from llmprune.errors import BudgetError, ExportError, LlmpruneError, RunDirectoryError
+from llmprune.files import write_json
+from llmprune.front_tables import front_table
+from llmprune.measure.quality import score
 from llmprune.models import checkpoint
 from llmprune.models.parent import load_parent
+from llmprune.models.surgery import prune
 from llmprune.recipe import Recipe
 from llmprune.recipe_text import apply_overrides, parse_recipe
 from llmprune.run import compress, export, front, search, write_children
 from llmprune.run_directory import RunDirectory
+from llmprune.search import evaluate
 from llmprune.search.budgets import parse_pick
-from llmprune.search.evaluate import Judge
+from llmprune.search.evaluate import QUOTED_KEYS, Judge
 from llmprune.search.storage import open_journal
 from llmprune.search.study import finished_trials
+from llmprune.terminal import PIPED_WIDTH
 from llmprune.workspace import Run
 
 CONTRACT = {
@@ -106,15 +115,95 @@ def test_the_front_is_what_scripts_rely_on(finished_run: Finished) -> None:
             assert 0 < speed["low"] <= speed["median"] <= speed["high"]
         on = record["measured_on"]
         assert (on["dataset"], on["split"], on["seq_len"], on["tokens"]) == ("ant+bee", "validation", 16, 60)
+        quoted, parents = record["test"], measured["parent"]["test"]
+        assert quoted.keys() == QUOTED_KEYS and "unseen" not in record, "its recipe names no unseen text"
+        assert (quoted["dataset"], quoted["seq_len"], quoted["tokens"], quoted["bos"]) == ("ant+bee", 16, 60, False)
+        assert quoted["nats_per_token"] != record["nats_per_token"]
+        assert quoted["nats_lost"] == pytest.approx(quoted["nats_per_token"] - parents["nats_per_token"])
+        assert quoted["ppl_ratio"] == pytest.approx(math.exp(quoted["nats_lost"]))
+        assert record["usable"] is True
         assert on["workload"]["generated_tokens"] == 4 and on["host"]["cpu"]
     assert measured["parent"]["hash"] == Architecture.of([(2, 32)] * 3).hash
     assert measured["parent"]["decode_speedup"] == {"median": 1.0, "low": 1.0, "high": 1.0}
 
 
+def test_what_is_quoted_is_scored_on_the_test_split(finished_run: Finished) -> None:
+    run = Run.open(finished_run.path)
+    measured = strict_json(finished_run.path / "front.json")
+    child = measured["children"][0]
+    pruned = prune(run.parent, Architecture.from_json(child["architecture"]), run.library)
+    found = score(pruned, run.tokens["test"])
+    assert child["test"]["nats_per_token"] == pytest.approx(found.nats_per_token, abs=1e-6)
+    scorer = run.scorer(run.tokens["test"])
+    for record in (measured["parent"], *measured["children"]):
+        scorer.score(Architecture.from_json(record["architecture"]))
+    assert scorer.scored_windows == 0, "it is stored, so that a front that was stopped does not score it again"
+
+
+def test_no_figure_of_the_test_split_decides_the_front(finished_run: Finished, copied: Path) -> None:
+    def lying(self: Judge, architecture: Architecture) -> dict[str, Any]:
+        return {"nats_lost": -float(architecture.hash[:4].encode()[0]), "ppl_ratio": 1e9}
+
+    before = strict_json(copied / "front.json")
+    (copied / "front.json").unlink()
+    with (
+        patch.object(Judge, "quoted", lying),
+        patch.object(evaluate, "measure_paired", paired_by_bytes),
+    ):
+        after = front(Run.open(copied))
+    assert [child["hash"] for child in after["children"]] == [child["hash"] for child in before["children"]]
+    assert all(child["test"]["ppl_ratio"] == 1e9 and child["usable"] for child in after["children"])
+
+
+def test_an_unusable_child_is_marked_and_exported_by_force_alone(
+    finished_run: Finished, copied: Path, judged: list[str], tmp_path: Path
+) -> None:
+    measured = strict_json(copied / "front.json")
+    for child in measured["children"]:
+        child["ppl_ratio"] = 20.5
+    write_json(copied / "front.json", measured)
+    shutil.rmtree(copied / "children")
+    result = compress(Run.open(copied), tmp_path / "child")
+    assert judged == [], "a mark is no measurement, and nothing unusable is written"
+    assert result["exported"] is None and "unusable beyond front.usable_ppl_ratio=10;" in result["not_exported"]
+    stored = strict_json(copied / "front.json")
+    assert [child["usable"] for child in stored["children"]] == [False] * len(stored["children"])
+    assert stored["parent"]["usable"] and "unusable" in rendered(front_table(stored))
+    for pick in ("ppl_ratio<=1000", stored["children"][0]["hash"]):
+        with pytest.raises(ExportError, match=r"times its parent's perplexity.* --force"):
+            export(Run.open(copied), parse_pick(pick), tmp_path / "child")
+    assert not (tmp_path / "child").exists()
+    recipe = changed(finished_run.recipe, "front.usable_ppl_ratio=21")
+    assert all(child["usable"] for child in front(Run.start(copied, recipe))["children"])
+    front(Run.start(copied, finished_run.recipe))
+    export(Run.open(copied), parse_pick("ppl_ratio<=1000"), tmp_path / "child", force=True)
+    assert strict_json(tmp_path / "child" / "llmprune.json")["figures"]["usable"] is False
+
+
+def rendered(table: Any) -> str:
+    console = Console(width=PIPED_WIDTH, file=io.StringIO())
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_table_of_a_front_quotes_test_and_unseen_text(finished_run: Finished) -> None:
+    measured = strict_json(finished_run.path / "front.json")
+    for record in (measured["parent"], *measured["children"], *measured["baselines"]):
+        record["unseen"] = {**record["test"], "dataset": "code", "seq_len": 1024, "nats_per_token": 7.125}
+    text = rendered(front_table(measured))
+    own = measured["children"][0]
+    assert f"{own['test']['nats_per_token']:.3f} ({own['test']['nats_lost']:+.3f})" in text and "7.125 (" in text
+    assert f"{own['nats_per_token']:.3f} " not in text and "…" not in text
+    told = " ".join(text.split())
+    assert "test (ant+bee, 60 tokens in windows of 16, no BOS); unseen (code, 60 tokens in windows of 1024" in told
+    assert "Unusable" not in text
+
+
 def test_a_run_directory_holds_what_the_design_says(finished_run: Finished) -> None:
     names = {path.name for path in finished_run.path.iterdir()}
     inputs = {"recipe.yaml", "provenance.json", "tokens.safetensors", "library", "tables.json", "seeds.json"}
-    assert names == {*inputs, "study.journal", "front.json", "children", "scores", ".lock"}
+    assert names == {*inputs, "reach.json", "study.journal", "front.json", "children", "scores", ".lock"}
     children = strict_json(finished_run.path / "front.json")["children"]
     assert {path.name for path in (finished_run.path / "children").iterdir()} == {child["hash"] for child in children}
     assert len(finished_hashes(finished_run.path)) == finished_run.recipe.search.trials
@@ -262,6 +351,8 @@ def front_again(run: Path) -> None:
         ("tables.json", b"{", search_again),
         ("tables.json", b"{}", search_again),
         ("tables.json", b"[1]", search_again),
+        ("reach.json", b"[]", search_again),
+        ("reach.json", b'{"decode": {}}', search_again),
         ("seeds.json", b"{", search_again),
         ("seeds.json", b"7", search_again),
         ("seeds.json", b"{}{}", search_again),
@@ -283,7 +374,9 @@ def test_a_damaged_file_is_named_in_one_error(
     assert (copied / name).read_bytes() == content, "damage is for a person to look at"
 
 
-@pytest.mark.parametrize("name", ["tokens.safetensors", "tables.json", "seeds.json", "provenance.json", "library"])
+@pytest.mark.parametrize(
+    "name", ["tokens.safetensors", "reach.json", "tables.json", "seeds.json", "provenance.json", "library"]
+)
 def test_a_missing_file_is_made_again(name: str, copied: Path) -> None:
     before = Run.open(copied)
     hashes = before.library.hash, before.tokens["search"].hash, before.study_name

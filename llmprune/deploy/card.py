@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 
 from llmprune.architecture import Architecture, ParentShape
 from llmprune.deploy.contents import EVALUATION_FILE, Contents
@@ -50,6 +50,8 @@ def _text(contents: Contents, repo: str, evaluation: Evaluation | None) -> str:
         repo=repo,
         parent_link=_parent_link(contents),
         child=metadata["figures"],
+        quoted=_quoted(metadata["figures"]),
+        figure=_figure,
         parent=metadata["parent"]["figures"],
         host=_host(metadata["figures"]["measured_on"]["host"]),
         evaluation=evaluation,
@@ -105,8 +107,11 @@ def _bar(kept: int, of: int) -> str:
 
 def _card_data(contents: Contents, name: str, licence: Licence, evaluation: Evaluation | None) -> ModelCardData:
     figures, recipe = contents.metadata["figures"], contents.metadata["recipe"]
-    on = figures["measured_on"]
-    results: list[EvalResult] = [perplexity_result(figures["ppl"], on)]
+    results = [
+        perplexity_result(figures[name]["ppl"], {**figures[name], "split": name})
+        for name in _quoted(figures)
+        if figures[name]["ppl"] is not None
+    ]
     if evaluation:
         results += evaluation.results()
     tags = ["pruned", "llmprune", "structured-pruning", *(["gguf"] if contents.gguf_files else [])]
@@ -134,6 +139,16 @@ def _parent_link(contents: Contents) -> str:
 
 def _times(speedup: Mapping[str, float]) -> str:
     return f"{speedup['median']:.2f} times as fast ({speedup['low']:.2f} to {speedup['high']:.2f})"
+
+
+def _quoted(figures: Mapping[str, Any]) -> list[str]:
+    """The splits that nothing was chosen on: the test split always, unseen text if the recipe named any."""
+    return ["test", *(["unseen"] if "unseen" in figures else [])]
+
+
+def _figure(value: float | None, digits: int) -> str:
+    """An infinite figure is None in JSON."""
+    return "inf" if value is None else f"{value:.{digits}f}"
 
 
 def _metric(metric: Metric | None) -> str:

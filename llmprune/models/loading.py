@@ -32,8 +32,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal LM - a Hub id, a directory or a GGUF file - and its tokenizer, in eval mode on its device.
 
-    Weights are read from safetensors (or GGUF, dequantised) only. `check` sees the config before any weight is read,
-    and may refuse it. Raises ModelError.
+    Weights are read from safetensors (or GGUF, dequantised) only; `dtype_of` says in which dtype, where the recipe
+    leaves it open. `check` sees the config before any weight is read, and may refuse it. Raises ModelError.
     """
     place, gguf_file = locate(recipe.path)
     where: dict[str, Any] = {"revision": recipe.revision} if recipe.revision else {}
@@ -48,7 +48,7 @@ def load_model(
     with _readable_errors(recipe.path), _quiet_loading():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
-            dtype=getattr(torch, recipe.dtype),
+            dtype=_asked_dtype(recipe, device),
             trust_remote_code=recipe.trust_remote_code,
             use_safetensors=None if gguf_file else True,
             device_map="auto" if spread else None,
@@ -58,6 +58,7 @@ def load_model(
         )
         model, info = loaded
         _check_complete(info, recipe.path)
+        _check_dtype(model, recipe.path)
         tokenizer = AutoTokenizer.from_pretrained(
             recipe.tokenizer or place,
             trust_remote_code=recipe.trust_remote_code,
@@ -66,6 +67,27 @@ def load_model(
     if gguf_file:
         _forget_quantisation(model)
     return (model if spread else model.to(device)).eval(), tokenizer
+
+
+def dtype_of(model: PreTrainedModel) -> str:
+    """A loaded model's dtype as recipes name it, such as "bfloat16"."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _asked_dtype(recipe: ModelRecipe, device: torch.device) -> torch.dtype | str:
+    """What from_pretrained is asked for: "auto" there is the checkpoint's own, by its config or else its weights."""
+    if recipe.dtype == "auto":
+        # A CPU computes 16-bit floats more slowly than float32, if at all.
+        return torch.float32 if device.type == "cpu" else "auto"
+    dtype = getattr(torch, recipe.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _check_dtype(model: PreTrainedModel, path: str) -> None:
+    known = ("float32", "bfloat16", "float16")
+    if (found := dtype_of(model)) not in known:
+        raise ModelError(f"{path} is stored in {found}; name the dtype to read it in: model.dtype={' or '.join(known)}")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -22,8 +22,12 @@ from llmprune.measure.turns import scoring, timing
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import Size, size_of
 from llmprune.models.surgery import prune
+from llmprune.recipe import SplitName
 
 Record = dict[str, Any]
+
+QUOTED: tuple[SplitName, ...] = ("test", "unseen")
+"""The splits whose figures are quoted of what was chosen on others: nothing is ever chosen on them."""
 
 
 class Scorer(SplitScorer, Protocol):
@@ -73,6 +77,21 @@ class Judge:
         """The figures of a child on all of the split."""
         return quality_from_windows(self.split, self.score(architecture))
 
+    def quoted(self, architecture: Architecture) -> dict[str, Any]:
+        """A child's figures on the split beside the parent's, with what they must not be quoted without.
+
+        A figure that is infinite is None. Raises ModelError if a logit is NaN.
+        """
+        parent = self.parent_quality
+        quality = parent if architecture == self.parent.shape.architecture else self.quality(architecture)
+        nats_lost = quality.nats_per_token - parent.nats_per_token
+        finite = math.isfinite(quality.ppl)
+        return {
+            **{key: value for key, value in quality.to_json().items() if key != "split"},
+            "ppl_ratio": quality.ppl / parent.ppl if finite else None,
+            "nats_lost": nats_lost if math.isfinite(nats_lost) else None,
+        }
+
     def judge(self, architecture: Architecture, name: str) -> Record:
         """The whole record of a child: quality, speed paired with the parent, size."""
         quality = self.quality(architecture)
@@ -115,6 +134,13 @@ class Judge:
         }
 
 
+def quote(record: Record, judges: Iterable[Judge]) -> Record:
+    """The record with what is quoted of its child, under each judge's split; its own figures, which it was chosen by,
+    stay. What it has already is not measured again. Raises ModelError if a logit is NaN."""
+    architecture = Architecture.from_json(record["architecture"])
+    return record | {judge.split.name: judge.quoted(architecture) for judge in judges if judge.split.name not in record}
+
+
 SPEED_FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_speedup", "decode_speedup")
 
 RECORD_KEYS = frozenset(
@@ -124,7 +150,18 @@ RECORD_KEYS = frozenset(
         *(*SPEED_FIGURES, "measured_on"),
     }
 )
-"""What a record of `front.json` holds at least: scripts rely on these names."""
+"""What the record of a judged child holds at least: scripts rely on these names."""
+
+FRONT_KEYS = RECORD_KEYS | {"test", "usable"}
+"""What a record of `front.json` holds at least."""
+
+QUOTED_KEYS = frozenset(
+    {
+        *("nats_per_token", "nats_per_byte", "ppl", "ppl_ratio", "nats_lost", "per_source"),
+        *("dataset", "seq_len", "tokens", "bos"),
+    }
+)
+"""What the `test` and `unseen` of such a record hold."""
 
 
 def is_finite(record: Mapping[str, Any]) -> bool:

@@ -11,11 +11,11 @@ can be where the search does, so totals err high:
 * The front's children are as many as `front.size` allows. Every baseline reaches its speed; uniform width finds all
   widths near it, greedy removal goes on to the last block, every random draw fits.
 
-Left out: fetching, reading and hashing the parent, tokenising text, Python and torch themselves (about half a
-gigabyte), copying the weights of children, knapsacks, predictors and Optuna (milliseconds to seconds a trial), reading
-the library back, the stores of trials and scores, and trials that fail or repeat an earlier architecture. A base-model
-pass of the statistics is counted as a whole scoring pass, though it has no output layer; an exact score by the layers
-that it runs, though it runs the output layer whole.
+Left out: fetching, reading and hashing the parent, timing what the space can reach (seconds), tokenising text, Python
+and torch themselves (about half a gigabyte), copying the weights of children, knapsacks, predictors and Optuna
+(milliseconds to seconds a trial), reading the library back, the stores of trials and scores, and trials that fail or
+repeat an earlier architecture. A base-model pass of the statistics is counted as a whole scoring pass, though it has no
+output layer; an exact score by the layers that it runs, though it runs the output layer whole.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from llmprune.measure.throughput import passes_of
 from llmprune.recipe import SamplerName, SplitName
 from llmprune.search.baselines.methods import METHODS, own_libraries
 from llmprune.search.costs import probe_architectures
+from llmprune.search.evaluate import QUOTED
 from llmprune.search.path import stops_of
 from llmprune.search.plan import Done, Plan, StageCost, Timing
 from llmprune.search.samplers import evopress, slp
@@ -202,7 +203,8 @@ def _search(plan: Plan, done: Done) -> StageCost:
 
 
 def _front(plan: Plan, done: Done) -> StageCost:
-    """Baselines chosen on search tokens; then the parent, the front and the baselines on validation tokens.
+    """Baselines chosen on search tokens; then the parent, the front and the baselines on validation tokens, and on
+    those of the splits that are quoted.
 
     Libraries that baselines have of their own share their passes. Each has a scorer of its own, which scores the parent
     too; the run's does so again, since the search may have been in another process.
@@ -224,16 +226,17 @@ def _front(plan: Plan, done: Done) -> StageCost:
     most = max(missing.values(), default=0)
     calibration = plan.tokens("calibration")
     parents = len(own) + 1
+    quoted = [name for name in QUOTED if name in plan.recipe.data.splits]
     return StageCost(
         "front",
         forward_tokens=plan.passes(most) * calibration
         + choosing
         + parents * search
-        + (measured + parents) * plan.tokens("validation"),
+        + (measured + parents) * (plan.tokens("validation") + sum(map(plan.tokens, quoted))),
         timing=_timing(plan, measured + 1, rules.repeats),
         solver=sum((layer_solver_flops(space, own[m]).times(missing[m]) for m in own), SolverFlops()),
         float32_flops=most * calibration * gram_flops_per_token(space.shape),
-        children=sum(scored.values()) + 2 * measured,
+        children=sum(scored.values()) + (2 + len(quoted)) * measured,
         peak_memory_bytes=max(
             _judged_bytes(plan, "validation"),
             _judged_bytes(plan, "search") + kept * plan.state_bytes(search),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from llmprune.errors import BudgetError
 from llmprune.search.budgets import Budget, Pick, metric_value, pick_record
@@ -18,6 +19,32 @@ def non_dominated(records: Iterable[Record], speed: str) -> list[Record]:
         if not front or record["nats_per_token"] < front[-1]["nats_per_token"]:
             front.append(record)
     return front[::-1]
+
+
+def with_verdicts(front: Mapping[str, Any], most_ppl_ratio: float) -> dict[str, Any]:
+    """The front with `usable` in every record: whether its perplexity is at most so many times the parent's.
+
+    It goes by the tokens that children are chosen on: those of the quoted figures decide nothing.
+    """
+
+    def judged(record: Record) -> Record:
+        return {**record, "usable": record["ppl_ratio"] <= most_ppl_ratio}
+
+    return {
+        "parent": judged(front["parent"]),
+        "children": [judged(record) for record in front["children"]],
+        "baselines": [judged(record) for record in front["baselines"]],
+    }
+
+
+def unusable(record: Mapping[str, Any], most_ppl_ratio: float) -> str:
+    """Why a child is not exported, and what would do."""
+    ratio = record["ppl_ratio"]
+    return (
+        f"{record['hash']} has {ratio:.4g} times its parent's perplexity, and is unusable beyond "
+        f"front.usable_ppl_ratio={most_ppl_ratio:g}; pick a slower child, search on with more trials or lower "
+        f"search.targets, or export it all the same with llmprune export RUN --pick {record['hash']} --force"
+    )
 
 
 def holding_budgets(records: Sequence[Record], budgets: Sequence[Budget]) -> list[Record]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmprune.architecture import Architecture
@@ -16,17 +16,19 @@ from llmprune.search.baselines.ledger import Ledger
 from llmprune.search.baselines.match import Settled, close_in, settle
 from llmprune.search.baselines.methods import METHODS, Method, choose
 from llmprune.search.budgets import metric_value
-from llmprune.search.evaluate import Judge, Record, is_finite
+from llmprune.search.evaluate import Judge, Record, is_finite, quote
 
 
 @dataclass(frozen=True, eq=False)
 class Entrant:
-    """One method, and what judges it: children are chosen on `chooser`'s tokens and measured on `judge`'s."""
+    """One method, and what judges it: children are chosen on `chooser`'s tokens and measured on `judge`'s; what is
+    quoted of those that are settled on is measured by `quoting`."""
 
     name: BaselineName
     given: Callable[[Nats], Given]
     chooser: Judge
     judge: Judge
+    quoting: Sequence[Judge]
     preparation_tokens: int
 
     @property
@@ -123,6 +125,9 @@ def compete(
             except ModelError as error:
                 failed = str(error)
         settled = settle([known[a] for a in speeds], parent["nats_per_token"], speed, target)
+        if settled is not None:
+            settled = replace(settled, children=tuple(quote(child, entrant.quoting) for child in settled.children))
+            known |= {Architecture.from_json(child["architecture"]): child for child in settled.children}
         why = failed or f"out of reach: the fastest child that was measured has {max(speeds.values()):.2f}x"
         entry = entry_of(entrant.name, target, settled, why, ledger.effort(entrant.preparation_tokens))
         yield {**entry, "measured": [known[a] for a in speeds if a != whole], "input_hash": input_hash}
@@ -137,11 +142,13 @@ def _timed(aim: Aim, ledger: Ledger) -> Aim:
 
 
 def entry_of(name: str, target: float, settled: Settled | None, why: str, effort: Mapping[str, Any]) -> Entry:
-    """A method's cells: nats lost at the target and the children that say so, or why there are none; and its effort."""
+    """A method's cells: nats lost at the target - by which its children were settled on, and on each split that is
+    quoted -, the children that say so, or why there are none; and its effort."""
     return {
         "method": name,
         "at": target,
         "nats_lost": settled.nats_lost if settled else None,
+        **(settled.quoted() if settled else {}),
         "interpolated": bool(settled and settled.is_interpolated),
         "why": None if settled else why,
         "children": list(settled.children) if settled else [],

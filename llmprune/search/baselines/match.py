@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llmprune.architecture import Architecture
 from llmprune.search.baselines.given import Aim
 from llmprune.search.budgets import metric_value
-from llmprune.search.evaluate import Record
+from llmprune.search.evaluate import QUOTED, Record
 
 AT = 0.01
 """How near a measured speed-up counts as the one asked for."""
@@ -25,6 +25,20 @@ class Settled:
 
     nats_lost: float
     children: tuple[Record, ...]
+    shares: tuple[float, ...] = (1.0,)
+    """Of each child in an interpolated figure."""
+
+    def quoted(self) -> dict[str, dict[str, float | None]]:
+        """Nats lost on each split that is quoted of the children, by its name, interpolated in the same shares."""
+        return {
+            name: {"nats_lost": self._mixed([child[name]["nats_lost"] for child in self.children])}
+            for name in QUOTED
+            if all(name in child for child in self.children)
+        }
+
+    def _mixed(self, losses: Sequence[float | None]) -> float | None:
+        pairs = [(share, lost) for share, lost in zip(self.shares, losses, strict=True) if lost is not None]
+        return sum(share * lost for share, lost in pairs) if len(pairs) == len(losses) else None
 
     @property
     def is_interpolated(self) -> bool:
@@ -47,7 +61,7 @@ def settle(records: Iterable[Record], parent_nats: float, speed: str, target: fl
     low, high = slower[-1], faster[0]
     share = math.log(target / metric_value(low, speed)) / math.log(metric_value(high, speed) / metric_value(low, speed))
     nats = (1.0 - share) * low["nats_per_token"] + share * high["nats_per_token"]
-    return Settled(nats - parent_nats, (low, high))
+    return Settled(nats - parent_nats, (low, high), (1.0 - share, share))
 
 
 def close_in(
