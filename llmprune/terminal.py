@@ -152,13 +152,18 @@ def _add(table: Table, label: str, record: Mapping[str, Any]) -> None:
     table.add_row(
         f"{label}\n[dim]{record['hash']}[/dim]",
         f"{record['params'] / 1e6:.1f}M",
-        f"{record['bytes'] / 1e6:.0f}M",
+        f"{record['bytes'] / 1e6:.0f}M\n[dim]{_stored_as(record)}[/dim]",
         f"{record['kv_bytes_per_token']:,}",
         f"{record['nats_per_token']:.3f}",
         f"{record['ppl']:.2f}\n({record['ppl_ratio']:.2f}x)",
         f"{record['prefill_tokens_per_s']['median']:.0f}\n{_ratio(record['prefill_speedup'])}",
         f"{record['decode_tokens_per_s']['median']:.1f}\n{_ratio(record['decode_speedup'])}",
     )
+
+
+def _stored_as(record: Mapping[str, Any]) -> str:
+    """How the weights are stored whose bytes a record counts; older records count torch's and do not say so."""
+    return str(record.get("stored_as", record["measured_on"]["workload"]["dtype"]))
 
 
 def _ratio(spread: Mapping[str, float]) -> str:
@@ -223,7 +228,7 @@ def inspection_table(result: Mapping[str, Any]) -> Table:
     shape = result["shape"]
     table = Table(
         title=f"{result['model']} ({result['model_type']}): {result['params'] / 1e6:.1f}M parameters, "
-        f"{result['bytes'] / 1e6:.0f} MB, {result['kv_bytes_per_token']:,} KV bytes a token",
+        f"{result['bytes'] / 1e6:.0f} MB in {result['stored_as']}, {result['kv_bytes_per_token']:,} KV bytes a token",
         caption=f"hidden size {shape['hidden_size']}, {shape['queries_per_group']} query heads a KV group, "
         f"head dim {shape['head_dim']}; shares are of one pass, the rest is embeddings, output and norms",
         caption_justify="left",
