@@ -73,6 +73,7 @@ def test_a_card_holds_the_figures_of_the_files(child: Path, finished_run: Finish
     own, parent = known["figures"], known["parent"]["figures"]
     lines = card.splitlines()
     assert f"| parameters | {parent['params']:,} | {own['params']:,} |" in lines
+    assert f"| bytes of weights, float32 | {parent['bytes']:,} | {own['bytes']:,} |" in lines
     assert f"| nats a token | {parent['nats_per_token']:.4f} | {own['nats_per_token']:.4f} |" in lines
     assert f"| perplexity a token | {parent['ppl']:.2f} | {own['ppl']:.2f} |" in lines
     assert f"it decodes {own['decode_speedup']['median']:.2f} times as fast" in card

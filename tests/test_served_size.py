@@ -70,7 +70,7 @@ def assert_exact(parent: Parent, architecture: Architecture, weights: GgufType, 
     assert said.params == size_of(child, parent.shape, architecture).params
 
 
-def test_the_cache_is_llama_cpps(tmp_path: Path) -> None:
+def test_the_cache_is_llama_cpps() -> None:
     parent = tiny_parent(BLOCKS)
     whole = parent.shape.architecture
     said = served_size(parent.model, parent.shape, whole, "q8_0")
