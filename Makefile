@@ -39,11 +39,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --only-binary xllamacpp --editable '.[llamacpp]' \
+		|| echo 'no wheel of xllamacpp was installed: llama.cpp cannot be timed here, and the demo times torch'
 	touch $@
 
 demo: setup
 	$(BIN)/python scripts/fetch_demo_assets.py --to assets/demo
-	$(LLMPRUNE) compress recipes/smollm2-135m.yaml --out runs/demo $(SET)
+	settings=$$($(BIN)/python scripts/demo_settings.py) && $(LLMPRUNE) compress recipes/smollm2-135m.yaml --out runs/demo $$settings $(SET)
 	$(BIN)/python scripts/make_continuation_choice.py assets/demo/wikipedia.jsonl assets/demo/continuation_choice.jsonl
 	$(BIN)/python scripts/sample_text.py assets/demo/SmolLM2-135M-Instruct.Q4_1.gguf runs/demo/export
 

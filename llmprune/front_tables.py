@@ -71,7 +71,7 @@ def front_table(front: Mapping[str, Any]) -> Table:
 def _cells(label: str, record: Mapping[str, Any], splits: list[str]) -> Iterator[str]:
     yield f"{label}\n[dim]{record['hash']}[/dim]" + ("" if record["usable"] else "\n[red]unusable[/red]")
     yield f"{record['params'] / 1e6:.1f}M"
-    yield f"{record['bytes'] / 1e6:.0f}M"
+    yield f"{record['bytes'] / 1e6:.0f}M\n[dim]{_stored_as(record)}[/dim]"
     yield f"{record['kv_bytes_per_token']:,}"
     for split in splits:
         on = record[split]
@@ -79,6 +79,11 @@ def _cells(label: str, record: Mapping[str, Any], splits: list[str]) -> Iterator
         yield f"{nats} ({_figure(on['nats_lost'], '+.3f')})\n{ppl} ({_figure(on['ppl_ratio'], '.2f')}x)"
     yield f"{record['prefill_tokens_per_s']['median']:.0f}\n{spread_text(record['prefill_speedup'])}"
     yield f"{record['decode_tokens_per_s']['median']:.1f}\n{spread_text(record['decode_speedup'])}"
+
+
+def _stored_as(record: Mapping[str, Any]) -> str:
+    """How the weights are stored whose bytes a record counts; older records count torch's and do not say so."""
+    return str(record.get("stored_as", record["measured_on"]["workload"]["dtype"]))
 
 
 def _figure(value: float | None, form: str) -> str:

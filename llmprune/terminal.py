@@ -147,7 +147,7 @@ def inspection_table(result: Mapping[str, Any]) -> Table:
     shape, outside = result["shape"], result["outside_blocks"]
     table = Table(
         title=f"{result['model']} ({result['model_type']}): {result['params'] / 1e6:.1f}M parameters, "
-        f"{result['bytes'] / 1e6:.0f} MB, {result['kv_bytes_per_token']:,} KV bytes a token",
+        f"{result['bytes'] / 1e6:.0f} MB in {result['stored_as']}, {result['kv_bytes_per_token']:,} KV bytes a token",
         caption=f"hidden size {shape['hidden_size']}, {shape['queries_per_group']} query heads a KV group, "
         f"head dim {shape['head_dim']}; shares are of one pass; {outside['prefill']:.0%} of prefill and "
         f"{outside['decode']:.0%} of decode are outside of all blocks: embeddings, output, norms",

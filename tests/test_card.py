@@ -73,6 +73,7 @@ def test_a_card_holds_the_figures_of_the_files(child: Path, finished_run: Finish
     own, parent = known["figures"], known["parent"]["figures"]
     lines = card.splitlines()
     assert f"| parameters | {parent['params']:,} | {own['params']:,} |" in lines
+    assert f"| bytes of weights, float32 | {parent['bytes']:,} | {own['bytes']:,} |" in lines
     assert (
         f"| nats a token, test | {parent['test']['nats_per_token']:.4f} | {own['test']['nats_per_token']:.4f} |"
         in lines

@@ -143,6 +143,21 @@ def write_gguf(
             writer.close()
 
 
+def tensor_bytes(child: PreTrainedModel, weights: GgufType) -> dict[str, int]:
+    """Bytes of every tensor in the file that `write_gguf` makes, by llama.cpp's name; zero blocks are among them.
+
+    Reads no weight: the child may be on the meta device. Raises ExportError if there is no such file.
+    """
+    if problem := gguf_problem(child.config, weights) or gguf_child_problem(child.config, weights):
+        raise ExportError(problem)
+    return {tensor.name: tensor.bytes for tensor in _tensors(child, _layers(child.config), weights)}
+
+
+def cached_numbers(config: Any) -> int:
+    """Numbers in llama.cpp's cache for one token of one sequence: keys and values of every layer of the file."""
+    return 2 * _head_dim(config) * sum(layer.kv_heads for layer in _layers(config))
+
+
 @dataclass(frozen=True)
 class _Layer:
     """One layer of the file: head counts as llama.cpp reads them, and the blocks that the child has not got."""
@@ -286,6 +301,8 @@ def _turned(rows: torch.Tensor, heads: int) -> torch.Tensor:
 def _rope_factors(child: PreTrainedModel) -> torch.Tensor:
     """(H/2,) what llama.cpp divides the plain rotary frequencies by, to have the model's own."""
     rotary = child.get_submodule("model.rotary_emb")
+    if rotary.get_buffer("inv_freq").is_meta:
+        rotary = type(rotary)(config=child.config)
     head_dim, theta = _head_dim(child.config), _rope_theta(child.config)
     frequencies = rotary.get_buffer("inv_freq").detach().cpu().double()
     plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)

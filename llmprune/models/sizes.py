@@ -1,4 +1,4 @@
-"""What a model weighs: exact counts, from the model itself."""
+"""What a model weighs in memory: exact counts, from the model itself."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from llmprune.architecture import Architecture, ParentShape
 class Size:
     """Counts of one model.
 
-    params: parameters, tied ones once. bytes: theirs. kv_bytes_per_token: what the cache grows by for each token of
-    one sequence. decode_bytes: weights read to decode one token (see `decode_bytes`).
+    params: parameters, tied ones once. bytes: of all weights. stored_as: how those are stored, a dtype of torch or
+    a type of GGUF file ("GGUF q8_0"). kv_bytes_per_token: what the cache grows by for each token of one sequence.
+    decode_bytes: weights read to decode one token (see `decode_bytes`).
     """
 
     params: int
     bytes: int
+    stored_as: str
     kv_bytes_per_token: int
     decode_bytes: int
 
 
 def size_of(model: PreTrainedModel, shape: ParentShape, architecture: Architecture) -> Size:
-    """Sizes of a parent (with its own architecture) or child."""
+    """Sizes of a parent (with its own architecture) or child in torch's memory."""
     groups = sum(layer.attention.kv_groups for layer in architecture.layers)
     return Size(
         params=parameter_count(model),
-        bytes=_bytes_of(model),
+        bytes=parameter_bytes(model),
+        stored_as=str(model.dtype).removeprefix("torch."),
         kv_bytes_per_token=2 * groups * shape.head_dim * model.dtype.itemsize,
         decode_bytes=decode_bytes(model),
     )
@@ -48,8 +51,9 @@ def decode_bytes(model: PreTrainedModel) -> int:
     output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     tied = output is not None and output.weight is embedding
     lookup = 0 if tied else embedding.numel() * embedding.element_size()  # type: ignore[operator]
-    return _bytes_of(model) - int(lookup)
+    return parameter_bytes(model) - int(lookup)
 
 
-def _bytes_of(model: nn.Module) -> int:
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters in memory, tied ones once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

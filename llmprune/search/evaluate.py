@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 from llmprune.architecture import Architecture
 from llmprune.blocks.library import BlockLibrary
 from llmprune.data.tokens import Split
+from llmprune.deploy.sizes import served_size
 from llmprune.measure.host import fingerprint
 from llmprune.measure.quality import Quality, quality_from_windows, score_windows
 from llmprune.measure.scores import SplitScorer
 from llmprune.measure.throughput import Speed, Workload, measure_paired
 from llmprune.measure.turns import scoring, timing
 from llmprune.models.parent import Parent
-from llmprune.models.sizes import Size, size_of
+from llmprune.models.sizes import Size
 from llmprune.models.surgery import prune
 from llmprune.recipe import SplitName
 
@@ -99,15 +100,18 @@ class Judge:
             child = self.child(architecture)
         with timing(self.workload.device):
             _, (speed,) = measure_paired(self.parent.model, [child], self.workload, self.repeats)
-        return self._record(name, architecture, quality, speed, size_of(child, self.parent.shape, architecture))
+        return self._record(name, architecture, quality, speed, self._size(child, architecture))
 
     def parent_record(self) -> Record:
         """The parent's own record; its speed-ups are 1 by definition, its tokens per second measured."""
         architecture = self.parent.shape.architecture
         with timing(self.workload.device):
             speed, _ = measure_paired(self.parent.model, [self.parent.model], self.workload, self.repeats)
-        size = size_of(self.parent.model, self.parent.shape, architecture)
+        size = self._size(self.parent.model, architecture)
         return self._record("parent", architecture, self.parent_quality, speed, size)
+
+    def _size(self, model: PreTrainedModel, architecture: Architecture) -> Size:
+        return served_size(model, self.parent.shape, architecture, self.workload.gguf_type)
 
     def _record(self, name: str, architecture: Architecture, quality: Quality, speed: Speed, size: Size) -> Record:
         return {
@@ -145,7 +149,7 @@ SPEED_FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_speedup
 
 RECORD_KEYS = frozenset(
     {
-        *("name", "hash", "architecture", "params", "bytes", "kv_bytes_per_token"),
+        *("name", "hash", "architecture", "params", "bytes", "stored_as", "kv_bytes_per_token"),
         *("nats_per_token", "nats_per_byte", "ppl", "ppl_ratio", "per_source"),
         *(*SPEED_FIGURES, "measured_on"),
     }

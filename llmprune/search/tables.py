@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -11,15 +11,15 @@ from llmprune.architecture import BLOCK_KINDS, Architecture, BlockChoice
 from llmprune.blocks.library import BlockLibrary
 from llmprune.blocks.sensitivity import block_influence, estimate_delta_nats
 from llmprune.data.tokens import Split
+from llmprune.deploy.sizes import served_size
 from llmprune.errors import RunDirectoryError
 from llmprune.measure.prefix import PrefixScorer
 from llmprune.measure.throughput import Workload, measure_paired
 from llmprune.measure.turns import timing
 from llmprune.models.parent import Parent
-from llmprune.models.sizes import size_of
 from llmprune.models.surgery import prune, skeleton
 from llmprune.progress import Show
-from llmprune.recipe import TablesRecipe
+from llmprune.recipe import GgufType, TablesRecipe
 from llmprune.search.allocate import Allocator
 from llmprune.search.budgets import SIZE_METRICS
 from llmprune.search.costs import CostTable, cost_table, probe_architectures
@@ -112,23 +112,28 @@ def build_tables(
         advance(total, total)
     if shares:
         costs = costs.scaled({phase: median(share[phase] for share in shares) for phase in shares[0]})
-    saving = {**costs.saving, **count_savings(parent, library.space)}
+    saving = {**costs.saving, **count_savings(parent, library.space, workload.gguf_type)}
     return BlockTables(delta_nats, influence, CostTable(library.space, saving))
 
 
-def count_savings(parent: Parent, space: Space) -> dict[str, dict[BlockChoice, float]]:
-    """Share of each of the parent's sizes that a choice takes off, counted on children without weights.
+def count_savings(
+    parent: Parent, space: Space, gguf_type: GgufType | None = None
+) -> dict[str, dict[BlockChoice, float]]:
+    """Share of each of the parent's sizes that a choice takes off, counted on children without weights; of the sizes
+    of GGUF files if llama.cpp is what serves them.
 
     A size is a sum over blocks, though not always one in proportion to rows: the cache grows with KV groups alone, and
-    a dropped block takes its norms along.
+    a dropped block takes its norms along. (Where llama.cpp needs a zero block for one that is not there, the sum is a
+    few rows off: once a child if its first layer has no attention, and for layers that lose both blocks.)
     """
-    whole = parent.shape.architecture
+    whole, last = parent.shape.architecture, parent.shape.layers - 1
 
     def sizes(architecture: Architecture) -> dict[str, int]:
-        return asdict(size_of(skeleton(parent, architecture), parent.shape, architecture))
+        size = served_size(skeleton(parent, architecture), parent.shape, architecture, gguf_type)
+        return {metric: getattr(size, metric) for metric in SIZE_METRICS}
 
     of_parent = sizes(whole)
-    counted = {choice: sizes(whole.with_choice(0, choice)) for kind in BLOCK_KINDS for choice in space.ladder(kind)}
+    counted = {choice: sizes(whole.with_choice(last, choice)) for kind in BLOCK_KINDS for choice in space.ladder(kind)}
     return {
         metric: {choice: 1.0 - own[metric] / of_parent[metric] for choice, own in counted.items()}
         for metric in SIZE_METRICS
