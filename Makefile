@@ -30,7 +30,7 @@ OUTPUT ?=
 PARENT ?=
 TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
 
-.PHONY: setup demo compress search baselines export export-gguf export-vllm push bench bench-search bench-scaling eval test lint typecheck check clean
+.PHONY: setup demo compress search baselines export export-gguf export-vllm push bench bench-search bench-scaling eval test test-numerics lint typecheck check clean
 
 setup: $(VENV)/.installed
 
@@ -93,6 +93,16 @@ eval: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Sums come out in another order on another CPU: the same tests with other kernels, on one thread and on two.
+NUMERIC := $(patsubst %,tests/test_%.py,merging families blocks_refit blocks_library prefix racing sensitivity measure search_exact \
+	baselines_flap gguf gguf_proof)
+
+test-numerics: setup
+	@set -e; for kernels in default avx2; do for threads in 1 2; do \
+		echo "ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads"; \
+		ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest $(NUMERIC); \
+	done; done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,7 +6,6 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.deploy.contents import VLLM_DIRECTORY
@@ -14,16 +13,13 @@ from llmprune.deploy.formats import check_child
 from llmprune.deploy.gguf import write_gguf
 from llmprune.deploy.vllm import write_vllm
 from llmprune.errors import ExportError
-from llmprune.measure.llamacpp import GgufModel, logits_of
-from llmprune.models.checkpoint import PROOF_SHAPE
+from llmprune.measure.gguf_proof import prove_gguf
+from llmprune.models.checkpoint import staging_beside
 from llmprune.models.loading import load_model
 from llmprune.models.parent import check_config
 from llmprune.models.surgery import is_stock
 from llmprune.progress import Show
 from llmprune.recipe import DeployRecipe, FormatName, GgufType, ModelRecipe
-
-MAX_KL: dict[GgufType, float] = {"f32": 1e-5, "f16": 1e-3, "q8_0": 0.05}
-"""Nats a token between transformers and llama.cpp: what rounding of the weights alone makes is far below."""
 
 
 def gguf_name(weights: GgufType) -> str:
@@ -66,36 +62,20 @@ def _entry(name: FormatName, path: Path, proof: str) -> dict[str, Any]:
 def _write_proven_gguf(
     child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, path: Path, weights: GgufType
 ) -> str:
-    """Write the file under a name of its own, hold it to the child in llama.cpp, then rename it."""
-    if importlib.util.find_spec("xllamacpp") is None:
-        write_gguf(child, tokenizer, path, weights)
-        return "not run: llama.cpp is not installed (pip install 'llmprune[llamacpp]')"
-    unproven = path.with_name(f".{path.name}.unproven.gguf")
-    try:
+    """Write the file beside its place, hold it to the child in llama.cpp, then move it there."""
+    with staging_beside(path) as staging:
+        unproven = staging / path.name
         write_gguf(child, tokenizer, unproven, weights)
-        kl = _kl_in_llamacpp(child, unproven)
-        # llama.cpp computes in float32 what a child of half precision rounds after every step.
-        limit = MAX_KL[weights] if child.dtype == torch.float32 else max(MAX_KL[weights], MAX_KL["f16"])
-        if not kl <= limit:
-            raise ExportError(
-                f"llama.cpp computes something else from {path.name}: KL {kl:.2g} nats a token > {limit:g}; it is not "
-                "written"
+        if importlib.util.find_spec("xllamacpp") is None:
+            said = "not run: llama.cpp is not installed (pip install 'llmprune[llamacpp]')"
+        else:
+            proof = prove_gguf(child, unproven, weights)
+            said = (
+                f"run in llama.cpp: KL to transformers {proof.child_kl:.1e} nats a token; "
+                f"{proof.contents_kl:.1e} to the equally rounded child, computed in float32"
             )
         unproven.replace(path)
-    finally:
-        unproven.unlink(missing_ok=True)
-    return f"run in llama.cpp: KL to transformers {kl:.1e} nats a token"
-
-
-@torch.inference_mode()
-def _kl_in_llamacpp(child: PreTrainedModel, path: Path) -> float:
-    """Mean KL of what llama.cpp predicts to what the child does, on random tokens."""
-    generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(child.config.vocab_size, PROOF_SHAPE, generator=generator)
-    expected = child(ids_BT.to(child.device)).logits.double().cpu().log_softmax(-1)
-    with GgufModel(path) as model:
-        found = logits_of(model, ids_BT).double().log_softmax(-1)
-    return float((expected.exp() * (expected - found)).sum(-1).mean())
+    return said
 
 
 def convert(model: ModelRecipe, rules: DeployRecipe, to: Path | None, show: Show, *, force: bool) -> dict[str, Any]:

@@ -20,8 +20,9 @@ import pytest
 
 # No test reaches the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tensors of tests are slower on several threads; and processes that tests start must make the same host fingerprint.
-os.environ["OMP_NUM_THREADS"] = "1"
+# Tensors of tests are slower on several threads (`make test-numerics` asks for two all the same), and processes that
+# tests start must make the same host fingerprint.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests take turns among themselves, not with a search that runs on this host: each would wait for the other.
 os.environ["LLMPRUNE_TURNS"] = tempfile.mkdtemp(prefix="llmprune-turns-")
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from baselines_tiny import FLAP, given_of, library_of, random_parent, random_split, space_of
+from closeness import assert_close
 from torch import nn
 
 from llmprune.architecture import BLOCK_KINDS, Architecture
@@ -60,7 +61,7 @@ def test_scores_are_standardised_fluctuations_and_means_are_of_the_inputs() -> N
         metric_I = variance_I * parent.output_weight(layer, kind).double().square().sum(0)
         standard_I = (metric_I - metric_I.mean()) / metric_I.std()
         score_U, found_mean_I = library.fluctuation(layer, kind)
-        torch.testing.assert_close(found_mean_I, mean_I, atol=1e-6, rtol=1e-5)
+        assert_close(found_mean_I, mean_I)
         torch.testing.assert_close(score_U, standard_I.view(len(score_U), -1).mean(1), atol=1e-5, rtol=1e-4)
 
 
@@ -128,7 +129,7 @@ def test_the_child_computes_the_formula(biased: bool) -> None:
             handle.remove()
         found = child(input_ids=ids).logits
         untouched = parent.model(input_ids=ids).logits
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert_close(found, expected)
     assert not torch.allclose(untouched, expected, atol=1e-3)
     assert all((module.bias is not None) is biased for module in projections(parent))
 

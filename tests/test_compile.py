@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from closeness import assert_close
 from families import CASES, Slices, tiny_parent
 from torch._inductor import config as inductor
 from torch._inductor import cpp_builder
@@ -47,7 +48,7 @@ def test_compiled_passes_compute_the_child(layers: list[tuple[int, int]]) -> Non
             run.decode_step()
         handle.remove()
         expected = child(ids_BT).logits[:, PROMPT - 1 :]
-    assert torch.allclose(torch.stack(found, dim=1), expected, atol=1e-5)
+    assert_close(torch.stack(found, dim=1), expected)
 
 
 def test_every_model_has_a_graph_for_prompts_and_one_for_tokens() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closeness import tolerance
 from conftest import Finished, Llmprune
 from tasks_tiny import write_tasks
 from tiny import contents
@@ -80,7 +81,8 @@ def test_a_run_is_its_export_beside_its_parent(
             model["quality"][metric] if task == "text" else model["tasks"][task]["metrics"][metric]["value"]
             for model in (parent, child)
         ]
-        assert row["difference"] == pytest.approx(figures[1] - figures[0], abs=1e-12), "of the very figures above it"
+        rounding = tolerance(max(map(abs, figures)), dtype=torch.float64)
+        assert row["difference"] == pytest.approx(figures[1] - figures[0], abs=rounding), "of the very figures above it"
         assert row["low"] <= row["difference"] <= row["high"] and 0 < row["p"] <= 1
         assert row["test"] == ("mcnemar" if task == "tiny_choice" else "bootstrap")
         assert row["model"] == child["model"] and row["samples"] == (12 if task != "text" else row["samples"])

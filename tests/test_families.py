@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from families import CASES, GROUPED_IDS, IDS, Case, Slices, masked, tiny_model, tiny_parent, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -112,7 +113,7 @@ def test_sliced_equals_masked(parent: Parent, name: str) -> None:
     child = prune(parent, architecture, library)
     with masked(parent, architecture, library) as oracle:
         expected = logits_of(oracle, tokens_BT)
-    torch.testing.assert_close(logits_of(child, tokens_BT), expected, atol=1e-5, rtol=0)
+    assert_close(logits_of(child, tokens_BT), expected)
     assert (logits_of(parent.model, tokens_BT) - expected).abs().max() > 1e-2, "the mask changes nothing"
     # Gemma 2 caps its attention logits, which only transformers' eager kernel does.
     assert child.config._attn_implementation == ("eager" if "Gemma2" in type(child).__name__ else "sdpa")
@@ -133,7 +134,7 @@ def test_fewer_queries_sliced_equals_masked(grouped: Parent, name: str) -> None:
     child = prune(grouped, architecture, library)
     with masked(grouped, architecture, library) as oracle:
         expected = logits_of(oracle, tokens_BT)
-    torch.testing.assert_close(logits_of(child, tokens_BT), expected, atol=1e-5, rtol=0)
+    assert_close(logits_of(child, tokens_BT), expected)
     assert (logits_of(grouped.model, tokens_BT) - expected).abs().max() > 1e-2, "the mask changes nothing"
     # A stock class has one head count for all layers, and must not work out the head size from it.
     assert is_stock(child.config) == (name.startswith("one query") and not grouped.family.derives_head_dim)
@@ -173,7 +174,7 @@ def test_any_architecture_sliced_equals_masked(case_id: str, data: st.DataObject
     child = prune(parent, architecture, library)
     with masked(parent, architecture, library) as oracle:
         expected = logits_of(oracle, tokens())
-    torch.testing.assert_close(logits_of(child, tokens()), expected, atol=1e-5, rtol=0)
+    assert_close(logits_of(child, tokens()), expected)
     size = size_of(child, parent.shape, architecture)
     assert size.params == sum({parameter.data_ptr(): parameter.numel() for parameter in child.parameters()}.values())
 
@@ -258,7 +259,7 @@ def test_cached_equals_uncached(parent: Parent, name: str, cache_class: type, ch
     child = child_of(parent, name)
     extra = {"max_cache_len": CACHED_TOKENS} if cache_class is StaticCache else {}
     uncached, cached = uncached_and(cache_class(config=child.config, **extra), child, chunks)
-    torch.testing.assert_close(cached, uncached, atol=1e-5, rtol=0)
+    assert_close(cached, uncached)
 
 
 @pytest.mark.parametrize("name", ["late attention", "depth"])
@@ -266,7 +267,7 @@ def test_bare_cache(parent: Parent, name: str) -> None:
     """A cache made without the config knows nothing of layers without attention."""
     child = child_of(parent, name)
     uncached, cached = uncached_and(DynamicCache(), child, [5, 1, 7, 3])
-    torch.testing.assert_close(cached, uncached, atol=1e-5, rtol=0)
+    assert_close(cached, uncached)
 
 
 def test_cache_of_the_models_own_making(parent: Parent) -> None:
@@ -275,7 +276,7 @@ def test_cache_of_the_models_own_making(parent: Parent) -> None:
     with torch.inference_mode():
         first = child(tokens_BT[:, :6], use_cache=True)
     rest = logits_of(child, tokens_BT[:, 6:], past_key_values=first.past_key_values)
-    torch.testing.assert_close(rest, logits_of(child, tokens_BT)[:, 6:], atol=1e-5, rtol=0)
+    assert_close(rest, logits_of(child, tokens_BT)[:, 6:])
 
 
 def greedy(child: PreTrainedModel, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, **extra: Any) -> torch.Tensor:
@@ -329,7 +330,7 @@ def test_reloaded_child_trains(parent: Parent, tmp_path: Path) -> None:
     recomputed = gradients(reloaded)
     assert len(runs) == 2, "nothing was recomputed"
     for name, gradient in recomputed.items():
-        torch.testing.assert_close(gradient, plain[name], atol=1e-5, rtol=1e-4)
+        assert_close(gradient, plain[name])
 
 
 def test_eager_attention_reaches_the_layers(parent: Parent) -> None:
@@ -338,7 +339,7 @@ def test_eager_attention_reaches_the_layers(parent: Parent) -> None:
     child.set_attn_implementation("eager")
     with torch.inference_mode():
         found = child(tokens(), output_attentions=True)
-    torch.testing.assert_close(found.logits, expected, atol=1e-4, rtol=0)
+    assert_close(found.logits, expected)
     modules = attentions(child, parent)
     assert [module.config._attn_implementation for module in modules] == ["eager"] * 3
     shape = parent.shape
@@ -409,7 +410,7 @@ def test_fewer_queries_cached_equals_uncached(grouped: Parent) -> None:
     child = prune(grouped, architecture, Slices(grouped))
     for made in (DynamicCache(config=child.config), DynamicCache()):
         uncached, cached = uncached_and(made, child, [5, 1, 7, 3])
-        torch.testing.assert_close(cached, uncached, atol=1e-5, rtol=0)
+        assert_close(cached, uncached)
 
 
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
@@ -440,7 +441,7 @@ def test_bfloat16_parent_gives_a_bfloat16_child() -> None:
     child = prune(parent, architecture, library)
     assert {tensor.dtype for tensor in child.parameters()} == {torch.bfloat16} == {child.dtype}
     exact = prune(make_parent(copy.deepcopy(parent.model).float(), None), architecture, library)
-    torch.testing.assert_close(logits_of(child, tokens()).float(), logits_of(exact, tokens()), atol=0.15, rtol=0)
+    assert_close(logits_of(child, tokens()), logits_of(exact, tokens()), terms=2 * 4, dtype=torch.bfloat16)
 
 
 def test_lists_that_are_not_a_layers_stay_whole() -> None:

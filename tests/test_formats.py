@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import assert_close
 from decilm import decilm_logits
 from families import CASES, IDS, Slices, tiny_model, tiny_parent, tokens
 from tiny import contents, tiny_tokenizer
@@ -66,7 +67,7 @@ def test_vllm_files_compute_the_child(case_id: str, name: str, tmp_path: Path) -
         write_vllm(child, None, tmp_path / "vllm")
     with torch.inference_mode():
         expected = child(tokens()).logits
-    assert (decilm_logits(tmp_path / "vllm", tokens()) - expected).abs().max() <= 1e-4
+    assert_close(decilm_logits(tmp_path / "vllm", tokens()), expected)
 
 
 def test_vllm_files_are_read_back_in_a_fresh_process(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from closeness import FORWARD_TERMS, assert_close
 from families import COMMON, GROUPED, Case, Slices, tiny_model, tiny_parent, tokens
 from tiny import tiny_recipe
 from transformers import PreTrainedModel
@@ -75,12 +76,12 @@ def test_sequences_of_a_batch_do_not_see_each_other(written: tuple[PreTrainedMod
             assert session.read(ids_BT[:, position : position + 1].tolist()) > 0
         # One token a sequence in the last pass.
         for row in range(3):
-            torch.testing.assert_close(torch.from_numpy(session.logits(row)), expected_BV[row], rtol=0, atol=1e-4)
+            assert_close(torch.from_numpy(session.logits(row)), expected_BV[row])
         session.clear()
         session.read(ids_BT.tolist())
         for row in range(3):
             last = torch.from_numpy(session.logits(row * 11 + 10))
-            torch.testing.assert_close(last, expected_BV[row], rtol=0, atol=1e-4)
+            assert_close(last, expected_BV[row])
 
 
 def test_texts_longer_than_a_pass_of_llama_cpp_are_read_whole(tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_texts_longer_than_a_pass_of_llama_cpp_are_read_whole(tmp_path: Path) ->
     write_gguf(model, None, tmp_path / "long.gguf", "f32")
     ids_BT = tokens(1, 700)
     with GgufModel(tmp_path / "long.gguf") as loaded, torch.inference_mode():
-        assert float((logits_of(loaded, ids_BT) - model(ids_BT).logits).abs().max()) <= 1e-4
+        assert_close(logits_of(loaded, ids_BT), model(ids_BT).logits, terms=FORWARD_TERMS + 4 * 700)
 
 
 def test_a_full_cache_is_an_error(written: tuple[PreTrainedModel, Path]) -> None:

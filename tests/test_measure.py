@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from families import CASES, IDS, VOCAB, Case, tiny_model, tokens
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,14 +69,14 @@ def test_nats_are_the_models_own_loss(case: Case) -> None:
     with torch.inference_mode():
         losses = [model(input_ids=window[None], labels=window[None]).loss for window in windows]
     expected = torch.stack(losses).double() * (SEQ_LEN - 1)
-    torch.testing.assert_close(window_nats(model, windows), expected, rtol=1e-5, atol=1e-5)
+    assert_close(window_nats(model, windows), expected)
 
 
 @pytest.mark.parametrize("batch_tokens", [SEQ_LEN, 2 * SEQ_LEN + 1, 100])
 def test_batching_changes_nothing(model: PreTrainedModel, batch_tokens: int) -> None:
     windows = tokens(5, SEQ_LEN)
     one_by_one = window_nats(model, windows, batch_tokens=1)
-    torch.testing.assert_close(window_nats(model, windows, batch_tokens=batch_tokens), one_by_one, rtol=1e-5, atol=1e-5)
+    assert_close(window_nats(model, windows, batch_tokens=batch_tokens), one_by_one)
 
 
 def test_logits_of_a_batch_stay_under_the_limit(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +95,7 @@ def test_bfloat16_is_scored_in_float32() -> None:
     with torch.inference_mode():
         logits = model(input_ids=windows).logits[:, :-1].double()
     picked = logits.log_softmax(-1).gather(-1, windows[:, 1:, None])[..., 0]
-    torch.testing.assert_close(window_nats(model, windows), -picked.sum(-1), rtol=1e-5, atol=1e-5)
+    assert_close(window_nats(model, windows), -picked.sum(-1))
 
 
 def test_dropout_is_not_scored() -> None:

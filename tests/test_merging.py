@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from families import CASES, IDS, MERGING_IDS, Slices, masked, merging, overwritten, tiny_parent, tokens
 from tiny import numbered_documents, save_tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
@@ -63,7 +64,7 @@ def test_merged_equals_overwritten(parent: Parent, name: str) -> None:
     architecture = merging(parent.shape, heads)
     child = prune(parent, architecture, Slices(parent))
     expected = logits_of(overwritten(parent, heads).model, tokens())
-    torch.testing.assert_close(logits_of(child, tokens()), expected, atol=1e-5, rtol=0)
+    assert_close(logits_of(child, tokens()), expected)
     assert (logits_of(parent.model, tokens()) - expected).abs().max() > 1e-2, "merging changes nothing"
     # One number of KV heads in all layers is what every stock config can say.
     assert is_stock(child.config) == (name == "one head") == (type(child) is type(parent.model))
@@ -88,7 +89,7 @@ def test_merged_beside_dropped_and_narrow_blocks(parent: Parent) -> None:
     means = overwritten(parent, heads)
     with masked(means, parent.shape.architecture.with_choices(CHANGES), Slices(means)) as oracle:
         expected = logits_of(oracle, tokens())
-    torch.testing.assert_close(logits_of(child, tokens()), expected, atol=1e-5, rtol=0)
+    assert_close(logits_of(child, tokens()), expected)
 
 
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
@@ -98,7 +99,7 @@ def test_a_merged_childs_cache(parent: Parent, cache_class: type) -> None:
     extra = {"max_cache_len": 16} if cache_class is StaticCache else {}
     kept = cache_class(config=child.config, **extra)
     parts = [logits_of(child, part, past_key_values=kept, use_cache=True) for part in tokens_BT.split([5, 1, 7, 3], 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), logits_of(child, tokens_BT, use_cache=False), atol=1e-5, rtol=0)
+    assert_close(torch.cat(parts, 1), logits_of(child, tokens_BT, use_cache=False))
 
 
 def test_unchanged_tensors_are_the_parents_and_the_parent_stays(parent: Parent) -> None:
@@ -123,7 +124,7 @@ def identical(case_id: str) -> Parent:
 def test_heads_that_are_alike_merge_without_loss(case_id: str) -> None:
     alike = identical(case_id)
     child = prune(alike, merging(alike.shape, dict.fromkeys(range(4), 1)), Slices(alike))
-    torch.testing.assert_close(logits_of(child, tokens()), logits_of(alike.model, tokens()), atol=2e-6, rtol=1e-6)
+    assert_close(logits_of(child, tokens()), logits_of(alike.model, tokens()))
     theirs, mine = alike.model.state_dict(), child.state_dict()
     for name in mine:
         if ".k_proj" in name or ".v_proj" in name:
@@ -156,7 +157,7 @@ def test_merged_blocks_give_what_enters_the_overwritten_parents_output_projectio
                 logits_of(some.model, tokens(), use_cache=False)
             for handle in handles:
                 handle.remove()
-            torch.testing.assert_close(found[0], expected[0], atol=1e-6, rtol=1e-5)
+            assert_close(found[0], expected[0])
 
 
 @pytest.mark.parametrize("case_id", ["gpt2-mha", "opt-mha", "gpt_neox-parallel"])

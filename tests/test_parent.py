@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from families import CASES, COMMON, GROUPED, IDS, Case, Slices, tiny_model, tiny_parent, tokens
 from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
@@ -301,7 +302,7 @@ def test_gguf_loads_as_the_same_weights(tmp_path: Path) -> None:
     assert parent.shape == make_parent(model, None).shape
     for name, tensor in model.state_dict().items():
         assert torch.equal(parent.model.state_dict()[name], tensor), name
-    torch.testing.assert_close(logits_of(parent.model), logits_of(model), atol=1e-5, rtol=0)
+    assert_close(logits_of(parent.model), logits_of(model))
     text = "The river was wide, café"
     assert parent.tokenizer(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
     child = prune(parent, Architecture.of([(0, 40), (2, 17), (3, 0), (1, 40)]), Slices(parent))

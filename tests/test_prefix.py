@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from closeness import assert_close
 from families import CASES, IDS, LAYERS, Case, Slices, tiny_model, tiny_parent, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -216,7 +217,7 @@ def test_another_batch_size_changes_rounding_only(parent: Parent) -> None:
     for architecture in architectures(parent):
         scores = scorer_of(parent, batch_tokens=SEQ_LEN).score(architecture)
         for name, nats in plain(parent, architecture).items():
-            torch.testing.assert_close(scores.nats[name], nats, rtol=1e-5, atol=0)
+            assert_close(scores.nats[name], nats)
 
 
 def test_bfloat16_states_are_kept_as_they_are() -> None:

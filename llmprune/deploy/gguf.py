@@ -47,6 +47,11 @@ _TYPES: dict[GgufType, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
 _F16_MAX = float(np.finfo(np.float16).max)
 
 
+def stored_type(weights: GgufType) -> gguf.GGMLQuantizationType:
+    """How projections and embeddings are stored in a file of these weights."""
+    return _TYPES[weights][0]
+
+
 def gguf_problem(config: Any, weights: GgufType = "f16") -> str | None:
     """Why a model with this config (a parent's, or a child's) cannot be a GGUF file from which llama.cpp computes
     the same; None if it can. Reads no weight."""
@@ -252,7 +257,7 @@ _NAMES: Mapping[str, str] = {
 def _tensors(child: PreTrainedModel, layers: list[_Layer], weights: GgufType) -> Iterator[_Tensor]:
     """Every tensor of the file, in order."""
     config = child.config
-    state, type_ = child.state_dict(), _TYPES[weights][0]
+    state, type_ = child.state_dict(), stored_type(weights)
 
     def tensor(name: str, source: torch.Tensor, turned_heads: int = 0) -> _Tensor:
         stored_as = type_ if source.ndim == 2 else gguf.GGMLQuantizationType.F32

@@ -24,13 +24,16 @@ import llmprune.models.proof
 from llmprune.architecture import Architecture
 from llmprune.errors import ExportError
 from llmprune.files import sha256_file, write_json
+from llmprune.models.proof import digests
 from llmprune.models.sizes import parameter_count
 from llmprune.models.surgery import is_stock
 
 METADATA_FILE = "llmprune.json"
 PROOF_TEXT = "The quick brown fox, 3.14 — naïve façade; 漢字.\n\tdef f(x): return x ** 2"
 PROOF_SHAPE = (2, 24)
-MAX_LOGIT_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
+ROUNDING_STEPS = {torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
+"""How far the largest logit may be off, in its own steps: half precision rounds once after each sum, which is itself
+taken in float32; in float32 the order of the sums counts. Weights are held to the bit, so this is about all else."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,16 @@ def write_checkpoint(
 
 
 def prove(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, checkpoint: Path) -> Proof:
-    """Load `checkpoint` in a fresh process and hold it to `child`: keys, logits, cached generation, parameters.
+    """Load `checkpoint` in a fresh process and hold it to `child`: keys, weights, logits, cached generation.
 
     Raises ExportError on any difference.
     """
     with tempfile.TemporaryDirectory() as scratch:
         inputs = Path(scratch) / "inputs.safetensors"
-        save_file(_proof_inputs(child, tokenizer), inputs)
+        given = _proof_inputs(child, tokenizer)
+        save_file(given, inputs)
         found = in_fresh_process(llmprune.models.proof.__file__, checkpoint, inputs, child.device)
-    return _judge(found, child)
+    return _judge(found, child, largest_logit=float(given["logits"].abs().max()))
 
 
 def in_fresh_process(script: str, checkpoint: Path, *arguments: object) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def _proof_inputs(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     return inputs
 
 
-def _judge(found: Mapping[str, Any], child: PreTrainedModel) -> Proof:
+def _judge(found: Mapping[str, Any], child: PreTrainedModel, *, largest_logit: float) -> Proof:
     for rule in ("missing", "unexpected", "mismatched"):
         if found[rule]:
             raise ExportError(f"the reloaded checkpoint has {rule} keys: {', '.join(found[rule][:5])}")
@@ -156,15 +160,19 @@ def _judge(found: Mapping[str, Any], child: PreTrainedModel) -> Proof:
         raise ExportError("the reloaded checkpoint imported llmprune, so it would not load elsewhere")
     if not found["finite"]:
         raise ExportError("the reloaded checkpoint gives NaN or infinite logits; export another child")
-    tolerance = MAX_LOGIT_DIFFERENCE[child.dtype]
-    for figure in ("max_logit_difference", "generation_gap"):
-        if not found[figure] <= tolerance:
-            raise ExportError(
-                f"the reloaded checkpoint differs from the scored child: {figure} {found[figure]:.3g} > {tolerance}"
-            )
     params = parameter_count(child)
     if found["params"] != params:
         raise ExportError(f"the reloaded checkpoint has {found['params']:,} parameters, the scored child {params:,}")
+    expected = digests(child.state_dict())
+    if other := sorted(name for name, digest in found["weights"].items() if digest != expected.get(name)):
+        raise ExportError(f"the reloaded checkpoint has other weights than the scored child: {', '.join(other[:5])}")
+    limit = ROUNDING_STEPS[child.dtype] * torch.finfo(child.dtype).eps * largest_logit
+    for figure in ("max_logit_difference", "generation_gap"):
+        if not found[figure] <= limit:
+            raise ExportError(
+                f"the reloaded checkpoint differs from the scored child: {figure} {found[figure]:.3g} > {limit:.3g}, "
+                f"{ROUNDING_STEPS[child.dtype]} steps of {child.dtype} at its largest logit"
+            )
     if not found.get("tokenizer_equal", True):
         raise ExportError("the reloaded tokenizer gives other token ids than the parent's")
     return Proof(

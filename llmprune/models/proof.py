@@ -6,8 +6,10 @@ Usage: python proof.py CHECKPOINT INPUTS.safetensors DEVICE; prints one JSON obj
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 GENERATED_TOKENS = 8
+
+
+def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """SHA-256 of every tensor: of its dtype, its shape and its bytes."""
+    found = {}
+    for name, tensor in tensors.items():
+        digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        found[name] = digest.hexdigest()
+    return found
 
 
 def main(checkpoint: str, inputs: str, device: str) -> None:
@@ -42,6 +54,7 @@ def main(checkpoint: str, inputs: str, device: str) -> None:
         uncached = model(greedy).logits[0, tokens.shape[1] - 1 : -1]
     chosen = greedy[0, tokens.shape[1] :]
     result = {
+        "weights": digests(model.state_dict()),
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(info["unexpected_keys"]),
         "mismatched": [str(key) for key in info["mismatched_keys"]],
