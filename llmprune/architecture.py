@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from llmprune.errors import ArchitectureError
+from llmprune.errors import ArchitectureError, quoted
 
 BlockKind = Literal["attention", "ffn"]
 BLOCK_KINDS: tuple[BlockKind, BlockKind] = ("attention", "ffn")
@@ -148,18 +148,20 @@ class Architecture:
         except (TypeError, KeyError, AttributeError) as error:
             raise ArchitectureError(
                 'an architecture is {"layers": [{"layer": 0, "attention": {"kv_groups": n}, '
-                f'"ffn": {{"ffn_width": n}}}}, ...]}}; got {data!r:.200} ({type(error).__name__}: {error})'
+                f'"ffn": {{"ffn_width": n}}}}, ...]}}; got {quoted(data)} ({type(error).__name__}: {error})'
             ) from None
         if indices != list(range(len(indices))) or not all(type(index) is int for index in indices):
-            raise ArchitectureError(f"an architecture names every parent layer 0..n-1 once; got layers {indices}")
+            raise ArchitectureError(
+                f"an architecture names every parent layer 0..n-1 once; got layers {quoted(indices)}"
+            )
         for i, choice in architecture.blocks():
             for name, number in choice.to_json().items():
                 if type(number) is not int or number < 0:
-                    raise ArchitectureError(f"{name} is an integer >= 0; layer {i} has {number!r}")
+                    raise ArchitectureError(f"{name} is an integer >= 0; layer {i} has {quoted(number)}")
         if architecture.to_json() != {**data, "layers": entries}:
             raise ArchitectureError(
                 "the layers of an architecture say kv_groups, queries_per_group and ffn_width, and nothing else; "
-                f"this one has more, perhaps from a newer llmprune: {data!r:.200}"
+                f"this one has more, perhaps from a newer llmprune: {quoted(data)}"
             )
         return architecture
 

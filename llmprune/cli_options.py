@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from llmprune.errors import RecipeError, TaskError
+from llmprune.errors import RecipeError, TaskError, quoted, shortened
 from llmprune.recipe import SPLIT_NAMES, ModelRecipe, Recipe, SplitName, WorkloadRecipe
 from llmprune.recipe_files import DEFAULT_RECIPE, recipe_path
 from llmprune.recipe_text import apply_overrides, load_recipe, parse_recipe, parse_section, with_absolute_paths
 from llmprune.terminal import console, error_console, print_json, print_trial, shown
+from llmprune.yaml_text import read_yaml_file
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -64,13 +65,10 @@ def recipe_from(model_or_recipe: str, overrides: list[str] | None) -> Recipe:
     """A recipe file, or the default recipe for a model."""
     if model_or_recipe.endswith((".yaml", ".yml")):
         return with_absolute_paths(load_recipe(Path(model_or_recipe), overrides))
-    import yaml
-
-    path = recipe_path(DEFAULT_RECIPE)
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data = read_yaml_file(recipe_path(DEFAULT_RECIPE))
     data["model"]["path"] = model_or_recipe
     data = apply_overrides(data, overrides or [])
-    return with_absolute_paths(parse_recipe(data, origin=f"the default recipe for {model_or_recipe}"))
+    return with_absolute_paths(parse_recipe(data, origin=f"the default recipe for {shortened(model_or_recipe)}"))
 
 
 def recipe_of_run(run: Path, recipe: str | None, overrides: list[str] | None) -> Recipe:
@@ -128,7 +126,7 @@ def task_names(text: str | None) -> tuple[str, ...]:
     """The names in a list with commas, each once. Raises TaskError if there is none in it."""
     names = tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
     if text is not None and not names:
-        raise TaskError(f"--tasks must name a task, such as piqa,arc_easy; got {text!r}")
+        raise TaskError(f"--tasks must name a task, such as piqa,arc_easy; got {quoted(text)}")
     return names
 
 
@@ -137,4 +135,4 @@ def split_name(name: str) -> SplitName:
     for known in SPLIT_NAMES:
         if name == known:
             return known
-    raise RecipeError(f"--split is one of {', '.join(SPLIT_NAMES)}; got {name!r}")
+    raise RecipeError(f"--split is one of {', '.join(SPLIT_NAMES)}; got {quoted(name)}")

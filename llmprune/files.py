@@ -60,6 +60,22 @@ def read_json(path: Path) -> Any:
         raise RunDirectoryError(f"{path} is not JSON ({error}); delete it and start again") from error
 
 
+def expanded(path: str) -> Path:
+    """A path that a user wrote, `~` replaced; as it stands if that is the home of a user that there is not."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def exists(path: str) -> bool:
+    """Whether a path that a user wrote names something; False of what can be no path (too long, say)."""
+    try:
+        return expanded(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex. Raises OSError."""
     with path.open("rb") as file:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from llmprune.errors import quoted
 
 SplitName = Literal["calibration", "search", "validation", "test", "unseen"]
 SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
@@ -20,11 +22,29 @@ GgufType = Literal["f32", "f16", "q8_0"]
 EngineName = Literal["torch", "llamacpp"]
 
 
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("a path holds no NUL character")
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_no_nul)]
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # Strict, lest `trials: true` is 1 and `trust_remote_code: "yes"` is true; integers still do for floats.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
     free: ClassVar[frozenset[str]] = frozenset()
     """Keys that no figure depends on: they may change in a run that exists."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, data: Any) -> Any:
+        """YAML and JSON have no tuples."""
+        if not isinstance(data, dict):
+            return data
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
 
     def decisive(self) -> dict[str, Any]:
         """All other keys, as JSON values."""
@@ -34,9 +54,9 @@ class _Strict(BaseModel):
 class ModelRecipe(_Strict):
     """The parent: a Hub id, a local directory, or a GGUF file."""
 
-    path: str = Field(description="Hub id, local directory, or path of a .gguf file")
+    path: PathText = Field(description="Hub id, local directory, or path of a .gguf file")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub model")
-    tokenizer: str | None = Field(None, description="Hub id or directory, if not the model's own")
+    tokenizer: PathText | None = Field(None, description="Hub id or directory, if not the model's own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="of weights and arithmetic; auto: the checkpoint's own on a GPU, float32 on a CPU, settled once a "
@@ -54,7 +74,7 @@ class SourceRecipe(_Strict):
     config: str | None = Field(None, description="configuration of the Hub data set")
     split: str = Field("train", description="split of the Hub data set")
     revision: str | None = None
-    path: str | None = Field(None, description="local .txt, .jsonl or .parquet file")
+    path: PathText | None = Field(None, description="local .txt, .jsonl or .parquet file")
     text_field: str = Field("text", description="column or key that holds a document")
     separator: str = Field("\n\n\n", min_length=1, description="what stands between two documents of a .txt file")
     weight: float = Field(1.0, gt=0, description="share in the mixture, relative to the other sources")
@@ -93,7 +113,9 @@ class DataRecipe(_Strict):
     def _names_differ(self) -> DataRecipe:
         names = [source.name for source in (*self.sources, *self.unseen)]
         if len(set(names)) != len(names):
-            raise ValueError(f"every source needs a name of its own, in sources and unseen together; got {names}")
+            raise ValueError(
+                f"every source needs a name of its own, in sources and unseen together; got {quoted(names)}"
+            )
         return self
 
     @property
@@ -237,7 +259,7 @@ class SearchRecipe(_Strict):
         if self.reward != "front" and (len(self.targets) != 1 or self.sampler not in OPTUNA_SAMPLERS):
             raise ValueError(
                 f"reward={self.reward} rewards one target with one of Optuna's samplers "
-                f"({', '.join(OPTUNA_SAMPLERS)}); got targets={list(self.targets)}, sampler={self.sampler}"
+                f"({', '.join(OPTUNA_SAMPLERS)}); got targets={quoted(list(self.targets))}, sampler={self.sampler}"
             )
         return self
 
@@ -288,7 +310,7 @@ class ExportRecipe(_Strict):
     """Which child `compress` exports, and where to."""
 
     pick: str = Field("decode_speedup>=1.3", description="e.g. 'decode_speedup>=1.5', 'ppl_ratio<=1.2', or a hash")
-    to: str | None = Field(None, description="directory; default RUN/export")
+    to: PathText | None = Field(None, description="directory; default RUN/export")
 
 
 class DeployRecipe(_Strict):

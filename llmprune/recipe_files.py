@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from llmprune.errors import RecipeError
+from llmprune.errors import RecipeError, quoted
 
 DEFAULT_RECIPE = "default"
 
@@ -25,7 +25,7 @@ def recipe_path(name: str) -> Path:
     """The file of a recipe that comes with llmprune. Raises RecipeError."""
     path = recipe_directory() / f"{name.removesuffix('.yaml')}.yaml"
     if not path.is_file():
-        raise RecipeError(f"no recipe is called {name!r}; there are: {', '.join(recipe_names())}")
+        raise RecipeError(f"no recipe is called {quoted(name)}; there are: {', '.join(recipe_names())}")
     return path
 
 

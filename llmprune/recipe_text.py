@@ -8,10 +8,15 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from llmprune.errors import RecipeError
+from llmprune.errors import MAX_MESSAGE, RecipeError, quoted, shortened
+from llmprune.files import exists, expanded
 from llmprune.recipe import Recipe, SourceRecipe
+from llmprune.yaml_text import read_yaml, read_yaml_file
 
 Section = TypeVar("Section", bound=BaseModel)
+
+MAX_KEY = 60
+"""Characters of a key that an error repeats; ours have fewer."""
 
 
 def parse_recipe(data: Any, *, origin: str) -> Recipe:
@@ -31,10 +36,19 @@ def parse_section(section: type[Section], values: dict[str, Any]) -> Section:
 
 
 def _problems(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(str(part) for part in problem['loc']) or 'recipe'}: {_explain(problem)}"
-        for problem in error.errors()
-    )
+    problems = error.errors(include_url=False)
+    told: list[str] = []
+    for problem in problems:
+        told.append(f"{'.'.join(map(_key, problem['loc'])) or 'recipe'}: {_explain(problem)}")
+        if sum(map(len, told)) > MAX_MESSAGE // 2 and len(told) < len(problems):
+            told.append(f"and {len(problems) - len(told)} more")
+            break
+    return "; ".join(told)
+
+
+def _key(part: int | str) -> str:
+    plain = isinstance(part, int) or (part.isprintable() and len(part) <= MAX_KEY)
+    return str(part) if plain else shortened(quoted(part), MAX_KEY)
 
 
 def _explain(problem: Any) -> str:
@@ -42,20 +56,15 @@ def _explain(problem: Any) -> str:
         return "unknown key"
     if problem["type"] == "missing":
         return "missing"
-    return f"{problem['msg']}, got {problem['input']!r}"
+    return f"{problem['msg']}, got {quoted(problem['input'])}"
 
 
 def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
     """Read a YAML recipe and apply `key.sub=value` overrides. Raises RecipeError."""
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from None
+    data = read_yaml_file(Path(path))
     if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections (model, data, ...)")
-    return parse_recipe(apply_overrides(data, overrides or []), origin=str(path))
+        raise RecipeError(f"{shortened(path)}: a recipe is a mapping of sections (model, data, ...)")
+    return parse_recipe(apply_overrides(data, overrides or []), origin=shortened(path))
 
 
 def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -64,17 +73,14 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise RecipeError(f"an override is key.sub=value, such as search.trials=100; got {override!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"the value of {key} is not YAML: {error}") from None
+            raise RecipeError(f"an override is key.sub=value, such as search.trials=100; got {quoted(override)}")
+        value = read_yaml(text, f"the value of {_key(key)}")
         section, _, name = key.partition(".")
         if not name or "." in name:
-            raise RecipeError(f"an override names section.key, such as search.trials; got {key!r}")
+            raise RecipeError(f"an override names section.key, such as search.trials; got {quoted(key)}")
         target = result.setdefault(section, {})
         if not isinstance(target, dict):
-            raise RecipeError(f"{section} is not a section of a recipe; got {override!r}")
+            raise RecipeError(f"{_key(section)} is not a section of a recipe; got {quoted(override)}")
         target[name] = value
     return result
 
@@ -83,7 +89,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe with its local files named absolutely, so that a run resumes from any working directory."""
 
     def absolute(text: str) -> str:
-        return str(Path(text).expanduser().resolve()) if Path(text).expanduser().exists() else text
+        return str(expanded(text).resolve()) if exists(text) else text
 
     def found(sources: tuple[SourceRecipe, ...]) -> tuple[SourceRecipe, ...]:
         return tuple(s if s.path is None else s.model_copy(update={"path": absolute(s.path)}) for s in sources)

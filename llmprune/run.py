@@ -15,7 +15,7 @@ from llmprune.architecture import Architecture
 from llmprune.comparison import entrant, trials_of
 from llmprune.conversion import write_formats
 from llmprune.errors import ExportError, ModelError, RunDirectoryError, StorageError
-from llmprune.files import read_json
+from llmprune.files import exists, read_json
 from llmprune.measure.host import fingerprint
 from llmprune.models.checkpoint import METADATA_FILE, check_destination, write_checkpoint
 from llmprune.models.loading import dtype_of
@@ -245,7 +245,7 @@ def _write(run: Run, record: Record, to: Path, *, force: bool, formats: bool = F
     # A checkpoint travels: it names files, not the places they had on this machine.
     recipe["model"]["path"], recipe["export"]["to"] = run.parent.source, None
     recipe["model"]["dtype"] = dtype_of(run.parent.model)
-    if (tokenizer := recipe["model"]["tokenizer"]) and Path(tokenizer).expanduser().exists():
+    if (tokenizer := recipe["model"]["tokenizer"]) and exists(tokenizer):
         recipe["model"]["tokenizer"] = Path(tokenizer).name
     for source in (*recipe["data"]["sources"], *recipe["data"]["unseen"]):
         source["path"] = source["path"] and Path(source["path"]).name

@@ -16,10 +16,10 @@ from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import Split, TokenSplits, build_token_splits
 from llmprune.deploy.formats import check_parent, cut, merging_helps
 from llmprune.errors import RunDirectoryError
-from llmprune.files import read_json, write_json
+from llmprune.files import exists, read_json, write_json
 from llmprune.guidance import Estimates, Seed, seeds_from_json, seeds_to_json, walked_seeds, winner
 from llmprune.measure.host import fingerprint
-from llmprune.measure.llamacpp_engine import check_engine, check_space
+from llmprune.measure.llamacpp_engine import check_engine
 from llmprune.measure.prefix import STATES_BYTES, PrefixScorer
 from llmprune.measure.quality import batch_windows
 from llmprune.measure.racing import race_batch
@@ -107,7 +107,7 @@ class Run:
                 f"{self.recipe.model.path} is not the model this run was made with (its weights have changed); "
                 "use another --out"
             )
-        local = Path(self.recipe.model.path).expanduser().exists()
+        local = exists(self.recipe.model.path)
         if "licence" not in known:
             # Once a run: the header of a GGUF file takes seconds.
             licence = stated_licence(self.recipe.model.path)
@@ -139,10 +139,7 @@ class Run:
             size=rules.size,
             merge_kv=rules.merge_kv or merging_helps(self.parent, self.recipe.deploy, rules.size),
         )
-        space = cut(whole, self.parent, self.recipe.deploy)
-        if self.workload.gguf_type is not None:
-            check_space(self.parent, space, self.workload.gguf_type)
-        return space
+        return cut(whole, self.parent, self.recipe.deploy, self.recipe.workload.engine)
 
     @cached_property
     def workload(self) -> Workload:

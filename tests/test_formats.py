@@ -210,6 +210,13 @@ def test_gguf_in_q8_0_leaves_rows_of_whole_blocks() -> None:
     assert kept.ffn == (FfnChoice(0), FfnChoice(32), FfnChoice(40))
     assert kept.attention == (AttentionChoice(0), AttentionChoice(3))
     assert cut(space, parent, rules("gguf")) == space
+    # Timed in llama.cpp, it is the same limits, whatever the child is written in.
+    timed = DeployRecipe(gguf_type="q8_0")
+    assert cut(space, parent, timed, "llamacpp") == kept
+    assert cut(space, parent, timed) == space
+    whole = Space(parent.shape, "medium", kept.attention[-1:], (FfnChoice(8), FfnChoice(40)))
+    with pytest.raises(RecipeError, match=r"=\['hf'\] and workload\.engine=llamacpp leave nothing .*multiple of 32"):
+        cut(whole, parent, timed, "llamacpp")
 
 
 def test_a_checkpoint_is_converted_where_it_lies(tmp_path: Path) -> None:

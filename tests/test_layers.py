@@ -38,7 +38,7 @@ FLOORS = [
     ["deploy/"],
     ["models/"],
     ["data/"],
-    ["files.py", "progress.py", "recipe.py", "recipe_text.py", "architecture.py", "space.py"],
+    ["files.py", "progress.py", "recipe.py", "recipe_text.py", "yaml_text.py", "architecture.py", "space.py"],
     ["errors.py"],
 ]
 WITHOUT_TORCH = (
@@ -47,6 +47,7 @@ WITHOUT_TORCH = (
     "progress.py",
     "recipe.py",
     "recipe_text.py",
+    "yaml_text.py",
     "architecture.py",
     "space.py",
     "recipe_files.py",

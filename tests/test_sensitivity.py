@@ -34,6 +34,8 @@ FINAL_NORMS = {
     "gpt2-mha": "transformer.ln_f",
     "gpt_neox-parallel": "gpt_neox.final_layer_norm",
 }
+BEHIND_NORMS = ("gemma2-gqa", "gemma3_text-full", "olmo2-gqa")
+"""Where a norm stands between the block and the residual stream."""
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ class Shrunk:
 
 
 @pytest.mark.parametrize("kind", ["attention", "ffn"])
-@pytest.mark.parametrize("case_id", FINAL_NORMS)
+@pytest.mark.parametrize("case_id", [*FINAL_NORMS, *BEHIND_NORMS, "granite-gqa"])
 def test_the_first_order_is_the_derivative_of_the_loss(case_id: str, kind: BlockKind, split: Split) -> None:
     parent, eps = double_parent(case_id), 1e-3
     estimates, losses = [], []
@@ -113,6 +115,20 @@ def test_the_second_order_is_the_fisher_form(split: Split) -> None:
     for key, curvature in curvatures.items():
         linear = (up[key] - down[key]) / (2 * eps)
         assert quarter[key] == pytest.approx(linear * eps / 2 + curvature * (eps / 2) ** 2 / 2, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["attention", "ffn"])
+@pytest.mark.parametrize("case_id", [*BEHIND_NORMS, "granite-gqa", "gpt_neox-parallel"])
+def test_a_dropped_block_is_missed_where_it_meets_the_stream(case_id: str, kind: BlockKind, split: Split) -> None:
+    """In front of a norm the gradient is orthogonal to the output, and every drop would be free."""
+    parent = double_parent(case_id)
+    library: Any = Sliced(parent)
+    estimated = estimate_delta_nats(parent, split, library, tokens=EVERYTHING)
+    for layer in (0, LAST):
+        expected = estimate_by_hand(parent, split, layer, lambda source: 0.0, kind)
+        dropped = AttentionChoice(0) if kind == "attention" else FfnChoice(0)
+        assert abs(expected) > 1e-4, "dropping a block changes something"
+        assert estimated[layer, dropped] == pytest.approx(expected, rel=1e-3)
 
 
 def test_dropping_a_block_is_estimated_along_all_of_its_output(split: Split) -> None:
@@ -276,18 +292,21 @@ class Merging(Sliced):
 MERGING_FAMILIES = ("llama-mha", "llama-biased", "mistral-sliding", "qwen3-gqa", "gemma2-gqa", "olmo2-gqa", "phi3-gqa")
 
 
-def estimate_by_hand(parent: Parent, split: Split, layer: int, new_output: Callable[[str], Any]) -> float:
-    """mean g.delta + mean (g.delta)^2 / 2, where `new_output` of a source takes the place of what a layer's attention
-    adds, with the gradient from autograd."""
+def estimate_by_hand(
+    parent: Parent, split: Split, layer: int, new_output: Callable[[str], Any], kind: BlockKind = "attention"
+) -> float:
+    """mean g.delta + mean (g.delta)^2 / 2, where `new_output` of a source takes the place of what a layer's block adds
+    to the residual stream, with the gradient from autograd."""
     total = 0.0
     for name, source in split.sources.items():
         kept: list[Tensor] = []
+        module = parent.adds_to_stream(layer, kind)
 
         def leaf(module: nn.Module, args: Any, output: Tensor, kept: list[Tensor] = kept) -> Tensor:
             kept.append(output.detach().requires_grad_())
             return kept[0]
 
-        handle = parent.output_projection(layer, "attention").register_forward_hook(leaf)
+        handle = module.register_forward_hook(leaf)
         logits = parent.model(source.windows, use_cache=False).logits[:, :-1].float()
         handle.remove()
         nn.functional.cross_entropy(logits.flatten(0, 1), source.windows[:, 1:].flatten(), reduction="sum").backward()
@@ -300,7 +319,7 @@ def estimate_by_hand(parent: Parent, split: Split, layer: int, new_output: Calla
 def attention_outputs(parent: Parent, split: Split, layer: int) -> dict[str, Tensor]:
     """What a layer's attention adds, by source."""
     outputs: list[Tensor] = []
-    handle = parent.output_projection(layer, "attention").register_forward_hook(
+    handle = parent.adds_to_stream(layer, "attention").register_forward_hook(
         lambda module, args, output: outputs.append(output.detach())
     )
     for source in split.sources.values():

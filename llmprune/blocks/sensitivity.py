@@ -54,9 +54,13 @@ def estimate_delta_nats(
 ) -> DeltaNats:
     """Estimated nats per token that each choice costs, put alone into the architecture `at` (default: the parent).
 
-    With `delta_t` the change of the block's output at token t and `g_t` the gradient of the summed NLL with respect
-    to that output: mean_t g_t.delta_t + 1/2 mean_t (g_t.delta_t)^2, the first-order term and the Fisher form of the
-    second. It sees no interaction between the blocks that change: what is built on it is measured as a whole model.
+    With `delta_t` the change at token t of what the block adds to the residual stream and `g_t` the gradient of the
+    summed NLL with respect to that: mean_t g_t.delta_t + 1/2 mean_t (g_t.delta_t)^2, the first-order term and the
+    Fisher form of the second. Where a norm stands between the block and the stream (Gemma 2 and 3, OLMo 2) the change
+    is taken behind it, by the norm itself: it does not see the scale of its input, so that in front of it the gradient
+    is orthogonal to the output, and a dropped block would seem to cost nothing. Products are in float32 at the least,
+    whatever the parent's dtype. It sees no interaction between the blocks that change: what is built on it is measured
+    as a whole model.
 
     About `tokens` tokens of `split` are used, shared over its sources by weight. Cost: one forward and one backward
     pass over activations (the parent's weights are frozen), and local matrix products. `at` is computed by the parent's
@@ -115,6 +119,7 @@ def _batch_scores(
     """Sums over the batch's tokens of g.delta + (g.delta)^2 / 2 for every candidate, and the number of tokens."""
     sums: DeltaNats = {}
     entered: dict[tuple[int, BlockChoice], torch.Tensor] = {}
+    inputs: dict[tuple[int, BlockKind], torch.Tensor] = {}
 
     def enter(layer: int) -> Any:
         def pre_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -125,32 +130,49 @@ def _batch_scores(
 
         return pre_hook
 
-    def watch(layer: int, kind: BlockKind) -> Any:
+    def project(layer: int, kind: BlockKind) -> Any:
+        """Of an output projection: puts in what `at` has."""
+
         def forward_hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
             mine = own[layer, kind]
-            if mine != parent.shape.full(kind):
-                output = _candidate(parent, library, layer, mine).output(entered.get((layer, mine), args[0]))
-            inputs_NI = args[0].detach().reshape(-1, args[0].shape[-1])
-            own_inputs: dict[BlockChoice, torch.Tensor] = {
-                c: entered.pop((layer, c)).detach().reshape(inputs_NI.shape) for c in merged if c.kind == kind
-            }
-            output_ND = output.detach().reshape(-1, output.shape[-1])
-
-            def backward_hook(gradient: torch.Tensor) -> None:
-                gradient_ND = gradient.detach().reshape(output_ND.shape)
-                own_part_N = (gradient_ND * output_ND).sum(1)
-                for choice in library.space.ladder(kind):
-                    if choice != mine:
-                        candidate = _candidate(parent, library, layer, choice)
-                        change_N = _projected(gradient_ND, own_inputs.get(choice, inputs_NI), candidate) - own_part_N
-                        sums[layer, choice] = float((change_N + 0.5 * change_N.square()).double().sum())
-
-            output.register_hook(backward_hook)  # type: ignore[no-untyped-call]
-            return output
+            inputs[layer, kind] = args[0].detach()
+            if mine == parent.shape.full(kind):
+                return output
+            return _candidate(parent, library, layer, mine).output(entered.get((layer, mine), args[0]))
 
         return forward_hook
 
-    handles = [parent.output_projection(layer, kind).register_forward_hook(watch(layer, kind)) for layer, kind in own]
+    def add(layer: int, kind: BlockKind) -> Any:
+        """Of what adds to the residual stream: scores the candidates as soon as its gradient is known."""
+
+        def forward_hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            mine, x_BTI = own[layer, kind], inputs.pop((layer, kind))
+            # A candidate's inputs are the parent's, but for those that compute their own.
+            beside: dict[BlockChoice, torch.Tensor] = {
+                choice: entered.pop((layer, choice)).detach() for choice in merged if choice.kind == kind
+            }
+
+            def backward_hook(gradient_BTD: torch.Tensor) -> None:
+                def along_gradient(choice: BlockChoice) -> torch.Tensor:
+                    candidate = _candidate(parent, library, layer, choice)
+                    norm = parent.output_norm(layer, kind)
+                    return _along_gradient(gradient_BTD.detach(), beside.get(choice, x_BTI), candidate, norm)
+
+                own_N = along_gradient(mine)
+                for choice in library.space.ladder(kind):
+                    if choice != mine:
+                        change_N = along_gradient(choice) - own_N
+                        sums[layer, choice] = float((change_N + 0.5 * change_N.square()).double().sum())
+
+            output.register_hook(backward_hook)  # type: ignore[no-untyped-call]
+
+        return forward_hook
+
+    handles = []
+    for layer, kind in own:
+        # In this order: where the projection itself adds to the stream, it puts in what `at` has first.
+        handles.append(parent.output_projection(layer, kind).register_forward_hook(project(layer, kind)))
+        handles.append(parent.adds_to_stream(layer, kind).register_forward_hook(add(layer, kind)))
     if merged:
         blocks = [(layer, parent.block(layer, "attention")) for layer in range(parent.shape.layers)]
         handles += [b.register_forward_pre_hook(enter(layer), with_kwargs=True) for layer, b in blocks]
@@ -169,10 +191,23 @@ def _batch_scores(
     return sums, int(targets.numel())
 
 
-def _projected(gradient_ND: torch.Tensor, inputs_NI: torch.Tensor, candidate: _Candidate) -> torch.Tensor:
-    """g.(W'x + b') at every token without forming W'x: the gradient is projected instead, (N,)."""
-    projected_NS = gradient_ND @ candidate.weight_DS
-    return (projected_NS * inputs_NI[:, candidate.columns_S]).sum(1) + gradient_ND @ candidate.bias_D
+def _along_gradient(
+    gradient_BTD: torch.Tensor, inputs_BTI: torch.Tensor, candidate: _Candidate, norm: nn.Module | None
+) -> torch.Tensor:
+    """g.f(W'x + b') at every token, f the norm behind the block if there is one: (N,)."""
+    # In half precision the difference of two outputs would be what rounding left of it.
+    dtype = torch.promote_types(gradient_BTD.dtype, torch.float32)
+    gradient_ND = gradient_BTD.reshape(-1, gradient_BTD.shape[-1]).to(dtype)
+    if candidate.choice.units == 0:
+        return gradient_ND.new_zeros(len(gradient_ND))
+    inputs_NS = inputs_BTI.reshape(-1, inputs_BTI.shape[-1])[:, candidate.columns_S].to(dtype)
+    weight_DS, bias_D = candidate.weight_DS.to(dtype), candidate.bias_D.to(dtype)
+    if norm is not None:
+        # Past its hooks: ours is one of them.
+        output_ND: torch.Tensor = norm.forward(nn.functional.linear(inputs_NS, weight_DS, bias_D))
+        return (gradient_ND * output_ND).sum(1)
+    # Without the norm W'x need not be formed: the gradient is projected instead, which is as long as what is kept.
+    return ((gradient_ND @ weight_DS) * inputs_NS).sum(1) + gradient_ND @ bias_D
 
 
 def block_influence(parent: Parent, split: Split, *, tokens: int) -> list[float]:

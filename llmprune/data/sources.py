@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import DataError
-from llmprune.files import sha256_file
+from llmprune.errors import DataError, quoted, shortened
+from llmprune.files import expanded, sha256_file
 from llmprune.recipe import SourceRecipe
 
 HUB_BUFFER_DOCUMENTS = 1_000
@@ -39,12 +39,14 @@ def read_documents(source: SourceRecipe, *, seed: int) -> SourceText:
     if source.path is None:
         rows, identity = _open_hub(source, seed)
         return SourceText(_texts(rows, source), identity)
-    path = Path(source.path).expanduser()
+    path = expanded(source.path)
     try:
         identity = {"file": path.name, "sha256": sha256_file(path)}
         documents = list(_file_documents(path, source))
     except OSError as error:
-        raise _fault(source, f"cannot read {path}: {error.strerror or error}; correct its `path`") from error
+        raise _fault(
+            source, f"cannot read {shortened(path)}: {shortened(error.strerror or error)}; correct its `path`"
+        ) from error
     random.Random(seed).shuffle(documents)
     return SourceText(iter(documents), identity)
 
@@ -58,30 +60,33 @@ def _file_documents(path: Path, source: SourceRecipe) -> Iterator[str]:
         case ".parquet":
             return _texts(_parquet_rows(path, source), source)
         case suffix:
-            raise _fault(source, f"a local source is .txt, .jsonl or .parquet, got {suffix!r} ({path}); convert it")
+            raise _fault(
+                source,
+                f"a local source is .txt, .jsonl or .parquet, got {quoted(suffix)} ({shortened(path)}); convert it",
+            )
 
 
 def _decoded(path: Path, source: SourceRecipe) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _fault(source, f"text must be UTF-8, but {path} is not: {error}; re-encode it") from error
+        raise _fault(source, f"text must be UTF-8, but {path} is not: {shortened(error)}; re-encode it") from error
 
 
 def _json_rows(path: Path, source: SourceRecipe) -> Iterator[_Row]:
+    rule = "every line of a .jsonl file is one JSON object"
     # Split at "\n" alone: str.splitlines also breaks at U+2028, which JSON strings may hold.
     for number, line in enumerate(_decoded(path, source).split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{shortened(path)} line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _fault(
-                source, f"every line of a .jsonl file is one JSON object; {path} line {number} is not: {error}; mend it"
-            ) from error
+        except (ValueError, RecursionError) as error:
+            raise _fault(source, f"{rule}; {where} is not: {shortened(error)}; mend it") from error
         if not isinstance(row, dict):
-            raise _fault(source, f"every line of a .jsonl file is one JSON object; {path} line {number} is {row!r:.80}")
-        yield f"{path} line {number}", row
+            raise _fault(source, f"{rule}; {where} is {quoted(row)}")
+        yield where, row
 
 
 def _parquet_rows(path: Path, source: SourceRecipe) -> Iterator[_Row]:
@@ -97,9 +102,9 @@ def _parquet_rows(path: Path, source: SourceRecipe) -> Iterator[_Row]:
             for batch in file.iter_batches(columns=[source.text_field]):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path} row {number}", row
+                    yield f"{shortened(path)} row {number}", row
     except pa.ArrowInvalid as error:
-        raise _fault(source, f"{path} is not a readable parquet file: {error}; write it again") from error
+        raise _fault(source, f"{path} is not a readable parquet file: {shortened(error)}; write it again") from error
 
 
 def _open_hub(source: SourceRecipe, seed: int) -> tuple[Iterator[_Row], dict[str, str | None]]:
@@ -148,30 +153,39 @@ def _texts(rows: Iterator[_Row], source: SourceRecipe) -> Iterator[str]:
             continue
         if not isinstance(value, str):
             raise _fault(
-                source, f"text_field {source.text_field!r} must hold a string, {where} has {value!r:.80}; name another"
+                source,
+                f"text_field {quoted(source.text_field)} must hold a string, {where} has {quoted(value)}; name another",
             )
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise _fault(source, f"text must be valid Unicode, {where} is not: {error}; mend or drop it") from error
+            raise _fault(
+                source, f"text must be valid Unicode, {where} is not: {shortened(error)}; mend or drop it"
+            ) from error
         if text := value.strip():
             yield text
 
 
 def _fault(source: SourceRecipe, problem: str) -> DataError:
-    return DataError(f"source {source.name!r}: {problem}")
+    return DataError(f"source {quoted(source.name)}: {problem}")
 
 
 def _no_field(source: SourceRecipe, where: str, names: list[str]) -> DataError:
-    return _fault(source, f"text_field {source.text_field!r} is not in {where}, which has {names}; name one of those")
+    return _fault(
+        source,
+        f"text_field {quoted(source.text_field)} is not in {where}, which has {quoted(names)}; name one of those",
+    )
 
 
 def _hub_fault(source: SourceRecipe, error: Exception) -> DataError:
-    hub = f"Hub data set {source.dataset!r} (config {source.config!r}, split {source.split!r})"
+    hub = f"Hub data set {quoted(source.dataset)} (config {quoted(source.config)}, split {quoted(source.split)})"
     if isinstance(error, FileNotFoundError):
         return _fault(
-            source, f"there is no {hub} that you can read: {error}; correct it, or log in with `hf auth login`"
+            source,
+            f"there is no {hub} that you can read: {shortened(error)}; correct it, or log in with `hf auth login`",
         )
     if isinstance(error, OSError):
-        return _fault(source, f"cannot reach {hub}: {error}; check the network, or give a local file as `path`")
-    return _fault(source, f"cannot read {hub}: {error}; correct its `config`, `split` or `revision`")
+        return _fault(
+            source, f"cannot reach {hub}: {shortened(error)}; check the network, or give a local file as `path`"
+        )
+    return _fault(source, f"cannot read {hub}: {shortened(error)}; correct its `config`, `split` or `revision`")

@@ -19,7 +19,7 @@ import torch
 
 from llmprune.data.bos import resolved_bos
 from llmprune.data.sources import read_documents
-from llmprune.errors import DataError
+from llmprune.errors import DataError, quoted
 from llmprune.recipe import DataRecipe, SplitName
 
 if TYPE_CHECKING:
@@ -234,9 +234,9 @@ def _too_short(fillings: Mapping[SplitName, _Filling], source: str) -> DataError
     largest = max(needed, key=lambda name: needed[name])
     listed = ", ".join(f"{name} {count:,}" for name, count in needed.items())
     return DataError(
-        f"source {source!r} is too short: it has {tokens:,} tokens in {documents:,} different documents, its share of "
-        f"the splits is {sum(needed.values()):,} ({listed}), and no document may be in two splits or be more than "
-        f"{LARGEST_DOCUMENT_SHARE:.2%} of one (longer ones are cut); "
+        f"source {quoted(source)} is too short: it has {tokens:,} tokens in {documents:,} different documents, its "
+        f"share of the splits is {sum(needed.values()):,} ({listed}), and no document may be in two splits or be "
+        f"more than {LARGEST_DOCUMENT_SHARE:.2%} of one (longer ones are cut); "
         f"lower data.{largest}_tokens or this source's weight, or give more or shorter documents"
     )
 

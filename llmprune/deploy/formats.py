@@ -12,7 +12,7 @@ from llmprune.deploy.layers import layer_sizes, stock_type
 from llmprune.errors import ExportError, RecipeError, UnsupportedModelError
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import is_stock, stock_can_say
-from llmprune.recipe import DeployRecipe, FormatName, SpaceSize
+from llmprune.recipe import DeployRecipe, EngineName, FormatName, SpaceSize
 from llmprune.space import Space
 
 Problem = str | None
@@ -59,12 +59,14 @@ def merging_helps(parent: Parent, rules: DeployRecipe, size: SpaceSize) -> bool:
     return wanted and size != "layer" and parent.family.kv_heads is not None and bool(parent.shape.merged)
 
 
-def cut(space: Space, parent: Parent, rules: DeployRecipe) -> Space:
-    """The space without the choices that one of the recipe's formats cannot hold.
+def cut(space: Space, parent: Parent, rules: DeployRecipe, engine: EngineName = "torch") -> Space:
+    """The space without the choices that one of the recipe's formats cannot hold, nor the engine that times children:
+    llama.cpp reads them from GGUF files.
 
     Raises RecipeError if nothing is left to choose.
     """
-    forms = [FORMATS[name] for name in rules.formats]
+    timed: tuple[FormatName, ...] = ("gguf",) if engine == "llamacpp" else ()
+    forms = [FORMATS[name] for name in dict.fromkeys((*rules.formats, *timed))]
     problems = {
         choice: problem
         for kind in BLOCK_KINDS
@@ -78,8 +80,9 @@ def cut(space: Space, parent: Parent, rules: DeployRecipe) -> Space:
         ffn=tuple(choice for choice in space.ffn if choice not in problems),
     )
     if all(len(decision.options) == 1 for decision in kept.decisions):
+        also = f" and workload.engine={engine}" if timed else ""
         raise RecipeError(
-            f"deploy.formats={list(rules.formats)} leave nothing of the space to choose: "
+            f"deploy.formats={list(rules.formats)}{also} leave nothing of the space to choose: "
             f"{'; '.join(dict.fromkeys(problems.values()))}"
         )
     return kept

@@ -40,7 +40,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 
 from llmprune.deploy.card import model_card
 from llmprune.deploy.contents import CARD_FILE, EVALUATION_FILE, VLLM_DIRECTORY, Contents
-from llmprune.errors import PushError
+from llmprune.errors import PushError, quoted
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.licence import Licence
 
@@ -70,7 +70,7 @@ def check_repo(repo: str) -> None:
     except HFValidationError:
         valid = False
     if not valid:
-        raise PushError(f"a repository is user/name, of letters, digits, '-', '_' and '.'; got {repo!r}")
+        raise PushError(f"a repository is user/name, of letters, digits, '-', '_' and '.'; got {quoted(repo)}")
 
 
 def required_token() -> str:

@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from llmprune.deploy.contents import EVALUATION_FILE
 from llmprune.errors import ModelError, RunDirectoryError
-from llmprune.files import read_json, sha256_file
+from llmprune.files import expanded, read_json, sha256_file
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.loading import load_model, locate, resolve_device, stored_dtype
 from llmprune.progress import Show
@@ -84,7 +84,7 @@ def find_subjects(
 
     def subject(name: str, role: Role, recipe: ModelRecipe) -> Subject:
         recipe = parse_section(ModelRecipe, {**recipe.model_dump(), "dtype": dtype, "device": device})
-        place = Path(recipe.path).expanduser()
+        place = expanded(recipe.path)
         return Subject(name, role, recipe, identity_of(recipe), place if place.is_dir() else None)
 
     found: Subject | None = None
@@ -164,7 +164,7 @@ def _implied_parent(
     for model, recipe in zip(models, recipes, strict=True):
         run = RunDirectory(Path(model).expanduser())
         own = run if run.recipe.is_file() else run_of(Path(recipe.path))
-        directory = Path(recipe.path).expanduser()
+        directory = expanded(recipe.path)
         if own is not None and _metadata(directory) is not None:
             found = own.stored_recipe().model
             known[found.path] = found

@@ -16,14 +16,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from llmprune.architecture import BLOCK_KINDS
-from llmprune.deploy.gguf import gguf_choice_problem, gguf_problem, write_gguf
+from llmprune.deploy.gguf import gguf_problem, write_gguf
 from llmprune.errors import RecipeError
 from llmprune.measure.llamacpp import GgufModel, Session
 from llmprune.measure.llamacpp_library import library
 from llmprune.models.parent import Parent
 from llmprune.recipe import GgufType
-from llmprune.space import Space
 
 _kept: weakref.WeakKeyDictionary[PreTrainedModel, dict[GgufType, GgufModel]] = weakref.WeakKeyDictionary()
 """References that were loaded, for as long as their model lives."""
@@ -77,17 +75,6 @@ def check_engine(parent: Parent, weights: GgufType) -> None:
     library()
     if problem := gguf_problem(parent.model.config, weights):
         raise RecipeError(f"workload.engine=llamacpp times models from GGUF files; {parent.source} has none: {problem}")
-
-
-def check_space(parent: Parent, space: Space, weights: GgufType) -> None:
-    """Raises RecipeError unless every child of the space can be timed in llama.cpp."""
-    for kind in BLOCK_KINDS:
-        for choice in space.ladder(kind):
-            if problem := gguf_choice_problem(parent.shape, choice, weights):
-                raise RecipeError(
-                    f"workload.engine=llamacpp times children from GGUF files, and the space has choices that have "
-                    f"none: {problem}, or another step in the space section"
-                )
 
 
 def _kept_file(model: PreTrainedModel, weights: GgufType) -> GgufModel:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.errors import TaskError
+from llmprune.errors import TaskError, quoted
 from llmprune.progress import Advance
 
 _LOGGERS = ("lm_eval", "datasets", "transformers")
@@ -151,8 +151,8 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
             near = difflib.get_close_matches(name, manager.all_tasks, _NEIGHBOURS)
             meant = f"; did you mean {', '.join(near)}?" if near else ";"
             raise TaskError(
-                f"no task is called {name!r}{meant} `lm_eval ls tasks` lists lm-eval's own, and --include-path names a "
-                "directory with others"
+                f"no task is called {quoted(name)}{meant} `lm_eval ls tasks` lists lm-eval's own, and --include-path "
+                "names a directory with others"
             )
     return manager
 

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import metadata_load
 
+from llmprune.files import expanded
+
 # Of a card's metadata; a GGUF file has them as general.license, general.license.name and general.license.link.
 _KEYS = ("license", "license_name", "license_link")
 
@@ -41,17 +43,16 @@ class Licence:
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Licence | None:
         """From a model card's metadata; None if it states none."""
-        stated, name, link = (metadata.get(key) for key in _KEYS)
-        if isinstance(stated, list):
-            stated = ", ".join(map(str, stated))
-        if not stated:
-            return None
-        return cls(str(stated), name and str(name), link and str(link))
+        values = (metadata.get(key) for key in _KEYS)
+        # A card is anybody's file: what is no text, or no list of texts, may be of any size once it is written out.
+        texts = (value if isinstance(value, list) else [value] for value in values)
+        stated, name, link = (", ".join(text for text in every if isinstance(text, str)) or None for every in texts)
+        return None if stated is None else cls(stated, name, link)
 
 
 def stated_licence(path: str) -> Licence | None:
     """What a local model - a directory with a card, or a GGUF file - states. None for a Hub id: nothing is fetched."""
-    local = Path(path).expanduser()
+    local = expanded(path)
     if path.endswith(".gguf"):
         return _gguf_licence(local)
     card = local / "README.md"

@@ -22,7 +22,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from llmprune.errors import ModelError, UnsupportedModelError
+from llmprune.errors import ModelError, UnsupportedModelError, quoted, shortened
+from llmprune.files import exists, expanded
 from llmprune.recipe import ModelRecipe
 
 
@@ -97,8 +98,10 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ModelError(f"model.device {name!r} cannot be used here ({first_line}); use cpu or auto") from None
+        first_line = str(error).partition("\n")[0]
+        raise ModelError(
+            f"model.device {quoted(name)} cannot be used here ({shortened(first_line)}); use cpu or auto"
+        ) from None
     return device
 
 
@@ -122,16 +125,18 @@ def stored_dtype(recipe: ModelRecipe) -> str:
 def locate(path: str) -> tuple[str, str | None]:
     """A place for from_pretrained, and the GGUF file in it if the path names one. Raises ModelError."""
     if path.endswith(".gguf"):
-        file = Path(path).expanduser()
+        file = expanded(path)
         if not file.is_file():
-            raise ModelError(f"model.path {path} is not a file")
+            raise ModelError(f"model.path {shortened(path)} is not a file")
         return str(file.parent), file.name
-    local = Path(path).expanduser()
-    if path.startswith((".", "/", "~")) or local.exists():
+    local = expanded(path)
+    if path.startswith((".", "/", "~")) or exists(path):
         if not local.is_dir():
-            raise ModelError(f"model.path {path} is not a directory with a config.json, nor a .gguf file")
+            raise ModelError(f"model.path {shortened(path)} is not a directory with a config.json, nor a .gguf file")
         if not (local / "config.json").is_file():
-            raise ModelError(f"model.path {path} holds no config.json; name a transformers checkpoint or a .gguf file")
+            raise ModelError(
+                f"model.path {shortened(path)} holds no config.json; name a transformers checkpoint or a .gguf file"
+            )
         return str(local), None
     return path, None
 
@@ -159,7 +164,9 @@ def _check_gguf(file: Path) -> None:
     architecture = str(field.contents()) if field else "none"
     if architecture not in GGUF_SUPPORTED_ARCHITECTURES:
         readable = ", ".join(sorted(GGUF_SUPPORTED_ARCHITECTURES))
-        raise UnsupportedModelError(f"{file} has GGUF architecture {architecture!r}; transformers reads: {readable}")
+        raise UnsupportedModelError(
+            f"{file} has GGUF architecture {quoted(architecture)}; transformers reads: {readable}"
+        )
     scaling = reader.get_field(f"{architecture}.rope.scaling.type")
     dropped = [tensor.name for tensor in reader.tensors if tensor.name.startswith(("rope_freqs.", "rope_factors_"))]
     if scaling and scaling.contents() != "none":
@@ -190,11 +197,11 @@ def _readable_errors(path: str) -> Iterator[None]:
         cause = " ".join(str(error).split()).rstrip(".")
         if "trust_remote_code" in cause:
             raise ModelError(
-                f"{path} brings code of its own; set model.trust_remote_code=true only if you trust it"
+                f"{shortened(path)} brings code of its own; set model.trust_remote_code=true only if you trust it"
             ) from None
         raise ModelError(
-            f"cannot load model {path}: {cause:.400}. Give a Hub id, a directory with config.json and safetensors "
-            "weights (convert .bin files first), or a .gguf file"
+            f"cannot load model {shortened(path)}: {cause:.400}. Give a Hub id, a directory with config.json and "
+            "safetensors weights (convert .bin files first), or a .gguf file"
         ) from error
 
 

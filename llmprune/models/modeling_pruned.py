@@ -37,6 +37,8 @@ class BlockNames:
     rows: Mapping[str, str]
     output: str
     leave_with_block: tuple[str, ...]
+    output_norm: str | None = None
+    """The norm that the block's output passes before it is added to the residual stream, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,16 @@ _GEMMA2 = replace(
     _LLAMA,
     config="Gemma2Config",
     causal_lm="Gemma2ForCausalLM",
-    attention=replace(_LLAMA.attention, leave_with_block=("input_layernorm", "post_attention_layernorm")),
-    ffn=replace(_LLAMA.ffn, leave_with_block=("pre_feedforward_layernorm", "post_feedforward_layernorm")),
+    attention=replace(
+        _LLAMA.attention,
+        leave_with_block=("input_layernorm", "post_attention_layernorm"),
+        output_norm="post_attention_layernorm",
+    ),
+    ffn=replace(
+        _LLAMA.ffn,
+        leave_with_block=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        output_norm="post_feedforward_layernorm",
+    ),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -86,8 +96,13 @@ FAMILIES: dict[str, Family] = {
             _LLAMA.attention,
             rows={**_LLAMA.attention.rows, "q_norm": "q", "k_norm": "k"},
             leave_with_block=("post_attention_layernorm",),
+            output_norm="post_attention_layernorm",
         ),
-        ffn=replace(_LLAMA.ffn, leave_with_block=("post_feedforward_layernorm",)),
+        ffn=replace(
+            _LLAMA.ffn,
+            leave_with_block=("post_feedforward_layernorm",),
+            output_norm="post_feedforward_layernorm",
+        ),
     ),
     "phi3": replace(
         _LLAMA,

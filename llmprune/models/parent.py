@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.architecture import BlockKind, ParentShape
-from llmprune.errors import RecipeError, UnsupportedModelError
+from llmprune.errors import RecipeError, UnsupportedModelError, quoted
+from llmprune.files import expanded
 from llmprune.models.loading import load_model
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, BlockNames, Family, input_axis
 from llmprune.recipe import ModelRecipe, Recipe
@@ -48,6 +48,15 @@ class Parent:
     def output_projection(self, layer: int, kind: BlockKind) -> nn.Module:
         return self.block(layer, kind).get_submodule(self.names(kind).output)
 
+    def output_norm(self, layer: int, kind: BlockKind) -> nn.Module | None:
+        """The norm between the output projection and the residual stream; None where the projection adds to it."""
+        name = self.names(kind).output_norm
+        return None if name is None else self.layer(layer).get_submodule(name)
+
+    def adds_to_stream(self, layer: int, kind: BlockKind) -> nn.Module:
+        """The module whose output is what the block adds to the residual stream (up to a constant factor)."""
+        return self.output_norm(layer, kind) or self.output_projection(layer, kind)
+
     def output_weight(self, layer: int, kind: BlockKind) -> torch.Tensor:
         """Weight of the output projection as (D, in), whatever way round the family stores it."""
         projection = self.output_projection(layer, kind)
@@ -80,7 +89,7 @@ def load_parent(recipe: ModelRecipe) -> Parent:
     family, quantisation or layout cannot be pruned.
     """
     model, tokenizer = load_model(recipe, check=partial(check_config, origin=recipe.path))
-    local = Path(recipe.path).expanduser()
+    local = expanded(recipe.path)
     return make_parent(model, tokenizer, source=local.resolve().name if local.exists() else recipe.path)
 
 
@@ -111,7 +120,7 @@ def check_config(config: Any, *, origin: str) -> None:
             f"{origin} is a mixture-of-experts model ({model_type}); only dense families can be pruned: {supported}"
         )
     if model_type not in FAMILIES:
-        raise UnsupportedModelError(f"{origin} has model type {model_type!r}; supported are: {supported}")
+        raise UnsupportedModelError(f"{origin} has model type {quoted(model_type)}; supported are: {supported}")
     if (method := _quantisation(config)) not in (None, "gguf"):
         raise UnsupportedModelError(
             f"{origin} is quantised ({method}); pruning needs float weights: name the unquantised model "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmprune.errors import BudgetError
+from llmprune.errors import BudgetError, quoted
 
 QUALITY_METRICS = ("ppl_ratio", "ppl", "nats_per_token")
 SPEED_METRICS = ("decode_speedup", "prefill_speedup", "decode_tokens_per_s", "prefill_tokens_per_s")
@@ -60,13 +61,17 @@ def parse_budget(text: str) -> Budget:
     """Read one budget. Raises BudgetError naming what may stand there."""
     match = _BUDGET.fullmatch(text)
     if match is None:
-        raise BudgetError(f"a budget is METRIC>=NUMBER or METRIC<=NUMBER, such as decode_speedup>=1.5; got {text!r}")
+        raise BudgetError(
+            f"a budget is METRIC>=NUMBER or METRIC<=NUMBER, such as decode_speedup>=1.5; got {quoted(text)}"
+        )
     metric, relation, number = match.groups()
     if metric not in METRICS:
-        raise BudgetError(f"unknown metric {metric!r} in {text!r}; known are: {', '.join(METRICS)}")
+        raise BudgetError(f"unknown metric {quoted(metric)} in {quoted(text)}; known are: {', '.join(METRICS)}")
     limit = float(number)
     if limit <= 0:
-        raise BudgetError(f"the limit of a budget is positive; got {text!r}")
+        raise BudgetError(f"the limit of a budget is positive; got {quoted(text)}")
+    if math.isinf(limit):
+        raise BudgetError(f"the limit of a budget is finite; got {quoted(text)}")
     return Budget(metric, relation, limit)
 
 
@@ -82,18 +87,20 @@ def parse_pick(text: str) -> Pick:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     budgets = tuple(parse_budget(part) for part in parts if part not in ("prefill", "decode"))
     if not budgets:
-        raise BudgetError(f"a pick is a hash of 16 hex digits or budgets such as decode_speedup>=1.5; got {text!r}")
+        raise BudgetError(
+            f"a pick is a hash of 16 hex digits or budgets such as decode_speedup>=1.5; got {quoted(text)}"
+        )
     phases = [part for part in parts if part in ("prefill", "decode")]
     best = "nats_per_token"
     if all(budget.metric in QUALITY_METRICS for budget in budgets):
         best = "prefill_speedup" if "prefill" in phases else "decode_speedup"
     elif phases:
         raise BudgetError(
-            f"prefill or decode says in what the fastest child is fastest; {text!r} asks for the best quality: "
+            f"prefill or decode says in what the fastest child is fastest; {quoted(text)} asks for the best quality: "
             "leave the word out, or give quality limits only"
         )
     if len(phases) > 1:
-        raise BudgetError(f"a pick names prefill or decode, once; got {text!r}")
+        raise BudgetError(f"a pick names prefill or decode, once; got {quoted(text)}")
     return Pick(text, None, budgets, best)
 
 
@@ -124,6 +131,6 @@ def pick_record(records: Iterable[Mapping[str, Any]], pick: Pick) -> Mapping[str
     nearest = min(records, key=worst_violation)
     values = ", ".join(f"{b.metric} {metric_value(nearest, b.metric):.4g}" for b in pick.budgets)
     raise BudgetError(
-        f"no child on the front holds {pick.text!r}; the nearest is {nearest['hash']} with {values}. "
+        f"no child on the front holds {quoted(pick.text)}; the nearest is {nearest['hash']} with {values}. "
         "Loosen the pick, or search on with more trials"
     )
