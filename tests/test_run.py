@@ -23,21 +23,25 @@ import torch
 from conftest import Finished
 from rich.console import Console
 from safetensors.torch import load
-from tiny import contents, paired_by_bytes, tiny_recipe
+from tiny import contents, numbered_documents, paired_by_bytes, tiny_recipe, write_jsonl
 
 from llmprune.architecture import Architecture
+from llmprune.comparison import baselines as compare_baselines
+from llmprune.deploy.card import model_card
+from llmprune.deploy.contents import read_contents
 from llmprune.errors import BudgetError, ExportError, LlmpruneError, RunDirectoryError
 from llmprune.files import write_json
-from llmprune.front_tables import front_table
+from llmprune.front_tables import baselines_table, front_table
 from llmprune.measure.quality import score
 from llmprune.models import checkpoint
+from llmprune.models.licence import Licence
 from llmprune.models.parent import load_parent
 from llmprune.models.surgery import prune
 from llmprune.recipe import Recipe
 from llmprune.recipe_text import apply_overrides, parse_recipe
 from llmprune.run import compress, export, front, search, write_children
 from llmprune.run_directory import RunDirectory
-from llmprune.search import evaluate
+from llmprune.search import evaluate, reach, tables
 from llmprune.search.budgets import parse_pick
 from llmprune.search.evaluate import QUOTED_KEYS, Judge
 from llmprune.search.storage import open_journal
@@ -178,6 +182,33 @@ def test_an_unusable_child_is_marked_and_exported_by_force_alone(
     front(Run.start(copied, finished_run.recipe))
     export(Run.open(copied), parse_pick("ppl_ratio<=1000"), tmp_path / "child", force=True)
     assert strict_json(tmp_path / "child" / "llmprune.json")["figures"]["usable"] is False
+
+
+def test_unseen_text_is_quoted_and_decides_nothing(
+    finished_run: Finished, judged: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (evaluate, tables, reach):
+        monkeypatch.setattr(module, "measure_paired", paired_by_bytes)
+    source = write_jsonl(tmp_path / "cat.jsonl", numbered_documents("cat"))
+    data = finished_run.recipe.model_dump(mode="json")
+    data["data"] |= {"unseen": [source.model_dump()], "unseen_seq_len": 32, "unseen_tokens": 128}
+    recipe = parse_recipe(data, origin="with unseen text")
+    run = Run.start(tmp_path / "run", recipe)
+    search(run)
+    measured = front(run)
+    before = strict_json(finished_run.path / "front.json")
+    assert [child["hash"] for child in measured["children"]] == [child["hash"] for child in before["children"]]
+    for record in (measured["parent"], *measured["children"], *measured["baselines"]):
+        unseen = record["unseen"]
+        assert unseen.keys() == QUOTED_KEYS and set(unseen["per_source"]) == {"cat"}
+        assert (unseen["dataset"], unseen["seq_len"], unseen["tokens"]) == ("cat", 32, 4 * 31)
+        assert record["test"]["dataset"] == "ant+bee"
+    export(run, parse_pick("ppl_ratio<=1000"), tmp_path / "child")
+    card = model_card(read_contents(tmp_path / "child"), "user/tiny", Licence("mit"))
+    assert "Unseen: cat, 124 tokens scored, in windows of 32" in card and "cat.jsonl" in card
+    result = compare_baselines(run, recipe.baselines.model_copy(update={"methods": ("shortgpt",), "at": (1.2,)}))
+    assert all(entry["unseen"]["nats_lost"] is not None for entry in result["results"])
+    assert "unseen (cat, 124 tokens in windows of 32" in " ".join(rendered(baselines_table(result)).split())
 
 
 def rendered(table: Any) -> str:
