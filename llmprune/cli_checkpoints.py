@@ -188,7 +188,7 @@ def push(
     from dataclasses import asdict
 
     from llmprune.deploy import hub
-    from llmprune.deploy.contents import CARD_FILE, read_contents
+    from llmprune.deploy.contents import read_contents
     from llmprune.run_directory import RunDirectory
     from llmprune.terminal import push_lines
 
@@ -197,8 +197,7 @@ def push(
     contents = read_contents(of_run.export if of_run.recipe.is_file() else path, shown(quiet=quiet))
     token = None if dry_run else hub.required_token()
     card = hub.card_of(contents, repo, hub.settled_licence(contents, licence, token))
-    files = [{"name": file.name, "bytes": file.bytes} for file in contents.files if file.name != CARD_FILE]
-    files.append({"name": CARD_FILE, "bytes": len(card.encode())})
+    files = [{"name": f.path_in_repo, "bytes": f.upload_info.size} for f in hub.additions_of(contents, card)]
     result = {"repo": repo, "files": files, "card": card}
     if token is not None:
         pushed = hub.push(contents, card, repo, token, public=public, revision=revision, message=message, quiet=quiet)

@@ -170,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         if commit is None:
             return self._error(404, code="RevisionNotFound")
         if what == "revision":
-            siblings = [{"rfilename": file} for file in commit.files]
+            siblings = [self._sibling(commit, file) for file in commit.files]
             facts = {"id": name, "sha": commit.oid, "private": repo.private, "siblings": siblings}
             return self._json({**facts, "cardData": repo.card} if repo.card else facts)
         if what == "preupload":
@@ -179,6 +179,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"files": [self._mode(commit, file) for file in json.loads(body)["files"]]})
         assert what == "commit"
         self._commit(name, repo, revision, [json.loads(line) for line in body.splitlines()])
+
+    def _sibling(self, commit: Commit, file: str) -> dict[str, Any]:
+        if "blobs=True" not in urlsplit(self.path).query:
+            return {"rfilename": file}
+        content = commit.files[file]
+        facts = {"rfilename": file, "size": len(content), "blobId": self.hub.oid(content)}
+        lfs = {"sha256": commit.lfs.get(file), "size": len(content), "pointerSize": 130}
+        return {**facts, "lfs": lfs} if file in commit.lfs else facts
 
     def _mode(self, commit: Commit, file: dict[str, Any]) -> dict[str, Any]:
         path = file["path"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from conftest import Finished
 from hub_server import SIGNATURE, TOKEN, Hub
 from tiny import contents
 
-from llmprune.deploy.contents import METADATA_FILE
+from llmprune.deploy.contents import METADATA_FILE, PUSH_FILE
 
 REPO = "user/tiny-pruned"
 # Runs commands that come as lines of JSON. A wait of huggingface_hub between two tries is seconds long.
@@ -167,7 +168,7 @@ def test_a_pushed_child_loads_from_the_hub(
     assert there is not None and first["commit"] == there.oid and there.oid in first["commit_url"]
     local = contents(child)
     assert {name: there.files[name] for name in local} == local
-    assert there.files.keys() - local.keys() == {"README.md", ".gitattributes"}
+    assert there.files.keys() - local.keys() == {"README.md", ".gitattributes", PUSH_FILE}
     assert sorted(there.lfs) == ["model.safetensors", "tiny.gguf"]
     assert {file["name"]: file["bytes"] for file in first["files"]} == {
         name: len(content) for name, content in there.files.items() if name != ".gitattributes"
@@ -201,6 +202,41 @@ def test_a_pushed_child_loads_from_the_hub(
     assert after is not None and less["removed"] == ["tiny.gguf"] and after.message == "Without GGUF"
     assert "tiny.gguf" not in after.files and after.files["figure.png"] and "llama-cli" not in str(after.files)
     assert len(repo.branches["main"]) == 3 and len(hub.puts) == 2
+
+
+def test_only_what_an_earlier_push_left_is_removed(hub: Hub, push: Push, child: Path) -> None:
+    for name in ("kept.gguf", "changed.gguf", "gone.gguf"):
+        (child / name).write_bytes(name.encode() * 9)
+    (child / "notes.txt").write_text("of the first push")
+    pushed(push(child, REPO, "--json", "--quiet"))
+    there = hub.repos[REPO].at("main")
+    assert there is not None
+    # The user's: files that no push brought, and one that they replaced.
+    own = {"own.gguf": b"GGUF mine", "changed.gguf": b"GGUF better", "vllm/notes.txt": b"mine"}
+    there.files |= own
+    there.lfs |= {name: hashlib.sha256(own[name]).hexdigest() for name in ("own.gguf", "changed.gguf")}
+    for name in ("changed.gguf", "gone.gguf", "notes.txt"):
+        (child / name).unlink()
+    less = pushed(push(child, REPO, "--json", "--quiet"))
+    after = hub.repos[REPO].at("main")
+    assert after is not None and less["removed"] == ["gone.gguf", "notes.txt"]
+    assert {name: after.files.get(name) for name in own} == own and "kept.gguf" in after.files
+    # What an earlier push did not bring is nobody's to remove now, whatever it is called.
+    (child / "kept.gguf").unlink()
+    assert pushed(push(child, REPO, "--json", "--quiet"))["removed"] == ["kept.gguf"]
+
+
+def test_a_push_from_before_pushes_left_a_list(hub: Hub, push: Push, child: Path) -> None:
+    pushed(push(child, REPO, "--json", "--quiet"))
+    there = hub.repos[REPO].at("main")
+    assert there is not None
+    listed = json.loads(there.files.pop(PUSH_FILE))["files"]
+    assert listed.keys() == there.files.keys() - {".gitattributes"}
+    metadata = json.loads(there.files[METADATA_FILE])
+    metadata["files"] |= {"old.jinja": hashlib.sha256(b"old").hexdigest(), "new.jinja": "of something else"}
+    there.files |= {"old.jinja": b"old", "new.jinja": b"new", "own.gguf": b"own"}
+    there.files[METADATA_FILE] = json.dumps(metadata).encode()
+    assert pushed(push(child, REPO, "--json", "--quiet"))["removed"] == ["old.jinja"]
 
 
 def _hash(directory: Path) -> str:

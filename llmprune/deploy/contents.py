@@ -16,6 +16,8 @@ from llmprune.progress import Show, silent
 
 CARD_FILE = "README.md"
 EVALUATION_FILE = "evaluation.json"
+PUSH_FILE = "llmprune-push.json"
+"""On the Hub only: name and SHA-256 of each file that a push brought. In a download of it, it stays behind."""
 VLLM_DIRECTORY = "vllm"
 EVALUATIONS_DIRECTORY = "evaluations"
 """Where an evaluation keeps what it has so far; its outcome is in EVALUATION_FILE."""
@@ -125,7 +127,7 @@ def _files(directory: Path, proven: Mapping[str, str] | None, prefix: str, below
     none are; `prefix` is where the checkpoint stands in the repository."""
     for path in sorted(directory.iterdir()):
         name = below + path.name
-        if path.name.startswith("."):
+        if path.name.startswith(".") or (prefix + name) == PUSH_FILE:
             continue
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise PushError(f"{path} is a link or a device; copy the file here, or take it away")

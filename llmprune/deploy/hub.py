@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -39,8 +39,9 @@ from huggingface_hub.utils._validators import validate_repo_id
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from llmprune.deploy.card import model_card
-from llmprune.deploy.contents import CARD_FILE, EVALUATION_FILE, VLLM_DIRECTORY, Contents
+from llmprune.deploy.contents import CARD_FILE, PUSH_FILE, Contents
 from llmprune.errors import PushError, quoted
+from llmprune.files import read_json, sha256_file
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.licence import Licence
 
@@ -137,6 +138,14 @@ def card_of(contents: Contents, repo: str, licence: Licence) -> str:
     return text
 
 
+def additions_of(contents: Contents, card: str) -> list[CommitOperationAdd]:
+    """All files that go up: those of the checkpoint, the card, and the list by which the next push knows ours."""
+    files = [CommitOperationAdd(file.name, file.path) for file in contents.files if file.name != CARD_FILE]
+    files.append(CommitOperationAdd(CARD_FILE, card.encode()))
+    hashes = {file.path_in_repo: file.upload_info.sha256.hex() for file in files}
+    return [*files, CommitOperationAdd(PUSH_FILE, (json.dumps({"files": hashes}, indent=2) + "\n").encode())]
+
+
 def push(
     contents: Contents,
     card: str,
@@ -150,9 +159,9 @@ def push(
 ) -> Pushed:
     """Bring the repository, made if it is missing, to these contents and this card, in at most one commit.
 
-    What an interrupted push has uploaded is not uploaded again. Files that are there and came from no push of ours
-    stay. Raises PushError if the token may not, the Hub cannot be reached, or the repository's visibility is not the
-    one asked for.
+    What an interrupted push has uploaded is not uploaded again. Files that are there and came from no push of ours,
+    or were changed since, stay. Raises PushError if the token may not, the Hub cannot be reached, or the repository's
+    visibility is not the one asked for.
     """
     check_repo(repo)
     if revision and _COMMIT.fullmatch(revision):
@@ -160,9 +169,7 @@ def push(
     api = _api(token)
     with _readable_errors(repo, token, "pushing to"), _hub_output(quiet):
         info = _opened(api, repo, public=public, revision=revision)
-        additions = [CommitOperationAdd(file.name, file.path) for file in contents.files if file.name != CARD_FILE] + [
-            CommitOperationAdd(CARD_FILE, card.encode())
-        ]
+        additions = additions_of(contents, card)
         stale = _stale(api, info, {addition.path_in_repo for addition in additions})
         commit = api.create_commit(
             repo,
@@ -206,18 +213,27 @@ def _opened(api: HfApi, repo: str, *, public: bool, revision: str | None) -> Mod
 
 
 def _stale(api: HfApi, info: ModelInfo, wanted: set[str]) -> list[str]:
-    """Files of an earlier push that this one does not have: beside other weights they would be of another network."""
-    there = {sibling.rfilename for sibling in info.siblings or ()} - wanted
-    if METADATA_FILE not in {sibling.rfilename for sibling in info.siblings or ()}:
-        return []
+    """Files of an earlier push, still as it left them, that this one does not have: beside other weights they would be
+    of another network."""
+    there = {sibling.rfilename for sibling in info.siblings or ()}
     with tempfile.TemporaryDirectory() as scratch:
-        # Not the user's cache: it would keep a file for each push.
-        path = api.hf_hub_download(info.id, METADATA_FILE, revision=info.sha, local_dir=scratch)
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - a str already
-            earlier = json.load(file)
-    known = earlier.get("files", {}) if isinstance(earlier, dict) else {}
-    ours = (*known, EVALUATION_FILE, "*.gguf", f"{VLLM_DIRECTORY}/*")
-    return sorted(name for name in there if any(fnmatch(name, pattern) for pattern in ours))
+
+        def fetched(name: str) -> Path:
+            # Not into the user's cache: it would keep a file for each push.
+            return Path(api.hf_hub_download(info.id, name, revision=info.sha, local_dir=scratch))
+
+        # Pushes from before there was such a list left the hashes of proven files only.
+        record = next((name for name in (PUSH_FILE, METADATA_FILE) if name in there), None)
+        earlier = read_json(fetched(record)) if record else {}
+        known = earlier.get("files") if isinstance(earlier, dict) else None
+        candidates = {name: known[name] for name in there - wanted if name in known} if isinstance(known, dict) else {}
+        if not candidates:
+            return []
+        detailed = api.model_info(info.id, revision=info.sha, files_metadata=True)
+        large = {sibling.rfilename: sibling.lfs.sha256 for sibling in detailed.siblings or () if sibling.lfs}
+        return sorted(
+            name for name, left in candidates.items() if (large.get(name) or sha256_file(fetched(name))) == left
+        )
 
 
 @contextmanager
