@@ -62,7 +62,7 @@ def load_model(
         )
         model, info = loaded
         _check_complete(info, recipe.path)
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             recipe.tokenizer or place,
             trust_remote_code=recipe.trust_remote_code,
             **({} if recipe.tokenizer else where),
