@@ -25,6 +25,8 @@ METHODS ?=
 TASKS ?=
 LIMIT ?=
 FEWSHOT ?=
+# CHAT=1: prompts go through the tokenizer's chat template
+CHAT ?=
 INCLUDE ?=
 OUTPUT ?=
 PARENT ?=
@@ -89,7 +91,7 @@ bench-scaling: setup
 
 eval: setup
 	$(LLMPRUNE) eval $(DIRS) $(foreach parent,$(PARENT),--parent '$(parent)') $(if $(TASKS),--tasks '$(TASKS)') $(if $(LIMIT),--limit $(LIMIT)) \
-		$(if $(FEWSHOT),--num-fewshot $(FEWSHOT)) $(if $(INCLUDE),--include-path '$(INCLUDE)') $(if $(OUTPUT),--output '$(OUTPUT)')
+		$(if $(FEWSHOT),--num-fewshot $(FEWSHOT)) $(if $(CHAT),--apply-chat-template) $(if $(INCLUDE),--include-path '$(INCLUDE)') $(if $(OUTPUT),--output '$(OUTPUT)')
 
 test: setup
 	$(BIN)/python -m pytest

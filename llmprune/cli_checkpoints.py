@@ -9,6 +9,7 @@ import typer
 
 from llmprune.cli_options import (
     Batch,
+    ChatTemplate,
     Device,
     Dtype,
     FewShot,
@@ -17,6 +18,7 @@ from llmprune.cli_options import (
     IncludePath,
     Json,
     Limit,
+    Multiturn,
     Output,
     OwnDtype,
     Parent,
@@ -104,6 +106,8 @@ def evaluate(
     limit: Limit = None,
     num_fewshot: FewShot = None,
     include_path: IncludePath = None,
+    apply_chat_template: ChatTemplate = False,
+    fewshot_as_multiturn: Multiturn = None,
     task_batch: TaskBatch = 1,
     output: Output = None,
     data: Annotated[Path | None, typer.Option(help="Run directory or recipe whose text is used.")] = None,
@@ -124,8 +128,18 @@ def evaluate(
     from llmprune.evaluation.table import evaluation_table
 
     rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats)
-    asked = (task_names(tasks), limit, num_fewshot, include_path, task_batch)
-    questions = Questions(rules, *asked, data=data, split=split_name(split))
+    questions = Questions(
+        rules,
+        task_names(tasks),
+        limit,
+        num_fewshot,
+        include_path,
+        apply_chat_template,
+        fewshot_as_multiturn,
+        task_batch,
+        data=data,
+        split=split_name(split),
+    )
     result = evaluate_models(
         models,
         parent,

@@ -45,6 +45,13 @@ Tasks = Annotated[str | None, typer.Option(metavar="NAME,...", help="lm-eval tas
 Limit = Annotated[int | None, typer.Option(help="Take the first so many documents of each task.")]
 FewShot = Annotated[int | None, typer.Option("--num-fewshot", help="Examples in a prompt; default: the task's own.")]
 IncludePath = Annotated[Path | None, typer.Option("--include-path", help="Directory with task files of your own.")]
+ChatTemplate = Annotated[
+    bool, typer.Option("--apply-chat-template", help="Render prompts of tasks through the tokenizer's chat template.")
+]
+Multiturn = Annotated[
+    bool | None,
+    typer.Option(help="Make each few-shot example a turn of its own; default: with --apply-chat-template."),
+]
 TaskBatch = Annotated[int, typer.Option("--task-batch", min=1, help="Requests of a task at a time.")]
 Output = Annotated[Path | None, typer.Option("--output", help="JSON file for the results.")]
 OwnDtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's own), float32, bfloat16 or float16.")]

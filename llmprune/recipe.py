@@ -76,6 +76,11 @@ class SourceRecipe(_Strict):
     revision: str | None = None
     path: PathText | None = Field(None, description="local .txt, .jsonl or .parquet file")
     text_field: str = Field("text", description="column or key that holds a document")
+    messages_field: str | None = Field(
+        None,
+        description="column or key that holds a chat (a list of {role, content}), in place of text_field: rendered "
+        "through the tokenizer's chat template",
+    )
     separator: str = Field("\n\n\n", min_length=1, description="what stands between two documents of a .txt file")
     weight: float = Field(1.0, gt=0, description="share in the mixture, relative to the other sources")
 
@@ -83,7 +88,14 @@ class SourceRecipe(_Strict):
     def _one_origin(self) -> SourceRecipe:
         if (self.dataset is None) == (self.path is None):
             raise ValueError("give exactly one of `dataset` (Hub) and `path` (local file)")
+        if self.messages_field is not None and (self.path or "").lower().endswith(".txt"):
+            raise ValueError(f"messages_field is of .jsonl, .parquet and Hub data sets; {self.path} holds plain text")
         return self
+
+    @property
+    def field(self) -> str:
+        """The column or key that is read."""
+        return self.messages_field or self.text_field
 
 
 class DataRecipe(_Strict):
@@ -127,7 +139,11 @@ class DataRecipe(_Strict):
         """What the tokens depend on, as JSON values. A key of what is not used is left out: a run that was made before
         there was such a key keeps its tokens."""
         unused = set() if self.unseen else {"unseen", "unseen_seq_len", "unseen_tokens"}
-        return self.model_dump(mode="json", exclude=unused)
+        data = self.model_dump(mode="json", exclude=unused)
+        for source in (*data["sources"], *data.get("unseen", ())):
+            if source["messages_field"] is None:
+                del source["messages_field"]
+        return data
 
     def sources_of(self, split: SplitName) -> tuple[SourceRecipe, ...]:
         return self.unseen if split == "unseen" else self.sources

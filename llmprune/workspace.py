@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.architecture import BLOCK_KINDS, Architecture
-from llmprune.blocks.library import BlockLibrary, Plan, build_libraries, build_library, load_library
+from llmprune.blocks.library import BlockLibrary, Plan, build_libraries, build_library, load_library, stored_layers
+from llmprune.blocks.statistics import few_tokens_warning
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import Split, TokenSplits, build_token_splits
 from llmprune.deploy.formats import check_parent, cut, merging_helps
@@ -186,6 +187,10 @@ class Run:
         input_hash = hash_of(self.parent_hash, split.hash)
         if self.joined:
             return load_library(self.directory.library, self.recipe.importance, self.space, input_hash=input_hash)
+        built = stored_layers(self.directory.library, self.recipe.importance, self.space, input_hash=input_hash)
+        few = few_tokens_warning(self.parent.shape, split.tokens)
+        if few and self.recipe.importance.refit and built < self.parent.shape.layers:
+            self.say(few)
         with self.show("ordering and refitting blocks") as advance:
             return build_library(
                 self.parent,

@@ -15,6 +15,7 @@ from tiny import SMALL_SPLITS, numbered_documents, small_data_recipe, tiny_token
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from llmprune.data.bos import opening_with_bos, puts_bos
 from llmprune.data.tokens import TokenSplits, build_token_splits, divide_windows, encode_with_bytes
 from llmprune.errors import DataError
 from llmprune.recipe import DataRecipe, SourceRecipe
@@ -276,6 +277,28 @@ def test_bos_is_what_the_tokenizer_does_unless_the_recipe_says_otherwise(
             assert split.bos is expected
             first = torch.cat([source.windows[:, 0] for source in split.sources.values()])
             assert (first == tokenizer.bos_token_id).all() if expected else (first > 1).any()
+
+
+def test_a_text_that_ends_with_eos_is_closed_once(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    source = write_jsonl(tmp_path / "s.jsonl", [f"ant{number}</s>" for number in range(200)])
+    for split in build_token_splits(small_data_recipe(source), tokenizer).splits.values():
+        ids = split.sources["s"].windows.flatten()
+        assert (ids == 1).any() and not ((ids[1:] == 1) & (ids[:-1] == 1)).any()
+
+
+@pytest.mark.parametrize(("make", "bos"), [(tiny_tokenizer, True), (adding_bos, False)])
+def test_a_tokenizer_is_told_to_open_with_bos_or_not(make: Any, bos: bool) -> None:
+    tokenizer = make()
+    other = opening_with_bos(tokenizer, bos)
+    assert (puts_bos(tokenizer), puts_bos(other)) == (not bos, bos)
+    assert opening_with_bos(tokenizer, not bos) is tokenizer
+    plain, opened = sorted((tokenizer("a river")["input_ids"], other("a river")["input_ids"]), key=len)
+    assert opened == [0, *plain]
+
+
+def test_a_tokenizer_that_cannot_be_told_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.bos=false is not what this SlowAddingBos does"):
+        opening_with_bos(SlowAddingBos(), False)
 
 
 def test_tokenizers_without_the_special_tokens_are_refused(

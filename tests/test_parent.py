@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from llmprune.architecture import Architecture
+from llmprune.data.bos import puts_bos
 from llmprune.errors import ModelError, UnsupportedModelError
 from llmprune.models.modeling_pruned import FAMILIES
 from llmprune.models.parent import check_config, load_parent, make_parent, supported_families
@@ -309,6 +310,28 @@ def test_gguf_loads_as_the_same_weights(tmp_path: Path) -> None:
     child.save_pretrained(tmp_path / "child")
     assert "quantization_config" not in json.loads((tmp_path / "child" / "config.json").read_text())
     parent.model.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("pre", "said", "opens"),
+    [
+        (None, None, False),
+        (None, True, True),
+        ("gpt-2", None, False),
+        ("llama-bpe", None, True),
+        ("llama-bpe", False, False),
+    ],
+)
+def test_bos_of_a_gguf_file_is_llama_cpp_s(pre: str | None, said: bool | None, opens: bool, tmp_path: Path) -> None:
+    def extra(writer: gguf.GGUFWriter) -> None:
+        if pre is not None:
+            writer.add_tokenizer_pre(pre)
+        if said is not None:
+            writer.add_add_bos_token(said)
+
+    write_llama_gguf(tmp_path / "tiny.gguf", tiny_model(PLAIN), extra=extra)
+    parent = load(tmp_path / "tiny.gguf")
+    assert parent.tokenizer is not None and puts_bos(parent.tokenizer) is opens
 
 
 def test_quantised_gguf_is_dequantised(tmp_path: Path) -> None:

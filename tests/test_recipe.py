@@ -65,6 +65,7 @@ def test_the_default_and_the_demo_come_along() -> None:
         ("data.sources=[{name: a, path: x, weight: .inf}]", "data.sources.0.weight: Input should be a finite number"),
         ("data.sources=[{name: a, path: x}, {name: a, path: y}]", "every source needs a name of its own"),
         ("data.unseen=[{name: a, path: y}]", "every source needs a name of its own, in sources and unseen together"),
+        ("data.sources=[{name: a, path: x.txt, messages_field: m}]", "x.txt holds plain text"),
         ("data.bos=yesterday", "data.bos"),
         ("data={}", "an override names section.key, such as search.trials; got 'data'"),
         ("front.size.more=1", "an override names section.key, such as search.trials; got 'front.size.more'"),

@@ -12,7 +12,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny import tiny_tokenizer
 
+from llmprune.data.chat import chat_renderer
 from llmprune.data.sources import HUB_BUFFER_DOCUMENTS, read_documents
 from llmprune.errors import DataError
 from llmprune.recipe import SourceRecipe
@@ -90,7 +92,7 @@ def test_local_formats_hold_the_same_documents(tmp_path: Path) -> None:
         ("t.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3 is not"),
         ("t.jsonl", b"[1, 2]\n", r"line 1 is \[1, 2\]"),
         ("t.jsonl", b'{"body": "a", "id": 1}\n', r"'text' is not in .*line 1, which has \['body', 'id'\]"),
-        ("t.jsonl", b'{"text": ["a"]}\n', r"must hold a string, .*line 1 has \['a'\]"),
+        ("t.jsonl", b'{"text": ["a"]}\n', r"'text' of .*line 1: it must hold a string, got \['a'\]"),
         ("t.jsonl", b'{"text": "\\ud800"}\n', "valid Unicode, .*line 1 is not"),
         ("t.parquet", b"PAR1", "not a readable parquet file"),
         ("t.csv", b"a,b", r"is \.txt, \.jsonl or \.parquet, got '\.csv'"),
@@ -102,6 +104,55 @@ def test_local_failures(file: str, content: bytes | None, message: str, tmp_path
     with pytest.raises(DataError, match=message) as caught:
         read_documents(SourceRecipe(name="mine", path=str(tmp_path / file)), seed=0)
     assert "source 'mine'" in str(caught.value)
+
+
+TURNS = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+
+
+def chats(path: Path, rows: list[Any]) -> SourceRecipe:
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+    return SourceRecipe(name="chat", path=str(path), messages_field="messages")
+
+
+def rendered(source: SourceRecipe, template: str | None) -> list[str]:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return list(read_documents(source, seed=0, render=lambda: chat_renderer(tokenizer)).documents)
+
+
+def test_messages_are_rendered_through_the_chat_template(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "one €"}, {"role": "assistant", "content": "two"}]
+    source = chats(tmp_path / "c.jsonl", [talk, None])
+    assert rendered(source, TURNS) == ["<s>user: one €</s><s>assistant: two</s>"], "a BOS of every turn stays"
+    once = "<s>" + TURNS.replace("<s>", "")
+    assert rendered(source, once) == ["user: one €</s>assistant: two</s>"], "a BOS of the text is the window's"
+    pq.write_table(pa.table({"id": [1], "messages": [talk]}), tmp_path / "c.parquet")
+    stored = SourceRecipe(name="chat", path=str(tmp_path / "c.parquet"), messages_field="messages")
+    assert rendered(stored, TURNS) == rendered(source, TURNS)
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "message"),
+    [
+        ([{"role": "user", "content": "a"}], None, "messages are rendered through .* this tokenizer has none"),
+        ("hello", TURNS, r"line 1: messages must be a list of \{role, content\}, got 'hello'"),
+        ([], TURNS, r"messages must be a list of .*, got \[\]"),
+        (["hello"], TURNS, "every message must have a role and a content, both strings; got 'hello'"),
+        ([{"role": "user"}], TURNS, "every message must have a role and a content"),
+        ([{"role": "user", "content": ["a"]}], TURNS, "every message must have a role and a content"),
+        ([{"role": "x", "content": "a"}], "{{ raise_exception('no role x') }}", "template refuses .*: no role x"),
+    ],
+)
+def test_messages_that_cannot_be_rendered(messages: Any, template: str | None, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"source 'chat': .*{message}"):
+        rendered(chats(tmp_path / "c.jsonl", [messages]), template)
+
+
+def test_rows_without_messages_name_what_they_have(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": "a"}\n')
+    source = SourceRecipe(name="chat", path=str(tmp_path / "c.jsonl"), messages_field="messages")
+    with pytest.raises(DataError, match=r"messages_field 'messages' is not in .* which has \['text'\]"):
+        rendered(source, TURNS)
 
 
 def test_parquet_without_the_field_names_its_columns(tmp_path: Path) -> None:

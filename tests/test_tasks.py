@@ -15,6 +15,7 @@ import pytest
 from conftest import Finished, Llmprune
 from tasks_tiny import TASKS, write_tasks
 
+from llmprune.data.bos import opening_with_bos
 from llmprune.errors import TaskError
 from llmprune.measure.tasks import TaskSet, open_tasks, run_task
 from llmprune.models.loading import load_model
@@ -55,9 +56,13 @@ def by_its_own_command(checkpoint: Path, task_files: Path, scratch: Path, cache:
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("fewshot", [None, 2])
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}> {% endif %}"
+
+
+@pytest.mark.parametrize(("fewshot", "chat"), [(None, False), (2, False), (2, True)])
 def test_both_routes_give_the_same_figures(
     fewshot: int | None,
+    chat: bool,
     llmprune: Llmprune,
     finished_run: Finished,
     task_files: Path,
@@ -67,9 +72,13 @@ def test_both_routes_give_the_same_figures(
     child = Path(shutil.copytree(finished_run.export, tmp_path / "child"))
     assert (child / "modeling_pruned.py").is_file(), "a child that needs its own code elsewhere"
     options = [] if fewshot is None else ["--num_fewshot", str(fewshot)]
+    if chat:
+        (child / "chat_template.jinja").write_text(CHAT)
+        options.append("--apply_chat_template")
     theirs = by_its_own_command(child, task_files, tmp_path, own_data_cache, *options)
     asked = [*("--tasks", ",".join(TASKS), "--include-path", task_files, "--limit", LIMIT)]
     asked += [] if fewshot is None else ["--num-fewshot", fewshot]
+    asked += ["--apply-chat-template"] if chat else []
     quick = ("--prompt-tokens", 8, "--generated-tokens", 4, "--repeats", 1, "--device", "cpu")
     result = llmprune("eval", child, *asked, *quick, "--data", finished_run.path, "--json", "--quiet")
     assert (result.code, result.err) == (0, "")
@@ -88,6 +97,7 @@ def test_both_routes_give_the_same_figures(
         assert found["samples"] == theirs["n-samples"][task]["effective"] == LIMIT
         assert found["num_fewshot"] == theirs["n-shot"][task]
         assert found["version"] == theirs["versions"][task]
+        assert (found["bos"], found["chat_template"]) == (False, chat)
     assert figures == 5
     values = {figure["value"] for task in ours.values() for figure in task["metrics"].values()}
     assert len(values) > 3 and 0 < ours["tiny_choice"]["metrics"]["acc"]["value"] < 1, "figures that can differ"
@@ -120,6 +130,35 @@ def test_samples_amount_to_the_figures(finished_run: Finished, opened: TaskSet) 
     assert again.scores == text.scores and again.metrics == text.metrics
 
 
+def test_bos_opens_prompts_where_the_rule_says_so(finished_run: Finished, opened: TaskSet) -> None:
+    model, tokenizer = load_model(ModelRecipe(path=str(finished_run.export), device="cpu"))
+    adding = opening_with_bos(tokenizer, True)
+
+    def nats(tokenizer: Any, bos: bool | None) -> tuple[Any, bool]:
+        found = run_task(model, tokenizer, opened, "tiny_generate", bos=bos)["tiny_generate"]
+        return prompts.pop(), found.bos
+
+    prompts: list[Any] = []
+    generate = type(model).generate
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        prompts[:] = [kwargs["input_ids"][0].tolist()]
+        return generate(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "generate", noted)
+        plain, opened_with = nats(tokenizer, None), nats(tokenizer, True)
+        assert (plain[1], opened_with[1]) == (False, True) and opened_with[0] == [0, *plain[0]]
+        assert nats(adding, None) == opened_with and nats(adding, False) == plain
+
+
+def test_a_chat_needs_a_template(finished_run: Finished, task_files: Path) -> None:
+    model, tokenizer = load_model(ModelRecipe(path=str(finished_run.export), device="cpu"))
+    chat = open_tasks(["tiny_choice"], limit=2, include_path=task_files, chat_template=True)
+    with pytest.raises(TaskError, match=r"--apply-chat-template renders .* has none; leave it out"):
+        run_task(model, tokenizer, chat, "tiny_choice")
+
+
 def test_a_group_is_asked_as_one_and_brings_its_tasks(finished_run: Finished, tmp_path: Path) -> None:
     files = write_tasks(tmp_path / "tasks")
     (files / "tiny_group.yaml").write_text(
@@ -142,6 +181,8 @@ def test_an_identity_tells_of_settings_and_documents_but_not_of_places(task_file
     first = identity(task_files)
     assert identity(task_files, limit=6) != first
     assert identity(task_files, num_fewshot=1) != first
+    chats = {identity(task_files, chat_template=True, multiturn=multiturn) for multiturn in (None, True, False)}
+    assert len(chats) == 2 and first not in chats
     elsewhere = write_tasks(tmp_path / "elsewhere")
     file = elsewhere / "tiny_choice.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -158,6 +199,7 @@ def test_an_identity_tells_of_settings_and_documents_but_not_of_places(task_file
         (["tiny_choise"], {}, r"no task is called 'tiny_choise'; did you mean tiny_choice"),
         (["tiny_choice"], {"limit": 0}, r"--limit must be at least 1, got 0"),
         (["tiny_choice"], {"num_fewshot": -1}, r"--num-fewshot must be at least 0, got -1"),
+        (["tiny_choice"], {"multiturn": True}, r"--fewshot-as-multiturn .* goes with --apply-chat-template only"),
         (["lost"], {}, r"task lost cannot be read: .*lost.jsonl"),
         (["odd"], {}, r"task odd cannot be read: "),
         (["piqa"], {"include_path": None}, r"task piqa cannot be read: .*Its data must be cached"),

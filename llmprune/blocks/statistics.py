@@ -108,6 +108,27 @@ def collect_statistics(
     return {key: block.statistics() for key, block in moments.items()}
 
 
+TOKENS_AN_INPUT = 4
+"""Calibration tokens for each input of an output projection, under which a refit is more luck than knowledge.
+
+Least squares on N tokens with I inputs leaves 1 - I/N of the noise on the tokens it was fitted on, and outside, where
+children are used, about 1 / (1 - I/N) of it (1 + I/(N - I - 1) for Gaussian inputs): at 4 tokens an input 4/3, at 2
+twice as much, at 1 without bound. The ridge softens that, and neighbouring tokens are no independent draws.
+"""
+
+
+def few_tokens_warning(shape: ParentShape, tokens: int) -> str | None:
+    """What to say if the widest output projection has fewer than `TOKENS_AN_INPUT` tokens an input; else None."""
+    inputs = max(shape.inputs(shape.full(kind)) for kind in BLOCK_KINDS)
+    wanted = TOKENS_AN_INPUT * inputs
+    if tokens >= wanted:
+        return None
+    return (
+        f"{tokens:,} calibration tokens are few for output projections of {inputs:,} inputs: what is refitted on them "
+        f"fits other text worse; data.calibration_tokens={wanted} ({TOKENS_AN_INPUT} an input) would do"
+    )
+
+
 def statistics_bytes(shape: ParentShape, merged: int = 0) -> int:
     """What the statistics of one layer take: two float64 matrices (I, I), and two means; and two matrices and a mean
     more for each of so many `merged` choices."""

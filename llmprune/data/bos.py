@@ -1,11 +1,12 @@
-"""Whether a text is opened with the BOS token: one rule for windows, tasks and files.
+"""Whether a text is opened with the BOS token: one rule for windows, tasks and GGUF files.
 
 Models differ: Gemma computes nonsense without it, and GPT-2 never saw it in front of a text.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import copy
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmprune.errors import DataError
 
@@ -29,3 +30,21 @@ def resolved_bos(rule: Literal["auto"] | bool, tokenizer: PreTrainedTokenizerBas
     if rule and tokenizer.bos_token_id is None:
         raise DataError("data.bos=true opens windows with BOS, and this tokenizer has none; set data.bos to auto")
     return rule
+
+
+def opening_with_bos(tokenizer: PreTrainedTokenizerBase, bos: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer, or if it does otherwise a copy of it, that puts BOS in front of a text just if `bos` says so.
+
+    Raises DataError if it cannot be made to.
+    """
+    if puts_bos(tokenizer) == bos:
+        return tokenizer
+    other: Any = copy.deepcopy(tokenizer)
+    # Of fast tokenizers, this writes the post-processor anew.
+    other.add_bos_token = bos
+    if puts_bos(other) != bos:
+        raise DataError(
+            f"data.bos={str(bos).lower()} is not what this {type(tokenizer).__name__} does, and it cannot be told to; "
+            "set data.bos to auto"
+        )
+    return other  # type: ignore[no-any-return]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmprune.data.chat import Render
 from llmprune.errors import DataError, quoted, shortened
 from llmprune.files import expanded, sha256_file
 from llmprune.recipe import SourceRecipe
@@ -30,19 +31,20 @@ class SourceText:
     """What was read, without machine paths: file name and SHA-256, or Hub id, config, split and commit."""
 
 
-def read_documents(source: SourceRecipe, *, seed: int) -> SourceText:
-    """Open a source and shuffle its documents.
+def read_documents(source: SourceRecipe, *, seed: int, render: Callable[[], Render] | None = None) -> SourceText:
+    """Open a source and shuffle its documents; `render()` gives what turns messages into text, if the source has them.
 
     A local file is shuffled as a whole; a Hub data set is streamed, through a buffer of `HUB_BUFFER_DOCUMENTS`.
     Raises DataError, here or while the documents are read, if the source cannot be reached, decoded or parsed.
     """
+    text_of = _reader(source, render)
     if source.path is None:
         rows, identity = _open_hub(source, seed)
-        return SourceText(_texts(rows, source), identity)
+        return SourceText(_texts(rows, source, text_of), identity)
     path = expanded(source.path)
     try:
         identity = {"file": path.name, "sha256": sha256_file(path)}
-        documents = list(_file_documents(path, source))
+        documents = list(_file_documents(path, source, text_of))
     except OSError as error:
         raise _fault(
             source, f"cannot read {shortened(path)}: {shortened(error.strerror or error)}; correct its `path`"
@@ -51,14 +53,31 @@ def read_documents(source: SourceRecipe, *, seed: int) -> SourceText:
     return SourceText(iter(documents), identity)
 
 
-def _file_documents(path: Path, source: SourceRecipe) -> Iterator[str]:
+def _reader(source: SourceRecipe, render: Callable[[], Render] | None) -> Render:
+    """What makes a text of a row's field, and raises ValueError if it cannot. Raises DataError."""
+    if source.messages_field is None:
+        return _string
+    assert render is not None, "messages need something that renders them"
+    try:
+        return render()
+    except ValueError as error:
+        raise _fault(source, str(error)) from error
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"it must hold a string, got {value!r:.80}; name another")
+    return value
+
+
+def _file_documents(path: Path, source: SourceRecipe, text_of: Render) -> Iterator[str]:
     match path.suffix.lower():
         case ".txt":
             return (text for part in _decoded(path, source).split(source.separator) if (text := part.strip()))
         case ".jsonl":
-            return _texts(_json_rows(path, source), source)
+            return _texts(_json_rows(path, source), source, text_of)
         case ".parquet":
-            return _texts(_parquet_rows(path, source), source)
+            return _texts(_parquet_rows(path, source), source, text_of)
         case suffix:
             raise _fault(
                 source,
@@ -96,10 +115,10 @@ def _parquet_rows(path: Path, source: SourceRecipe) -> Iterator[_Row]:
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if source.text_field not in names:
+            if source.field not in names:
                 raise _no_field(source, str(path), names)
             number = 0
-            for batch in file.iter_batches(columns=[source.text_field]):
+            for batch in file.iter_batches(columns=[source.field]):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{shortened(path)} row {number}", row
@@ -143,19 +162,17 @@ def _hub_rows(stream: Iterable[Mapping[str, Any]], source: SourceRecipe) -> Iter
         yield f"{source.dataset} document {number}", row
 
 
-def _texts(rows: Iterator[_Row], source: SourceRecipe) -> Iterator[str]:
-    """The text field of every row, stripped; rows that hold none are skipped."""
+def _texts(rows: Iterator[_Row], source: SourceRecipe, text_of: Render) -> Iterator[str]:
+    """The text of every row, stripped; rows that hold none are skipped."""
     for where, row in rows:
-        if source.text_field not in row:
+        if source.field not in row:
             raise _no_field(source, where, list(row))
-        value = row[source.text_field]
-        if value is None:
+        if row[source.field] is None:
             continue
-        if not isinstance(value, str):
-            raise _fault(
-                source,
-                f"text_field {quoted(source.text_field)} must hold a string, {where} has {quoted(value)}; name another",
-            )
+        try:
+            value = text_of(row[source.field])
+        except ValueError as error:
+            raise _fault(source, f"{_named(source)} of {where}: {shortened(error)}") from error
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -166,15 +183,16 @@ def _texts(rows: Iterator[_Row], source: SourceRecipe) -> Iterator[str]:
             yield text
 
 
+def _named(source: SourceRecipe) -> str:
+    return f"{'text_field' if source.messages_field is None else 'messages_field'} {source.field!r}"
+
+
 def _fault(source: SourceRecipe, problem: str) -> DataError:
     return DataError(f"source {quoted(source.name)}: {problem}")
 
 
 def _no_field(source: SourceRecipe, where: str, names: list[str]) -> DataError:
-    return _fault(
-        source,
-        f"text_field {quoted(source.text_field)} is not in {where}, which has {quoted(names)}; name one of those",
-    )
+    return _fault(source, f"{_named(source)} is not in {where}, which has {quoted(names)}; name one of those")
 
 
 def _hub_fault(source: SourceRecipe, error: Exception) -> DataError:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from llmprune.data.bos import resolved_bos
+from llmprune.data.chat import chat_renderer
 from llmprune.data.sources import read_documents
 from llmprune.errors import DataError, quoted
 from llmprune.recipe import DataRecipe, SplitName
@@ -133,7 +134,7 @@ def build_token_splits(recipe: DataRecipe, tokenizer: PreTrainedTokenizerBase) -
     filled: dict[str, dict[SplitName, _Filling]] = {}
     identities: dict[str, Mapping[str, str | None]] = {}
     for source in (*recipe.sources, *recipe.unseen):
-        text = read_documents(source, seed=recipe.seed)
+        text = read_documents(source, seed=recipe.seed, render=lambda: chat_renderer(tokenizer))
         identities[source.name] = text.identity
         documents = _encoded(_without_copies(text.documents, seen), tokenizer)
         fillings = {
@@ -263,10 +264,13 @@ def _without_copies(documents: Iterator[str], seen: set[bytes]) -> Iterator[str]
 
 
 def _encoded(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[IntArray, IntArray]]:
-    """Each document's token ids, closed by EOS, and the UTF-8 bytes that each stands for (none for EOS)."""
+    """Each document's token ids, closed by EOS, and the UTF-8 bytes that each stands for (none for an added EOS)."""
     for text in documents:
         ids, token_bytes = encode_with_bytes(text, tokenizer)
-        if len(ids):
+        if len(ids) and ids[-1] == tokenizer.eos_token_id:
+            # The last turn of a chat is closed by its template.
+            yield ids, token_bytes
+        elif len(ids):
             yield np.append(ids, tokenizer.eos_token_id), np.append(token_bytes, 0)
 
 

@@ -24,6 +24,8 @@ class Task(BaseModel):
     limit: int | None = None
     num_fewshot: int | None = None
     version: Any = None
+    bos: bool | None = None
+    chat_template: bool | None = None
 
 
 class Evaluated(BaseModel):
@@ -149,5 +151,7 @@ def _args(task: Task) -> dict[str, Any]:
         "limit": task.limit,
         "samples": task.samples,
         "version": task.version,
+        "bos": task.bos,
+        "chat_template": task.chat_template,
     }
     return {key: value for key, value in facts.items() if value is not None}

@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 from transformers import PreTrainedTokenizerBase
 
+from llmprune.data.bos import puts_bos
 from llmprune.errors import ExportError
 
 _LLAMA3 = (
@@ -162,9 +163,8 @@ def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerB
     turns = [token_id for token_id in ends if token_id != ids["eos"]] if isinstance(ends, list) else []
     if turns:
         writer.add_eot_token_id(turns[0])
-    # What the tokenizer does to a text, not what its settings claim: post-processors overrule them.
+    writer.add_add_bos_token(puts_bos(tokenizer))
     encoded = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(ids["bos"] is not None and encoded[:1] == [ids["bos"]])
     writer.add_add_eos_token(ids["eos"] is not None and len(encoded) > 1 and encoded[-1] == ids["eos"])
     template = tokenizer.chat_template
     if isinstance(template, dict):

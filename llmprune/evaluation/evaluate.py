@@ -43,6 +43,10 @@ class Questions:
     limit: int | None = None
     num_fewshot: int | None = None
     include_path: Path | None = None
+    chat_template: bool = False
+    """Prompts of tasks are rendered through the tokenizer's chat template."""
+    multiturn: bool | None = None
+    """Each few-shot example is a turn of its own; default: as `chat_template`."""
     batch_size: int = 1
     """Requests of a task that go through the model together."""
     data: Path | None = None
@@ -111,8 +115,14 @@ def evaluate(
 def _tasks(questions: Questions) -> TaskSet | None:
     if not questions.tasks:
         return None
-    asked = questions.limit, questions.num_fewshot, questions.include_path
-    return open_tasks(questions.tasks, limit=asked[0], num_fewshot=asked[1], include_path=asked[2])
+    return open_tasks(
+        questions.tasks,
+        limit=questions.limit,
+        num_fewshot=questions.num_fewshot,
+        include_path=questions.include_path,
+        chat_template=questions.chat_template,
+        multiturn=questions.multiturn,
+    )
 
 
 def _text(subjects: Sequence[Subject], questions: Questions, say: Callable[[str], None]) -> Split | None:
@@ -168,12 +178,22 @@ def _answers(
             "limit": tasks.limit,
             "num_fewshot": tasks.num_fewshot,
             "batch_size": questions.batch_size,
+            # The text's rule is the recipe's; without a text, each tokenizer does as it does.
+            "bos": text.bos if text is not None else "auto",
         }
 
         def run(name: str = name, tasks: TaskSet = tasks) -> dict[str, Any]:
             model, tokenizer = subject.load(show)
             with show(f"{subject.name}: {name}") as advance:
-                found = run_task(model, tokenizer, tasks, name, batch_size=questions.batch_size, progress=advance)
+                found = run_task(
+                    model,
+                    tokenizer,
+                    tasks,
+                    name,
+                    bos=text.bos if text is not None else None,
+                    batch_size=questions.batch_size,
+                    progress=advance,
+                )
             return {task: result.to_json() for task, result in found.items()}
 
         stored = store.recall("task", {**base, **asked}, run)
@@ -225,7 +245,7 @@ def _record(subject: Subject, answers: _Answers, speed: Mapping[str, Any], text:
         figures = quality_from_windows(text, answers.nats).to_json()
         quality = {key: figures[key] for key in ("nats_per_token", "nats_per_byte", "ppl", "per_source")}
         quality["measured_on"] = {key: figures[key] for key in ("dataset", "split", "seq_len", "tokens", "bos")}
-    shown = ("metrics", "samples", "limit", "num_fewshot", "version")
+    shown = ("metrics", "samples", "limit", "num_fewshot", "version", "bos", "chat_template")
     tasks = {name: {key: getattr(result, key) for key in shown} for name, result in answers.tasks.items()}
     return {
         "model": subject.name,

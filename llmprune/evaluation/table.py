@@ -37,7 +37,8 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
             row = differences.get((model["model"], task, metric))
             cells.append(_metric(model["tasks"].get(task), metric) + (f"\n{_difference(row)}" if row else ""))
         first = next(model["tasks"][task] for model in models if task in model["tasks"])
-        table.add_row(f"{task} {metric}\n[dim]{first['samples']:,} samples, {first['num_fewshot']}-shot[/dim]", *cells)
+        asked = f"{first['samples']:,} samples, {first['num_fewshot']}-shot{', chat' if first['chat_template'] else ''}"
+        table.add_row(f"{task} {metric}\n[dim]{asked}, {'with' if first['bos'] else 'no'} BOS[/dim]", *cells)
     return table
 
 

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmprune.data.bos import opening_with_bos, puts_bos
 from llmprune.errors import TaskError, quoted
 from llmprune.progress import Advance
 
@@ -52,6 +53,9 @@ class TaskResult:
     """For each metric, a figure of each sample - a number, or a (sum, weight) pair - in the order of the documents."""
     documents: Sequence[str]
     """Hashes of the samples' documents."""
+    bos: bool
+    """Whether prompts were opened with BOS; a chat template that writes it is not doubled, nor counted here."""
+    chat_template: bool
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,6 +74,10 @@ class TaskSet:
     """lm-eval's TaskManager, which knows more tasks than these."""
     limit: int | None
     num_fewshot: int | None
+    chat_template: bool
+    """Prompts are turns of a chat, rendered through the tokenizer's template."""
+    multiturn: bool
+    """Each few-shot example is a turn of its own."""
     identities: Mapping[str, str]
     """For each name, SHA-256 over what its figures depend on but the model: its tasks' settings and documents."""
     aggregations: Mapping[str, Mapping[str, str]]
@@ -77,13 +85,23 @@ class TaskSet:
 
 
 def open_tasks(
-    names: Sequence[str], *, limit: int | None = None, num_fewshot: int | None = None, include_path: Path | None = None
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    include_path: Path | None = None,
+    chat_template: bool = False,
+    multiturn: bool | None = None,
 ) -> TaskSet:
     """Find tasks and read their data, so that what is missing is missed before a model is loaded.
 
     `limit` takes the first so many documents of each task; `num_fewshot` replaces a task's own number of examples,
-    unless that is a 0 its author fixed. Raises TaskError, naming the task.
+    unless that is a 0 its author fixed. `multiturn` is as `chat_template` by default, as in lm-eval's own command.
+    Raises TaskError, naming the task.
     """
+    multiturn = chat_template if multiturn is None else multiturn
+    if multiturn and not chat_template:
+        raise TaskError("--fewshot-as-multiturn makes turns of a chat; it goes with --apply-chat-template only")
     for name, value, least in (("--limit", limit, 1), ("--num-fewshot", num_fewshot, 0)):
         if value is not None and value < least:
             raise TaskError(f"{name} must be at least {least}, got {value}")
@@ -95,12 +113,13 @@ def open_tasks(
         aggregations: dict[str, dict[str, str]] = {}
         for name in names:
             tasks = _load(manager, name)
-            identities[name] = _sha256([_identity(task, limit, num_fewshot) for task in tasks.values()])
+            chat = [{"multiturn": multiturn}] if chat_template else []
+            identities[name] = _sha256([_identity(task, limit, num_fewshot) for task in tasks.values()] + chat)
             aggregations |= {
                 task_name: {metric: getattr(how, "__name__", "") for metric, how in task.aggregation().items()}
                 for task_name, task in tasks.items()
             }
-    return TaskSet(manager, limit, num_fewshot, identities, aggregations)
+    return TaskSet(manager, limit, num_fewshot, chat_template, multiturn, identities, aggregations)
 
 
 def run_task(
@@ -109,14 +128,24 @@ def run_task(
     tasks: TaskSet,
     name: str,
     *,
+    bos: bool | None = None,
     batch_size: int = 1,
     progress: Advance | None = None,
 ) -> dict[str, TaskResult]:
     """Evaluate a model on one name of a set: the result of each of its tasks and groups, by name.
 
-    `progress(done, total)` counts requests. Raises TaskError if lm-eval refuses the task or the model.
+    Prompts are opened with BOS if `bos` says so, by default if the tokenizer itself does so. `progress(done, total)`
+    counts requests. Raises TaskError if lm-eval refuses the task or the model, or the tokenizer has no chat template
+    and one is asked for; DataError if it cannot do as `bos` says.
     """
     assert name in tasks.identities, f"{name} was not opened"
+    if tasks.chat_template and not tokenizer.chat_template:
+        raise TaskError(
+            f"--apply-chat-template renders prompts through the tokenizer's chat template, and that of "
+            f"{model.config.name_or_path or 'this model'} has none; leave it out"
+        )
+    bos = puts_bos(tokenizer) if bos is None else bos
+    tokenizer = opening_with_bos(tokenizer, bos)
     with _quiet(progress):
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -128,10 +157,12 @@ def run_task(
                 num_fewshot=tasks.num_fewshot,
                 limit=tasks.limit,
                 task_manager=tasks.manager,
+                apply_chat_template=tasks.chat_template,
+                fewshot_as_multiturn=tasks.multiturn,
             )
         except ValueError as error:
             raise TaskError(f"task {name} cannot be run: {_cause(error)}") from error
-    return {task: _result(found, task, tasks.limit) for task in found["results"]}
+    return {task: _result(found, task, tasks, bos) for task in found["results"]}
 
 
 def _manager(names: Sequence[str], include_path: Path | None) -> Any:
@@ -188,7 +219,7 @@ def _identity(task: Any, limit: int | None, num_fewshot: int | None) -> str:
     return _sha256([settings, documents, examples])
 
 
-def _result(found: Mapping[str, Any], task: str, limit: int | None) -> TaskResult:
+def _result(found: Mapping[str, Any], task: str, tasks: TaskSet, bos: bool) -> TaskResult:
     figures = found["results"][task]
     values = {key: value for key, value in figures.items() if "," in key and "_stderr," not in key}
     metrics = {}
@@ -207,11 +238,13 @@ def _result(found: Mapping[str, Any], task: str, limit: int | None) -> TaskResul
     return TaskResult(
         metrics=metrics,
         samples=int(figures.get("sample_len", 0)),
-        limit=limit,
+        limit=tasks.limit,
         num_fewshot=found["n-shot"].get(task),
         version=found["versions"].get(task),
         scores={metric: values for metric, values in scores.items() if None not in values},
         documents=[sample["doc_hash"] for sample in samples if sample["filter"] == first],
+        bos=bos,
+        chat_template=tasks.chat_template,
     )
 
 

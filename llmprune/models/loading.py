@@ -22,9 +22,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from llmprune.data.bos import opening_with_bos
 from llmprune.errors import ModelError, UnsupportedModelError, quoted, shortened
 from llmprune.files import exists, expanded
 from llmprune.recipe import ModelRecipe
+
+_PRE_TOKENIZERS_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
+"""With these, llama.cpp puts BOS in front of a text unless the file says otherwise; transformers would not."""
 
 
 def load_model(
@@ -37,8 +41,9 @@ def load_model(
     """
     place, gguf_file = locate(recipe.path)
     where: dict[str, Any] = {"revision": recipe.revision} if recipe.revision else {}
+    unsaid_bos = False
     if gguf_file:
-        _check_gguf(Path(place) / gguf_file)
+        unsaid_bos = _check_gguf(Path(place) / gguf_file)
         where["gguf_file"] = gguf_file
     with _readable_errors(recipe.path), _quiet_loading():
         config = AutoConfig.from_pretrained(place, trust_remote_code=recipe.trust_remote_code, **where)
@@ -59,13 +64,15 @@ def load_model(
         model, info = loaded
         _check_complete(info, recipe.path)
         _check_dtype(model, recipe.path)
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             recipe.tokenizer or place,
             trust_remote_code=recipe.trust_remote_code,
             **({} if recipe.tokenizer else where),
         )
     if gguf_file:
         _forget_quantisation(model)
+    if unsaid_bos and not recipe.tokenizer:
+        tokenizer = opening_with_bos(tokenizer, True)
     return (model if spread else model.to(device)).eval(), tokenizer
 
 
@@ -152,7 +159,8 @@ def _check_complete(info: Mapping[str, Any], path: str) -> None:
             )
 
 
-def _check_gguf(file: Path) -> None:
+def _check_gguf(file: Path) -> bool:
+    """Refuse what transformers cannot read. Returns whether llama.cpp opens texts with BOS although it is not said."""
     from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
@@ -176,6 +184,9 @@ def _check_gguf(file: Path) -> None:
             f"{file} scales its rotary embedding ({', '.join(dropped)}), which transformers leaves out when it reads "
             "GGUF: the model would be another; name the safetensors model instead"
         )
+    pre_tokenizer = reader.get_field("tokenizer.ggml.pre")
+    is_said = reader.get_field("tokenizer.ggml.add_bos_token") is not None
+    return not is_said and pre_tokenizer is not None and pre_tokenizer.contents() in _PRE_TOKENIZERS_WITH_BOS
 
 
 def _forget_quantisation(model: PreTrainedModel) -> None:
