@@ -284,11 +284,10 @@ def test_solving_a_layer_takes_the_memory_that_was_forecast(step: int, refit: bo
 
 def test_an_estimate_takes_about_the_memory_that_was_forecast(counted_run: Counted) -> None:
     run = Run.open(counted_run.path)
+    parent, split, library = run.parent, run.tokens["calibration"], run.library
     said = by_name(forecast(counted_run.plan))["path"].peak_memory_bytes - counted_run.plan.parent_bytes
     with allocated() as memory:
-        estimate_delta_nats(
-            run.parent, run.tokens["calibration"], run.library, tokens=counted_run.recipe.tables.path_tokens
-        )
+        estimate_delta_nats(parent, split, library, tokens=counted_run.recipe.tables.path_tokens)
     assert 0.5 * said <= memory.peak_bytes <= 1.5 * said
 
 
