@@ -13,6 +13,7 @@ from optuna.storages.journal import JournalFileBackend
 from llmprune import run as stages
 from llmprune.architecture import BLOCK_KINDS, BlockKind
 from llmprune.blocks.library import load_library, stored_layers
+from llmprune.deploy.gguf import tensor_bytes
 from llmprune.errors import LlmpruneError, RunDirectoryError
 from llmprune.measure.host import fingerprint
 from llmprune.measure.profile import time_shares
@@ -111,7 +112,8 @@ def forecast_run(
     size = size_of(parent.model, parent.shape, parent.shape.architecture)
     biased = frozenset(kind for kind in BLOCK_KINDS if parent.output_bias(0, kind) is not None)
     vocabulary = parent.model.config.get_text_config().vocab_size
-    plan = Plan(recipe, space, run.workload, vocabulary, size.bytes, parent.model.dtype.itemsize, biased)
+    gguf = sum(tensor_bytes(parent.model, recipe.deploy.gguf_type).values()) if _writes_gguf(recipe) else 0
+    plan = Plan(recipe, space, run.workload, vocabulary, size.bytes, parent.model.dtype.itemsize, biased, gguf)
     with show("measuring what this machine does in a second"):
         windows = max(plan.windows("search").values())
         rates = measure_rates(parent, space, run.workload, windows, recipe.data.seq_len)
@@ -136,6 +138,10 @@ def forecast_run(
         "stages": rows,
         "total": total,
     }
+
+
+def _writes_gguf(recipe: Recipe) -> bool:
+    return recipe.workload.engine == "llamacpp" or "gguf" in recipe.deploy.formats
 
 
 class _NotDone(Exception):

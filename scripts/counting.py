@@ -1,4 +1,4 @@
-"""Counts of what torch really runs: tokens through decoder layers, and floating point operations."""
+"""Counts of what torch really does: tokens through decoder layers, floating point operations, bytes allocated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._C._profiler import _EventType
 from torch.nn.modules.module import register_module_forward_hook
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -44,6 +46,32 @@ def counted() -> Iterator[Work]:
         yield work
     finally:
         handle.remove()
+
+
+@dataclass
+class Memory:
+    """What `allocated` saw: the most bytes of tensors on the CPU at once, above what was there before."""
+
+    peak_bytes: int = 0
+
+
+@contextmanager
+def allocated() -> Iterator[Memory]:
+    """Watches torch's CPU allocator; scratch that a kernel allocates for itself is seen too."""
+    memory = Memory()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        yield memory
+    found: list[tuple[int, int]] = []
+    waiting = list(watched.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.alloc_size))
+    held = 0
+    for _, change in sorted(found):
+        held += change
+        memory.peak_bytes = max(memory.peak_bytes, held)
 
 
 class Flops(TorchDispatchMode):

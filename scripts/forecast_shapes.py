@@ -21,7 +21,7 @@ from llmprune.blocks.work import (
     gram_flops_per_token,
     layer_library_bytes,
     layer_solver_flops,
-    solver_bytes,
+    solving_bytes,
 )
 from llmprune.measure.throughput import Workload
 from llmprune.recipe import Recipe
@@ -72,7 +72,7 @@ def figures(name: str, recipe: Recipe, steps: int) -> dict[str, Any]:
         "library forward tokens": stages["library"].forward_tokens,
         "the same with memory for all layers": unbounded.forward_tokens,
         "Gram products / layer forward": gram_flops_per_token(shape) / layer_flops,
-        "solver scratch bytes": solver_bytes(shape),
+        "solving a layer, bytes": solving_bytes(space, recipe.importance, dtype_bytes),
         "solver float64 TFLOP a layer": solver.total / 1e12,
         "solver float64 TFLOP in all": shape.layers * solver.total / 1e12,
         "library bytes a layer": layer_library_bytes(space, dtype_bytes),

@@ -14,18 +14,23 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from counting import allocated
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import llmprune.models.checkpoint as checkpoint
-from llmprune.architecture import Architecture, ParentShape
+from llmprune.architecture import BLOCK_KINDS, Architecture, ParentShape
+from llmprune.blocks.sensitivity import estimate_delta_nats
+from llmprune.blocks.solve import solve_layer
+from llmprune.blocks.statistics import collect_statistics
+from llmprune.blocks.work import solving_bytes
 from llmprune.cli import main
 from llmprune.measure.prefix import PrefixScorer
 from llmprune.measure.throughput import Speed, Spread, Workload, measure_paired
 from llmprune.models.parent import load_parent
-from llmprune.recipe import Recipe, TablesRecipe
+from llmprune.recipe import ImportanceRecipe, Recipe, TablesRecipe
 from llmprune.recipe_text import parse_recipe, to_yaml
 from llmprune.run import export, front, search, write_children
 from llmprune.run_directory import RunDirectory
@@ -258,6 +263,45 @@ def test_files_are_as_large_as_forecast(counted_run: Counted) -> None:
     weights = [file for place in (directory.children, directory.export) for file in place.rglob("*.safetensors")]
     assert len(weights) == said["checkpoints"].children
     assert sum(file.stat().st_size for file in weights) <= said["checkpoints"].disk_bytes
+
+
+@pytest.mark.parametrize(("step", "refit"), [(128, True), (8, True), (128, False)])
+def test_solving_a_layer_takes_the_memory_that_was_forecast(step: int, refit: bool, counted_run: Counted) -> None:
+    """Few choices: the scratch is most of it. Many: the refits, of which the forecast once knew nothing."""
+    parent = load_parent(counted_run.recipe.model)
+    space = Space.of(parent.shape, 1, step)
+    rules = ImportanceRecipe(refit=refit)
+    split = Run.open(counted_run.path).tokens["calibration"]
+    statistics = collect_statistics(parent, split, layers=[0])
+    blocks = {kind: statistics[0, kind] for kind in BLOCK_KINDS}
+    with allocated() as memory:
+        solve_layer(parent, 0, blocks, rules, space)
+    said = solving_bytes(space, rules, 4)
+    assert 0.7 * said <= memory.peak_bytes <= said
+    if step == 8:
+        assert said > 1.5 * 5 * 8 * parent.shape.ffn_width**2, "else nothing is known of the refits"
+
+
+def test_an_estimate_takes_about_the_memory_that_was_forecast(counted_run: Counted) -> None:
+    run = Run.open(counted_run.path)
+    parent, split, library = run.parent, run.tokens["calibration"], run.library
+    said = by_name(forecast(counted_run.plan))["path"].peak_memory_bytes - counted_run.plan.parent_bytes
+    with allocated() as memory:
+        estimate_delta_nats(parent, split, library, tokens=counted_run.recipe.tables.path_tokens)
+    assert 0.5 * said <= memory.peak_bytes <= 1.5 * said
+
+
+def test_llama_cpps_files_are_forecast(counted_run: Counted) -> None:
+    rules = counted_run.recipe.deploy.model_copy(update={"formats": ("hf", "gguf")})
+    recipe = counted_run.recipe.model_copy(update={"deploy": rules})
+    engine = replace(counted_run.plan.workload, engine="llamacpp", gguf_type="f16")
+    in_torch = by_name(forecast(counted_run.plan))
+    served = by_name(forecast(replace(counted_run.plan, recipe=recipe, workload=engine, gguf_bytes=1 << 30)))
+    for stage, files in (("library", 0), ("estimate", 0), ("probes", 2), ("path", 1)):
+        assert served[stage].peak_memory_bytes - in_torch[stage].peak_memory_bytes == files << 30, stage
+    for stage in ("search", "front"):
+        assert 1 << 30 < served[stage].peak_memory_bytes - in_torch[stage].peak_memory_bytes <= 2 << 30, stage
+    assert served["checkpoints"].disk_bytes - in_torch["checkpoints"].disk_bytes == 1 << 30
 
 
 def test_what_is_done_costs_nothing(counted_run: Counted) -> None:

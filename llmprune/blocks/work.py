@@ -149,9 +149,45 @@ def layer_library_bytes(
     return total + _HEADER_BYTES_A_TENSOR * tensors
 
 
-def solver_bytes(shape: ParentShape) -> int:
-    """Scratch of solving the wider block: about five float64 matrices (I, I) beside the statistics."""
-    return 5 * 8 * max(inputs_of(shape, kind) for kind in BLOCK_KINDS) ** 2
+def solving_bytes(space: Space, recipe: ImportanceRecipe, dtype_bytes: int) -> int:
+    """The most that solving one layer holds at once beside its statistics: scratch in float64, the solved weights of
+    every choice, twice while they are put in order, copied and written, and those of the block that came before."""
+    solved = {kind: _solved_bytes(space, kind, dtype_bytes) for kind in BLOCK_KINDS}
+    # Blocks are solved in this order; the first one's weights wait for the second's.
+    waiting, most = 0, 2 * sum(solved.values())
+    for kind in BLOCK_KINDS:
+        scratch = max(_order_bytes(space, recipe, kind), _refit_bytes(space, recipe, kind, dtype_bytes))
+        most = max(most, waiting + max(scratch, 2 * solved[kind]))
+        waiting += solved[kind]
+    return most
+
+
+def _solved_bytes(space: Space, kind: BlockKind, dtype_bytes: int) -> int:
+    """Output weights of all choices of a block."""
+    inputs = sum(space.shape.inputs(choice) for choice in stored_choices(space, kind))
+    return dtype_bytes * space.shape.hidden_size * inputs
+
+
+def _order_bytes(space: Space, recipe: ImportanceRecipe, kind: BlockKind) -> int:
+    """For OBS H, its factor, an identity, its root and a copy, (I, I) each; later H and two inverses, and weights."""
+    inputs, outputs = inputs_of(space.shape, kind), space.shape.hidden_size
+    weight = 8 * inputs * outputs
+    return 5 * 8 * inputs**2 + weight if recipe.method == "obs" else 2 * weight
+
+
+def _refit_bytes(space: Space, recipe: ImportanceRecipe, kind: BlockKind, dtype_bytes: int) -> int:
+    """Of the widest chain: H (I, I), its rows (S, I) and factor (S, S) or, later, two copies of the factor and the
+    right-hand sides (S, D); and all weights solved so far. Choices that merge KV groups hold five of (I, I)."""
+    if not recipe.refit:
+        return 0
+    inputs, outputs = inputs_of(space.shape, kind), space.shape.hidden_size
+    most = max((max(counts) for counts in _chains(space, kind)), default=0)
+    factored = inputs**2 + most * inputs + 2 * most**2
+    substituted = inputs**2 + 3 * most**2 + 4 * most * outputs
+    scratch = inputs * outputs + max(factored, substituted)
+    if kind == "attention" and merged_choices(space):
+        scratch = max(scratch, 5 * inputs**2 + 3 * inputs * outputs)
+    return 8 * scratch + _solved_bytes(space, kind, dtype_bytes)
 
 
 def graph_bytes_per_token(shape: ParentShape, dtype_bytes: int, merged: int = 0) -> int:

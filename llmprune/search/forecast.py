@@ -14,8 +14,10 @@ can be where the search does, so totals err high:
 Left out: fetching, reading and hashing the parent, timing what the space can reach (seconds), tokenising text, Python
 and torch themselves (about half a gigabyte), copying the weights of children, knapsacks, predictors and Optuna
 (milliseconds to seconds a trial), reading the library back, the stores of trials and scores, and trials that fail or
-repeat an earlier architecture. A base-model pass of the statistics is counted as a whole scoring pass, though it has no
-output layer; an exact score by the layers that it runs, though it runs the output layer whole.
+repeat an earlier architecture. Finished layers of the library are mapped files: they count towards a process's resident
+memory while the kernel has room, and are not counted here; nor are llama.cpp's caches and buffers, nor its files in the
+temporary directory, a parent's and a child's at most. A base-model pass of the statistics is counted as a whole scoring
+pass, though it has no output layer; an exact score by the layers that it runs, though it runs the output layer whole.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from llmprune.blocks.work import (
     layer_library_bytes,
     layer_solver_flops,
     merged_choices,
-    solver_bytes,
+    solving_bytes,
 )
 from llmprune.measure.prefix_states import common_steps, last_start, spread, steps_of
 from llmprune.measure.quality import LOGITS_BYTES
@@ -96,14 +98,14 @@ def _library(plan: Plan, done: Done) -> StageCost:
 
 
 def _solving_bytes(plan: Plan, layers: int) -> int:
-    """Statistics of a pass, and beside them what a batch or the solver takes."""
+    """Statistics of a pass, and beside them what a batch, or solving a layer, takes."""
     shape = plan.space.shape
     merged = gathered_choices(plan.space, plan.recipe.importance)
     statistics = min(layers, plan.layers_a_pass) * statistics_bytes(shape, len(merged))
     batch = max(BATCH_TOKENS, plan.recipe.data.seq_len)
     activations = batch * (3 * shape.ffn_width + 4 * shape.hidden_size) * max(4, plan.dtype_bytes)
     gram = 4 * max(shape.ffn_width, shape.inputs(shape.full("attention"))) ** 2
-    return statistics + max(activations + gram, solver_bytes(shape))
+    return statistics + max(activations + gram, solving_bytes(plan.space, plan.recipe.importance, plan.dtype_bytes))
 
 
 def _estimating_bytes(plan: Plan) -> int:
@@ -153,7 +155,7 @@ def _path(plan: Plan) -> StageCost:
         forward_tokens=tokens,
         backward_tokens=tokens,
         float32_flops=tokens * plan.space.shape.layers * estimate_flops_per_token(plan.space, anywhere=True),
-        peak_memory_bytes=plan.parent_bytes + _estimating_bytes(plan),
+        peak_memory_bytes=plan.parent_bytes + plan.timed_file_bytes + _estimating_bytes(plan),
     )
 
 
@@ -167,7 +169,12 @@ def _timing(plan: Plan, comparisons: int, repeats: int) -> Timing:
 def _probes(plan: Plan) -> StageCost:
     children = len(probe_architectures(plan.space)) + len(CALIBRATE_AT)
     timing = _timing(plan, children, plan.recipe.workload.repeats)
-    return StageCost("probes", timing=timing, children=children, peak_memory_bytes=2 * plan.parent_bytes)
+    return StageCost("probes", timing=timing, children=children, peak_memory_bytes=_timing_bytes(plan))
+
+
+def _timing_bytes(plan: Plan) -> int:
+    """Parent and child, and what llama.cpp maps of both."""
+    return 2 * (plan.parent_bytes + plan.timed_file_bytes)
 
 
 def _judged_bytes(plan: Plan, split: SplitName) -> int:
@@ -197,7 +204,8 @@ def _search(plan: Plan, done: Done) -> StageCost:
         float32_flops=estimated * plan.space.shape.layers * estimate_flops_per_token(plan.space, anywhere=True),
         # One to be timed; and one to be scored, anew on each slice of a race.
         children=trials + proposals * (raced * len(SHARES) if raced > 1 else 1),
-        peak_memory_bytes=states + max(_judged_bytes(plan, "search"), estimating),
+        peak_memory_bytes=states
+        + max(plan.timed_file_bytes + max(_judged_bytes(plan, "search"), estimating), _timing_bytes(plan)),
         most_seconds=None if rules.minutes is None else 60 * rules.minutes,
     )
 
@@ -237,10 +245,13 @@ def _front(plan: Plan, done: Done) -> StageCost:
         solver=sum((layer_solver_flops(space, own[m]).times(missing[m]) for m in own), SolverFlops()),
         float32_flops=most * calibration * gram_flops_per_token(space.shape),
         children=sum(scored.values()) + (2 + len(quoted)) * measured,
-        peak_memory_bytes=max(
+        # llama.cpp keeps the parent's file mapped, whatever else is done.
+        peak_memory_bytes=plan.timed_file_bytes
+        + max(
             _judged_bytes(plan, "validation"),
             _judged_bytes(plan, "search") + kept * plan.state_bytes(search),
             plan.parent_bytes + (_solving_bytes(plan, most) if most else 0),
+            _timing_bytes(plan) - plan.timed_file_bytes + kept * plan.state_bytes(search),
         ),
         disk_bytes=sum(
             missing[m] * layer_library_bytes(space, plan.dtype_bytes, plan.biased, own[m].method) for m in own
@@ -249,17 +260,19 @@ def _front(plan: Plan, done: Done) -> StageCost:
 
 
 def _checkpoints(plan: Plan, done: Done) -> StageCost:
-    """The front's checkpoints and the export, each loaded again by a fresh process."""
+    """The front's checkpoints and the export, each loaded again by a fresh process; the export in every format."""
     rules = plan.recipe.front
     count = 1 + (min(rules.size, plan.recipe.search.trials) if rules.checkpoints == "all" else 0)
     if done.checkpoints_left is not None:
         count = done.checkpoints_left
     if count == 0:
         return StageCost("checkpoints", done=True)
+    exported = plan.gguf_bytes if "gguf" in plan.recipe.deploy.formats else 0
     return StageCost(
         "checkpoints",
         children=count,
         processes=count,
-        peak_memory_bytes=3 * plan.parent_bytes,
-        disk_bytes=count * plan.parent_bytes,
+        # The proof is a process beside this one, of a parent, a child and, in llama.cpp, its file.
+        peak_memory_bytes=3 * plan.parent_bytes + plan.timed_file_bytes + exported,
+        disk_bytes=count * plan.parent_bytes + exported,
     )

@@ -39,6 +39,13 @@ class Plan:
     dtype_bytes: int
     biased: frozenset[BlockKind] = frozenset()
     """Kinds of block whose output projection has a bias."""
+    gguf_bytes: int = 0
+    """Weights of the parent's GGUF file, where llama.cpp times models or children are exported as gguf."""
+
+    @property
+    def timed_file_bytes(self) -> int:
+        """What llama.cpp maps of one model that it times; 0 for torch, which times models where they are."""
+        return self.gguf_bytes if self.workload.engine == "llamacpp" else 0
 
     def windows(self, split: SplitName) -> Mapping[str, int]:
         """Windows of each source, as the token splits will have them."""
