@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from llmprune.errors import quoted
 
-SplitName = Literal["calibration", "search", "validation", "test", "unseen"]
+SplitName = Literal["calibration", "estimate", "search", "validation", "test", "unseen"]
 SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
 Objective = Literal["decode", "prefill"]
 SpaceSize = Literal["small", "layer", "medium", "large"]
@@ -115,6 +115,12 @@ class DataRecipe(_Strict):
         "tokenizer itself puts it in front of a text",
     )
     calibration_tokens: int = Field(24_576, ge=256, description="for statistics of the blocks")
+    estimate_tokens: int = Field(
+        8_192,
+        ge=64,
+        description="for estimates of what a choice costs: least squares flatters itself on the tokens that it was "
+        "fitted to",
+    )
     search_tokens: int = Field(4_096, ge=64, description="every trial is scored on these")
     validation_tokens: int = Field(16_384, ge=64, description="for choosing on the front")
     test_tokens: int = Field(16_384, ge=64, description="reported once")
@@ -209,14 +215,14 @@ class ImportanceRecipe(_Strict):
 class TablesRecipe(_Strict):
     """What each choice costs in nats and saves in time, put alone into the parent."""
 
-    tokens: int = Field(4_096, ge=64, description="calibration tokens that choices are scored on")
+    tokens: int = Field(4_096, ge=64, description="tokens of the estimate split that choices are scored on")
     exact: tuple[Literal["attention", "ffn", "drops"], ...] = Field(
         (),
         description="blocks (or whole-block drops) scored by putting each choice into the parent, in place of the "
         "estimate from one backward pass",
     )
     path_tokens: int = Field(
-        4_096, ge=64, description="calibration tokens of each estimate along the path of seeds, and of slp's"
+        4_096, ge=64, description="tokens of the estimate split of each estimate along the path of seeds, and of slp's"
     )
     path_step: float = Field(1.06, gt=1, description="factor in speed-up between two estimates along the path")
 

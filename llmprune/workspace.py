@@ -212,11 +212,14 @@ class Run:
             if not path.is_file():
                 raise RunDirectoryError(f"a worker needs {path}; copy it from the run directory of llmprune search")
             return BlockTables.from_json(self.space, read_json(path))
-        key = hash_of(self.library.hash, self.workload.to_json(), fingerprint(), rules.tokens, rules.exact)
+        estimated = self.tokens["estimate"]
+        key = hash_of(
+            self.library.hash, estimated.hash, self.workload.to_json(), fingerprint(), rules.tokens, rules.exact
+        )
         if not self.directory.is_done("tables", key, path):
             tables = build_tables(
                 self.parent,
-                self.tokens["calibration"],
+                estimated,
                 self.library,
                 self.workload,
                 self.recipe.workload.repeats,
@@ -229,7 +232,7 @@ class Run:
 
     @cached_property
     def estimates(self) -> Estimates:
-        split, rules = self.tokens["calibration"], self.recipe.tables
+        split, rules = self.tokens["estimate"], self.recipe.tables
         return Estimates(self.parent, split, self.library, rules.path_tokens, self.workload.device)
 
     @cached_property
@@ -237,7 +240,8 @@ class Run:
         """Labelled seeds, one for each of the recipe's targets that a path from the parent reaches."""
         search, rules, tables = self.recipe.search, self.recipe.tables, self.tables
         file = self.directory.seeds
-        key = hash_of(self.library.hash, tables.to_json(), search.objective, search.targets, rules.model_dump())
+        made_of = [self.library.hash, self.tokens["estimate"].hash, tables.to_json()]
+        key = hash_of(*made_of, search.objective, search.targets, rules.model_dump())
         if not self.directory.is_done("seeds", key, file):
             write_json(file, seeds_to_json(walked_seeds(self.estimates.at, tables.costs, search, rules, self.show)))
             self.directory.mark_done("seeds", key)

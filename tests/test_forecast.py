@@ -87,6 +87,7 @@ def make_recipe(root: Path) -> Recipe:
                 "sources": sources,
                 "seq_len": 16,
                 "calibration_tokens": 500,
+                "estimate_tokens": 120,
                 "search_tokens": 100,
                 "validation_tokens": 130,
                 "test_tokens": 64,

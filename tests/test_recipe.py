@@ -57,7 +57,7 @@ def test_the_default_and_the_demo_come_along() -> None:
         ("importance.damp=.nan", "importance.damp: Input should be"),
         ("importance.memory_gb=0", "importance.memory_gb: Input should be greater than 0"),
         ("workload.generated_tokens=1", "workload.generated_tokens: Input should be greater than or equal to 2"),
-        ("model.dtype=int8", "model.dtype: Input should be 'float32', 'bfloat16' or 'float16', got 'int8'"),
+        ("model.dtype=int8", "model.dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16', got 'int8'"),
         ("data.sources=[]", "data.sources: Tuple should have at least 1 item"),
         ("data.sources=[{name: a b, path: x}]", "data.sources.0.name: String should match pattern"),
         ("data.sources=[{name: a}]", "give exactly one of `dataset` (Hub) and `path` (local file)"),
@@ -164,10 +164,11 @@ def test_the_schema_names_every_key() -> None:
 
 def test_splits_have_sizes_of_their_own() -> None:
     data = parse_recipe(apply_overrides(SMALLEST, ["data.unseen=[{name: b, path: b.txt}]"]), origin="").data
-    assert (parse_recipe(SMALLEST, origin="").data.splits, data.splits) == (SPLIT_NAMES[:4], SPLIT_NAMES)
+    assert (parse_recipe(SMALLEST, origin="").data.splits, data.splits) == (SPLIT_NAMES[:5], SPLIT_NAMES)
     assert {name: data.seq_len_of(name) for name in SPLIT_NAMES} == {**dict.fromkeys(SPLIT_NAMES, 256), "unseen": 1024}
     assert {name: data.tokens_of(name) for name in SPLIT_NAMES} == {
         "calibration": data.calibration_tokens,
+        "estimate": data.estimate_tokens,
         "search": data.search_tokens,
         "validation": data.validation_tokens,
         "test": data.test_tokens,
@@ -188,7 +189,7 @@ def test_local_files_are_made_absolute_and_hub_ids_are_not(tmp_path: Path, monke
 
 
 def test_a_section_from_elsewhere_is_held_to_the_same_rules() -> None:
-    assert parse_section(ModelRecipe, {"path": "a"}).dtype == "float32"
+    assert parse_section(ModelRecipe, {"path": "a"}).dtype == "auto"
     with pytest.raises(RecipeError, match=r"^dtype: Input should be"):
         parse_section(ModelRecipe, {"path": "a", "dtype": "int4"})
 

@@ -22,6 +22,7 @@ from llmprune.space import Space
 
 SMALL_SPLITS = {
     "calibration_tokens": 256,
+    "estimate_tokens": 64,
     "search_tokens": 64,
     "validation_tokens": 64,
     "test_tokens": 64,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 IntArray = npt.NDArray[np.int64]
 
-SPLITS_BY_PRIORITY: tuple[SplitName, ...] = ("search", "validation", "test", "calibration", "unseen")
+SPLITS_BY_PRIORITY: tuple[SplitName, ...] = ("search", "validation", "test", "estimate", "calibration", "unseen")
 """Which split takes its documents first: raising `calibration_tokens` leaves the scored text as it was."""
 
 LARGEST_DOCUMENT_SHARE = 1 / 16

@@ -142,7 +142,7 @@ def _exact(plan: Plan) -> StageCost:
         "exact",
         forward_tokens=-(-ran * tokens // layers),
         children=len(plan.exact_choices),
-        peak_memory_bytes=_judged_bytes(plan, "calibration") + len(kept) * plan.state_bytes(tokens),
+        peak_memory_bytes=_judged_bytes(plan, "estimate") + len(kept) * plan.state_bytes(tokens),
     )
 
 

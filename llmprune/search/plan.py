@@ -55,9 +55,9 @@ class Plan:
         return sum(self.windows(split).values()) * self.recipe.data.seq_len_of(split)
 
     def estimated_tokens(self, tokens: int) -> int:
-        """Calibration tokens of a one-backward estimate that asks for `tokens`, in whole windows a source."""
-        seq_len, windows = self.recipe.data.seq_len, self.windows("calibration")
-        weights = self.recipe.data.weights_of("calibration")
+        """Tokens of a one-backward estimate that asks for `tokens`, in whole windows a source."""
+        seq_len, windows = self.recipe.data.seq_len, self.windows("estimate")
+        weights = self.recipe.data.weights_of("estimate")
         wanted = {name: max(1, round(tokens * weight / seq_len)) for name, weight in weights.items()}
         return sum(min(wanted[name], windows[name]) for name in windows) * seq_len
 
@@ -70,8 +70,8 @@ class Plan:
 
     @property
     def exact_tokens(self) -> int:
-        """Calibration tokens of one exact score."""
-        return self.first_tokens("calibration", self.recipe.tables.tokens)
+        """Tokens of one exact score."""
+        return self.first_tokens("estimate", self.recipe.tables.tokens)
 
     @cached_property
     def exact_choices(self) -> list[Assignment]:
