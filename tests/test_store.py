@@ -70,7 +70,7 @@ def test_splits_of_the_first_version_are_read(tmp_path: Path) -> None:
 def test_a_changed_or_cut_file_is_refused(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("run")
     path = directory / "tokens.safetensors"
-    source = write_jsonl(directory / "a.jsonl", numbered_documents("ant", 30))
+    source = write_jsonl(directory / "a.jsonl", numbered_documents("ant", 40))
     save_token_splits(build_token_splits(small_data_recipe(source), tiny_tokenizer()), path)
     content = bytearray(path.read_bytes())
     if data.draw(st.booleans(), label="cut"):
