@@ -73,8 +73,8 @@ def start_study(run: Run, storage: BaseStorage) -> optuna.Study:
     facts.write(study, rules.trials)
     starts = warm_starts(tables.delta_nats, tables.influence, tables.costs, rules.objective, rules.targets, run.path)
     if rules.sampler in GUIDED:
-        # They need somewhere to start from; a population would need variety as well.
-        starts = [start for start in starts if start[0] == "parent" or start in run.path]
+        # They need somewhere to start from, and to be no worse than the plainest child; a population would need variety.
+        starts = [start for start in starts if start[0].partition("-")[0] in ("parent", "path", "uniform")]
     prepare_study(study, rules, run.space, starts)
     noted = {"run": facts.run, "storage": _place(run)}
     if run.directory.read_provenance().get("study") != noted:
