@@ -97,8 +97,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 # Sums come out in another order on another CPU: the same tests with other kernels, on one thread and on two.
-NUMERIC := $(patsubst %,tests/test_%.py,merging families blocks_refit blocks_library prefix racing sensitivity measure search_exact \
-	baselines_flap gguf gguf_proof)
+NUMERIC := $(patsubst %,tests/test_%.py,merging blocks_refit blocks_library sensitivity measure baselines_flap gguf gguf_proof)
 
 test-numerics: setup
 	@set -e; for kernels in default avx2; do for threads in 1 2; do \

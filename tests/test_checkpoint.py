@@ -337,7 +337,7 @@ def _perturbed(weights: dict[str, torch.Tensor]) -> None:
 
 
 def _swapped(weights: dict[str, torch.Tensor]) -> None:
-    first, second = (f"model.layers.{i}.input_layernorm.weight" for i in (0, 1))
+    first, second = (f"model.layers.{i}.post_attention_layernorm.weight" for i in (0, 1))
     weights[first], weights[second] = weights[second], weights[first]
 
 
@@ -349,7 +349,7 @@ def _deleted(weights: dict[str, torch.Tensor]) -> None:
     ("damage", "message"),
     [
         (_perturbed, r"other weights than the scored child: model\.layers\.0\.mlp\.down_proj"),
-        (_swapped, r"other weights than the scored child: model\.layers\.\d\.input_layernorm"),
+        (_swapped, r"other weights than the scored child: model\.layers\.\d\.post_attention_layernorm"),
         (_deleted, r"missing keys: model\.layers\.1\.self_attn\.q_proj\.weight"),
     ],
 )
