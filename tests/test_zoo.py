@@ -41,8 +41,8 @@ from llmprune.search.exact import BROKEN
 
 FEW_STEPS = zoo_training.Schedule(steps=2)
 SMALL = Sizes(
-    calibration_tokens=2048,
-    search_tokens=512,
+    calibration_tokens=4096,
+    search_tokens=1024,
     validation_tokens=1024,
     table_tokens=512,
     ffn_step=192,
