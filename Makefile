@@ -32,7 +32,8 @@ OUTPUT ?=
 PARENT ?=
 TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
 
-.PHONY: setup demo compress search baselines export export-gguf export-vllm push bench bench-search bench-scaling eval test test-numerics lint typecheck check clean
+.PHONY: setup demo compress search baselines export export-gguf export-vllm push bench bench-search bench-families bench-scaling eval \
+	test test-numerics lint typecheck check clean
 
 setup: $(VENV)/.installed
 
@@ -68,6 +69,12 @@ bench-search: setup
 	$(LLMPRUNE) baselines runs/bench-search
 	$(BIN)/python scripts/bench_search.py runs/bench-search
 	$(BIN)/python scripts/kill_workers.py --trials 200 --every 2
+
+# A small model of every family is trained once, minutes of one core each, and a whole search is run on each.
+bench-families: setup
+	$(BIN)/python scripts/fetch_demo_assets.py --to assets/demo
+	$(BIN)/python scripts/zoo.py --all
+	$(BIN)/python scripts/bench_families.py
 
 export: setup
 	$(LLMPRUNE) export '$(OUT)' --pick '$(PICK)' --to '$(TO)'

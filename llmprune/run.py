@@ -73,7 +73,7 @@ def start_study(run: Run, storage: BaseStorage) -> optuna.Study:
     facts.write(study, rules.trials)
     starts = warm_starts(tables.delta_nats, tables.influence, tables.costs, rules.objective, rules.targets, run.path)
     if rules.sampler in GUIDED:
-        # They need somewhere to start from, and to be no worse than the plainest child; a population would need variety.
+        # They need somewhere to start from, and must not end behind the plainest child; a population needs variety.
         starts = [start for start in starts if start[0].partition("-")[0] in ("parent", "path", "uniform")]
     prepare_study(study, rules, run.space, starts)
     noted = {"run": facts.run, "storage": _place(run)}

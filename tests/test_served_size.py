@@ -15,6 +15,7 @@ from llmprune.architecture import Architecture
 from llmprune.deploy.gguf import write_gguf
 from llmprune.deploy.sizes import served_size
 from llmprune.errors import ExportError
+from llmprune.front_tables import front_table
 from llmprune.measure.llamacpp import GgufModel
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import size_of
@@ -27,7 +28,6 @@ from llmprune.search.budgets import SIZE_METRICS, parse_pick
 from llmprune.search.costs import CostTable
 from llmprune.search.tables import count_savings
 from llmprune.space import Space
-from llmprune.terminal import front_table
 from llmprune.workspace import Run
 
 BLOCKS = Case("llama", "blocky", {**BLOCKY, "tie_word_embeddings": True})
