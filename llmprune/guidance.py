@@ -41,12 +41,15 @@ class Estimates:
     tokens: int
     """Of `split`, that each estimate takes."""
     device: str
+    caution: float = 0.0
     _kept: dict[Architecture, DeltaNats] = field(default_factory=dict)
 
     def at(self, architecture: Architecture) -> DeltaNats:
         if architecture not in self._kept:
             with scoring(self.device):
-                found = estimate_delta_nats(self.parent, self.split, self.library, tokens=self.tokens, at=architecture)
+                found = estimate_delta_nats(
+                    self.parent, self.split, self.library, tokens=self.tokens, at=architecture, caution=self.caution
+                )
             if len(self._kept) == ESTIMATES_KEPT:
                 del self._kept[next(iter(self._kept))]
             self._kept[architecture] = found

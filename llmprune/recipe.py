@@ -221,6 +221,12 @@ class TablesRecipe(_Strict):
         description="blocks (or whole-block drops) scored by putting each choice into the parent, in place of the "
         "estimate from one backward pass",
     )
+    caution: float = Field(
+        1.0,
+        ge=0,
+        description="standard deviations between the sources' own scores that are added to their mean: what one kind "
+        "of text misses much more than another is left alone",
+    )
     path_tokens: int = Field(
         4_096, ge=64, description="tokens of the estimate split of each estimate along the path of seeds, and of slp's"
     )

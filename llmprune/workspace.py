@@ -214,7 +214,13 @@ class Run:
             return BlockTables.from_json(self.space, read_json(path))
         estimated = self.tokens["estimate"]
         key = hash_of(
-            self.library.hash, estimated.hash, self.workload.to_json(), fingerprint(), rules.tokens, rules.exact
+            self.library.hash,
+            estimated.hash,
+            self.workload.to_json(),
+            fingerprint(),
+            rules.tokens,
+            rules.exact,
+            rules.caution,
         )
         if not self.directory.is_done("tables", key, path):
             tables = build_tables(
@@ -233,7 +239,7 @@ class Run:
     @cached_property
     def estimates(self) -> Estimates:
         split, rules = self.tokens["estimate"], self.recipe.tables
-        return Estimates(self.parent, split, self.library, rules.path_tokens, self.workload.device)
+        return Estimates(self.parent, split, self.library, rules.path_tokens, self.workload.device, rules.caution)
 
     @cached_property
     def path(self) -> list[Seed]:

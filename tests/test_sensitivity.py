@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmprune.architecture import Architecture, AttentionChoice, BlockChoice, BlockKind, FfnChoice, ParentShape
 from llmprune.blocks.library import build_library
-from llmprune.blocks.sensitivity import block_influence, estimate_delta_nats
+from llmprune.blocks.sensitivity import DeltaNats, block_influence, estimate_delta_nats
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.measure.quality import score
 from llmprune.models.modeling_pruned import input_axis
@@ -391,6 +391,28 @@ def test_the_estimate_at_the_parent_is_the_default(split: Split) -> None:
     at_parent = estimate_delta_nats(parent, split, library, tokens=EVERYTHING, at=parent.shape.architecture)
     assert at_parent == default
     assert estimate_delta_nats(parent, split, library, tokens=EVERYTHING, at=smaller(parent.shape)) != default
+
+
+def test_caution_adds_what_the_sources_disagree_by(split: Split) -> None:
+    parent = double_parent("llama-gqa")
+    library: Any = Sliced(parent)
+
+    def estimated(some: Split, caution: float) -> DeltaNats:
+        return estimate_delta_nats(parent, some, library, tokens=EVERYTHING, caution=caution)
+
+    alone = [
+        estimated(replace(split, sources={name: source}, weights={name: 1.0}), 0.0)
+        for name, source in split.sources.items()
+    ]
+    weights = list(split.weights.values())
+    mean, wary = estimated(split, 0.0), estimated(split, 2.0)
+    for key in mean:
+        own = [found[key] for found in alone]
+        middle = math.fsum(w * value for w, value in zip(weights, own, strict=True))
+        spread = math.sqrt(math.fsum(w * (value - middle) ** 2 for w, value in zip(weights, own, strict=True)))
+        assert mean[key] == pytest.approx(middle, rel=1e-9, abs=1e-12)
+        assert wary[key] == pytest.approx(middle + 2 * spread, rel=1e-9, abs=1e-12)
+    assert any(wary[key] > mean[key] + 1e-4 for key in mean), "the sources disagree"
 
 
 @pytest.mark.parametrize("case_id", FINAL_NORMS)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from llmprune.architecture import BlockChoice
-from llmprune.blocks.sensitivity import DeltaNats
+from llmprune.blocks.sensitivity import DeltaNats, cautious
 from llmprune.data.tokens import Split
 from llmprune.errors import ArchitectureError, ModelError
 from llmprune.measure.quality import quality_from_windows
@@ -26,9 +27,16 @@ def is_exact(choice: BlockChoice, space: Space, rules: TablesRecipe) -> bool:
 
 
 def exact_delta_nats(
-    scorer: SplitScorer, split: Split, space: Space, choices: Iterable[tuple[int, BlockChoice]], progress: Advance
+    scorer: SplitScorer,
+    split: Split,
+    space: Space,
+    choices: Iterable[tuple[int, BlockChoice]],
+    progress: Advance,
+    *,
+    caution: float = 0.0,
 ) -> DeltaNats:
-    """Nats per token that each of `choices` costs, put alone into the parent: {(layer, choice): delta}.
+    """Nats per token that each of `choices` costs, put alone into the parent: {(layer, choice): delta}; with `caution`
+    as in `cautious`.
 
     `scorer` scores `split`; one that starts at the first changed layer makes this about half as dear as a forward pass
     a choice. Layers are taken in order, so that the scorer's states are used while they are there. A choice that breaks
@@ -36,13 +44,15 @@ def exact_delta_nats(
     """
     ordered = sorted(choices, key=lambda key: key[0])
     parent = space.shape.architecture
-    base = quality_from_windows(split, scorer.score(parent).nats).nats_per_token
+    base = quality_from_windows(split, scorer.score(parent).nats).per_source
     found: DeltaNats = {}
     for done, (layer, choice) in enumerate(ordered):
         progress(done, len(ordered))
         try:
             scores = scorer.score(parent.with_choice(layer, choice))
-            delta = quality_from_windows(split, scores.nats).nats_per_token - base
+            found_by_source = quality_from_windows(split, scores.nats).per_source
+            lost = {name: own.nats_per_token - base[name].nats_per_token for name, own in found_by_source.items()}
+            delta = cautious(lost, split.weights, caution) if all(map(math.isfinite, lost.values())) else BROKEN
         except (ArchitectureError, ModelError):
             delta = BROKEN
         found[layer, choice] = min(delta, BROKEN)

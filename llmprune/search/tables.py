@@ -87,13 +87,15 @@ def build_tables(
     so they are scaled to what a few mixed children really save. Sizes add up exactly.
     """
     with show("estimating what each choice loses") as advance:
-        delta_nats = estimate_delta_nats(parent, split, library, tokens=rules.tokens, progress=advance)
+        delta_nats = estimate_delta_nats(
+            parent, split, library, tokens=rules.tokens, caution=rules.caution, progress=advance
+        )
         influence = block_influence(parent, split, tokens=rules.tokens)
     if wanted := [key for key in delta_nats if is_exact(key[1], library.space, rules)]:
         with show("scoring choices exactly") as advance:
             scored = split.head(split.first_windows(min(1.0, rules.tokens / split.tokens)))
             scorer = PrefixScorer(parent, library, scored)
-            delta_nats |= exact_delta_nats(scorer, scored, library.space, wanted, advance)
+            delta_nats |= exact_delta_nats(scorer, scored, library.space, wanted, advance, caution=rules.caution)
     probes = probe_architectures(library.space)
     measured: dict[BlockChoice, dict[str, float]] = {}
     with show("measuring what each choice saves") as advance:
