@@ -107,21 +107,25 @@ class DataRecipe(_Strict):
         description="text of other kinds, which is never calibrated, searched or chosen on: figures of it say what a "
         "child is worth elsewhere",
     )
-    seq_len: int = Field(256, ge=8, description="tokens a window")
+    seq_len: int = Field(
+        1_024,
+        ge=8,
+        description="tokens a window: short ones hide what attention is for",
+    )
     unseen_seq_len: int = Field(1_024, ge=8, description="tokens a window of the unseen text")
     bos: Literal["auto"] | bool = Field(
         "auto",
         description="open every window with the BOS token (it counts towards seq_len, is never scored); auto: if the "
         "tokenizer itself puts it in front of a text",
     )
-    calibration_tokens: int = Field(24_576, ge=256, description="for statistics of the blocks")
+    calibration_tokens: int = Field(65_536, ge=256, description="for statistics of the blocks")
     estimate_tokens: int = Field(
-        8_192,
+        16_384,
         ge=64,
         description="for estimates of what a choice costs: least squares flatters itself on the tokens that it was "
         "fitted to",
     )
-    search_tokens: int = Field(4_096, ge=64, description="every trial is scored on these")
+    search_tokens: int = Field(16_384, ge=64, description="every trial is scored on these")
     validation_tokens: int = Field(16_384, ge=64, description="for choosing on the front")
     test_tokens: int = Field(16_384, ge=64, description="reported once")
     unseen_tokens: int = Field(16_384, ge=64, description="reported of the unseen text, if there is some")
@@ -215,7 +219,7 @@ class ImportanceRecipe(_Strict):
 class TablesRecipe(_Strict):
     """What each choice costs in nats and saves in time, put alone into the parent."""
 
-    tokens: int = Field(4_096, ge=64, description="tokens of the estimate split that choices are scored on")
+    tokens: int = Field(16_384, ge=64, description="tokens of the estimate split that choices are scored on")
     exact: tuple[Literal["attention", "ffn", "drops"], ...] = Field(
         (),
         description="blocks (or whole-block drops) scored by putting each choice into the parent, in place of the "
@@ -228,7 +232,7 @@ class TablesRecipe(_Strict):
         "of text misses much more than another is left alone",
     )
     path_tokens: int = Field(
-        4_096, ge=64, description="tokens of the estimate split of each estimate along the path of seeds, and of slp's"
+        8_192, ge=64, description="tokens of the estimate split of each estimate along the path of seeds, and of slp's"
     )
     path_step: float = Field(1.06, gt=1, description="factor in speed-up between two estimates along the path")
 
