@@ -226,7 +226,7 @@ class TablesRecipe(_Strict):
         "estimate from one backward pass",
     )
     caution: float = Field(
-        1.0,
+        0.0,
         ge=0,
         description="standard deviations between the sources' own scores that are added to their mean: what one kind "
         "of text misses much more than another is left alone",
