@@ -121,6 +121,7 @@ def test_a_sampler_that_proposes_a_failure_again_is_not_heard(journal: Path) -> 
             return params[name]
 
     study.sampler = Stubborn()
+    study.set_user_attr("trials", recipe.trials)
     outcome = work(study, judge, recipe, judge.space)  # type: ignore[arg-type]
     assert (outcome.stopped_by, outcome.new_trials, outcome.failed_trials) == ("no new proposals", 0, 1)
     assert judge.tries[HALF.hash] == MAX_TRIES
