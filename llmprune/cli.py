@@ -135,12 +135,15 @@ def storage_proxy(
 def _print_outcome(outcome: SearchOutcome, as_json: bool) -> None:
     from dataclasses import asdict
 
+    from llmprune.search.failures import told
+
     emit(
         asdict(outcome),
         as_json,
         lambda: [
             f"{outcome.finished_trials} trials ({outcome.new_trials} new) in {outcome.seconds:.0f} s, "
-            f"stopped by {outcome.stopped_by}"
+            f"stopped by {outcome.stopped_by}",
+            *told(outcome.failed_because),
         ],
     )
 

@@ -25,6 +25,7 @@ from llmprune.search.baselines.contest import Entrant, choose_beside
 from llmprune.search.baselines.methods import METHODS
 from llmprune.search.budgets import Pick, parse_budget, parse_pick, pick_record
 from llmprune.search.evaluate import Record, is_finite, quote
+from llmprune.search.failures import told
 from llmprune.search.front import (
     candidates_for_front,
     holding_budgets,
@@ -277,7 +278,8 @@ def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = 
     replaces_own = written is not None and to == run.directory.export
     # Found out now rather than after the search; whether a checkpoint that is there is the pick, only then.
     check_destination(to, force=force or written is not None)
-    search(run, report)
+    for line in told(search(run, report).failed_because):
+        run.say(line)
     measured = front(run)
     if run.recipe.front.checkpoints == "all":
         write_children(run)

@@ -127,6 +127,8 @@ class RunDirectory:
     def adopt(self, recipe: Recipe) -> None:
         """Store the recipe. Raises as `check_recipe` does."""
         self.check_recipe(recipe)
+        if (adopted := self.provenance_to_adopt()) != self.read_provenance():
+            write_json(self.provenance, adopted)
         with atomic_path(self.recipe) as temporary:
             temporary.write_text(to_yaml(recipe), encoding="utf-8")
 
@@ -134,11 +136,11 @@ class RunDirectory:
         """Check that a recipe may start a run here, or continue the one that is here; nothing is written.
 
         Raises RunDirectoryError if a section differs on which stored figures depend, or if the directory holds
-        something that is not a run.
+        something that is not a run. A run that failed before it made anything may go on with any recipe.
         """
         if self.recipe.is_file():
             stored = self.stored_recipe()
-            for section in FIXED_SECTIONS:
+            for section in () if self.has_made_nothing() else FIXED_SECTIONS:
                 old, new = (getattr(r, section).decisive() for r in (stored, recipe))
                 changed = [f"{section}.{key}" for key in new if old[key] != new[key]]
                 if changed:
@@ -147,6 +149,34 @@ class RunDirectory:
                         "use another --out, or leave these as they were"
                     )
         self._refuse_what_is_no_run()
+
+    def has_made_nothing(self) -> bool:
+        """Whether all that is here was made in the first minutes, and is made again where its inputs changed: what a
+        run leaves that failed while it loaded its model or cut its text."""
+        if not self.path.is_dir():
+            return True
+        if any(not self._is_of_the_first_minutes(entry) for entry in self.path.iterdir()):
+            return False
+        # The trials of a study in a database leave no file here.
+        return "study" not in _read_provenance(self.provenance)
+
+    def _is_of_the_first_minutes(self, entry: Path) -> bool:
+        if entry.is_symlink():
+            return False
+        if entry.is_dir():
+            return not any(entry.iterdir())
+        if entry == self.journal:
+            return entry.stat().st_size == 0
+        early = (self.recipe, self.provenance, self.tokens, self.reach, self.path / ".lock")
+        return entry in early or entry.suffix == ".tmp"
+
+    def provenance_to_adopt(self) -> dict[str, Any]:
+        """What a run that goes on here with its recipe's model knows of itself: where nothing was made, no figure is of
+        the parent that was noted, nor of the dtype that was settled for it, and another may come."""
+        provenance = _read_provenance(self.provenance)
+        if self.has_made_nothing():
+            provenance.pop("parent", None)
+        return provenance
 
     def _refuse_what_is_no_run(self) -> None:
         if not self.path.is_dir() or self.recipe.is_file():
@@ -169,16 +199,20 @@ class RunDirectory:
         write_json(self.front, front)
 
     def read_provenance(self) -> dict[str, Any]:
-        if not self.provenance.exists():
-            return {"stages": {}}
-        provenance = read_json(self.provenance)
-        if not isinstance(provenance, dict) or "stages" not in provenance or not _all_mappings(provenance):
-            raise RunDirectoryError(f"{self.provenance} is damaged; delete it, and the stages check their files again")
-        return provenance
+        return _read_provenance(self.provenance)
 
     def note(self, **facts: Any) -> None:
         """Add facts to the run's provenance."""
         write_json(self.provenance, {**self.read_provenance(), **facts})
+
+
+def _read_provenance(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {"stages": {}}
+    provenance = read_json(path)
+    if not isinstance(provenance, dict) or "stages" not in provenance or not _all_mappings(provenance):
+        raise RunDirectoryError(f"{path} is damaged; delete it, and the stages check their files again")
+    return provenance
 
 
 def _all_mappings(provenance: dict[str, Any]) -> bool:

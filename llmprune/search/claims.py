@@ -28,7 +28,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from llmprune.architecture import Architecture
-from llmprune.search.reaping import Reaper
+from llmprune.search.reaping import Reaper, was_queued, why_failed
 
 HASH = "hash"
 """Trial's user attribute: the claim on an architecture."""
@@ -37,7 +37,8 @@ JUDGING = "judging"
 """Trial's user attribute: it won its claim, and takes one place of the trial budget."""
 
 GAVE_WAY_TO = "gave_way_to"
-"""Trial's user attribute: the number of the trial that judges the same architecture, or None if the budget is taken."""
+"""Trial's user attribute: the number of the trial that judges the same architecture or failed over it, or None if the
+budget is taken."""
 
 _SECONDS_BETWEEN_LOOKS = 0.02
 
@@ -62,12 +63,17 @@ class Verdict(NamedTuple):
 def claim(study: optuna.Study, trial: Trial, architecture: Architecture, budget: int, reaper: Reaper) -> Verdict:
     """Claim an architecture for a running trial; returns once it is decided.
 
+    What failed for good is judged again only if it was queued: a sampler that is told of no failure may propose it time
+    and again.
     `budget` is the number of distinct architectures that the study shall finish. Raises UpdateFinishedTrialError if
     the trial was taken from this worker.
     """
     trial.set_user_attr("architecture", architecture.to_json())
     trial.set_user_attr(HASH, architecture.hash)
     trials = study.get_trials(deepcopy=False)
+    failed = failed_trials(trials)
+    if architecture.hash in failed and not was_queued(trials[trial.number]):
+        return Verdict(Answer.GIVE_WAY, failed[architecture.hash])
     while (verdict := weigh(trial.number, architecture.hash, trials, budget)).answer is Answer.UNDECIDED:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
         # Who should decide may be dead.
@@ -107,6 +113,13 @@ def known_trials(trials: Sequence[FrozenTrial]) -> Mapping[str, FrozenTrial]:
         for trial in trials
         if trial.state == TrialState.COMPLETE and "record" in trial.user_attrs
     }
+
+
+def failed_trials(trials: Sequence[FrozenTrial]) -> Mapping[str, FrozenTrial]:
+    """The last failed trial of every architecture that was given up, by hash; not of those that were judged since."""
+    known = known_trials(trials)
+    failed = (trial for trial in trials if HASH in trial.user_attrs and why_failed(trial) is not None)
+    return {hash_: trial for trial in failed if (hash_ := trial.user_attrs[HASH]) not in known}
 
 
 def has_room(trials: Sequence[FrozenTrial], budget: int) -> bool:

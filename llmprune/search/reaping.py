@@ -1,4 +1,4 @@
-"""Trials whose worker is gone: ended, and their parameters queued again exactly once."""
+"""Trials that are to be judged again, since their worker is gone or judging raised: ended, and queued exactly once."""
 
 from __future__ import annotations
 
@@ -32,10 +32,41 @@ DEATHS = "deaths"
 MAX_DEATHS = 10
 """What kills its worker each time (by the memory it takes, say) is given up, lest the search never ends."""
 
+RAISED = "raised"
+"""Trial's user attribute, written before it is freed: what judging it raised at a try that was not the last."""
+
+TRIES = "tries"
+"""Trial's user attribute: how often judging these parameters raised before."""
+
+MAX_TRIES = 2
+"""What raises once may be chance (a GPU that is shared, say); what raises again is this child's own."""
+
+FAILED_BECAUSE = "failed_because"
+"""Trial's user attribute: why it failed for good."""
+
 NAMELESS_SECONDS = 5.0
 """A trial gets its worker's name a moment after it is begun; one that has none for so long lost its worker then."""
 
 _GONE, _RELEASED = "its worker is gone", "released by its worker"
+
+
+def was_queued(trial: FrozenTrial) -> bool:
+    """Whether its parameters were queued, as a starting point's or a freed trial's are, and not proposed."""
+    return "fixed_params" in trial.system_attrs
+
+
+def why_failed(trial: FrozenTrial) -> str | None:
+    """Why a trial was given up; None if it was not."""
+    if trial.state != TrialState.FAIL:
+        return None
+    if _deaths(trial) >= MAX_DEATHS:
+        return f"its worker died, {MAX_DEATHS} times"
+    reason = trial.user_attrs.get(FAILED_BECAUSE)
+    return None if reason is None else str(reason)
+
+
+def _deaths(trial: FrozenTrial) -> int:
+    return int(trial.user_attrs.get(DEATHS, 0)) + (trial.user_attrs.get(FREED) == _GONE)
 
 
 def ask(study: optuna.Study, worker: Worker) -> tuple[Trial, Pulse]:
@@ -122,6 +153,18 @@ def release(study: optuna.Study, trial: Trial) -> None:
     queue_freed(study, study.get_trials(deepcopy=False))
 
 
+def try_again(study: optuna.Study, trial: Trial, reason: str) -> bool:
+    """Queue a trial's parameters again after judging it raised; False if that was their last try.
+
+    Raises UpdateFinishedTrialError if the trial was taken from this worker.
+    """
+    if trial.user_attrs.get(TRIES, 0) + 1 >= MAX_TRIES:
+        return False
+    trial.set_user_attr(RAISED, reason)
+    release(study, trial)
+    return True
+
+
 def free(study: optuna.Study, trial: FrozenTrial, reason: str) -> bool:
     """End a running trial whose parameters are to be queued again; False if it was finished already.
 
@@ -148,10 +191,12 @@ def queue_freed(study: optuna.Study, trials: Sequence[FrozenTrial]) -> int:
             continue
         # A queued trial has parameters that it had not asked for yet when its process went.
         params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        deaths = trial.user_attrs.get(DEATHS, 0) + (trial.user_attrs[FREED] == _GONE)
+        deaths = _deaths(trial)
+        tries = trial.user_attrs.get(TRIES, 0) + (RAISED in trial.user_attrs)
         if params and deaths < MAX_DEATHS:
             label = {key: value for key, value in trial.user_attrs.items() if key == WARM_START}
-            study.enqueue_trial(params, user_attrs={**label, RETRY_OF: trial.number, DEATHS: deaths})
+            counts = {DEATHS: deaths, TRIES: tries}
+            study.enqueue_trial(params, user_attrs={**label, RETRY_OF: trial.number, **counts})
             _drop_duplicates(study, trial.number)
             queued += 1
     return queued

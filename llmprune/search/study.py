@@ -13,13 +13,13 @@ from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from llmprune.architecture import Architecture
-from llmprune.errors import ArchitectureError, ModelError
 from llmprune.recipe import SearchRecipe
 from llmprune.search.budgets import metric_value, parse_budget
 from llmprune.search.claims import GAVE_WAY_TO, Answer, claim, has_room, known_trials
-from llmprune.search.evaluate import Judge, Record, is_finite
+from llmprune.search.evaluate import Judge, Record
+from llmprune.search.failures import Failure, Fault, Streak, attempt, counted_reasons
 from llmprune.search.parameters import suggest, to_params
-from llmprune.search.reaping import WARM_START, Reaper, ask, release
+from llmprune.search.reaping import FAILED_BECAUSE, WARM_START, Reaper, ask, release, try_again, was_queued
 from llmprune.search.reward import directions_of, values_of
 from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.make import make_sampler
@@ -38,12 +38,15 @@ Report = Callable[[int, Record], None]
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """Why a worker stopped, how many trials the study had by then, and how many of them this worker added."""
+    """Why a worker stopped, how many trials the study had by then, how many of them this worker added, and how many
+    failed for good, with the reasons (at most 200 characters each) and how many failed for each."""
 
     finished_trials: int
     new_trials: int
     seconds: float
     stopped_by: str
+    failed_trials: int
+    failed_because: dict[str, int]
 
 
 def open_study(
@@ -101,7 +104,8 @@ def work(
     """Judge architectures, beside any number of other workers, until the study's trials or our minutes are used up.
 
     Finished trials of earlier sessions count. A trial that was in flight when its worker died is judged again. An
-    architecture that is proposed a second time is told its known figures, and does not count.
+    architecture that is proposed a second time is told its known figures, and does not count. One whose judging raises
+    is tried once more, and then fails with the reason. Raises SearchError after ten failures in a row.
     """
     with at_work() as worker:
         return _work(study, judge, recipe, space, report, worker)
@@ -116,11 +120,13 @@ def _work(
     worker: Worker,
 ) -> SearchOutcome:
     began = time.monotonic()
-    reaper, own = Reaper(study), 0
+    reaper, streak, own = Reaper(study), Streak(study), 0
     proposals_left = PROPOSALS_PER_TRIAL * recipe.trials
 
     def outcome(stopped_by: str) -> SearchOutcome:
-        return SearchOutcome(len(finished_trials(study)), own, time.monotonic() - began, stopped_by)
+        trials, seconds = study.get_trials(deepcopy=False), time.monotonic() - began
+        because = counted_reasons(trials)
+        return SearchOutcome(len(known_trials(trials)), own, seconds, stopped_by, sum(because.values()), because)
 
     while True:
         trials, budget = reaper.reap(), study.user_attrs[TRIALS]
@@ -136,14 +142,17 @@ def _work(
             return outcome("no new proposals")
         proposals_left -= 1
         try:
-            record = _one_trial(study, judge, recipe, space, reaper, worker, budget)
+            number, judged = _one_trial(study, judge, recipe, space, reaper, worker, budget)
         except UpdateFinishedTrialError:
             # This worker was silent for so long that another one took its trial.
             continue
-        if record is not None:
+        if isinstance(judged, Failure):
+            streak.add(number, judged)
+        elif judged is not None:
+            streak.end()
             own += 1
             if report:
-                report(len(finished_trials(study)), record)
+                report(len(finished_trials(study)), judged)
 
 
 def _one_trial(
@@ -154,8 +163,8 @@ def _one_trial(
     reaper: Reaper,
     worker: Worker,
     budget: int,
-) -> Record | None:
-    """Ask for an architecture, claim it, judge it; None if that came to nothing.
+) -> tuple[int, Record | Failure | None]:
+    """Ask for an architecture, claim it, judge it; the trial's number, and None if there was nothing to judge.
 
     Raises UpdateFinishedTrialError if the trial was taken from this worker.
     """
@@ -168,7 +177,7 @@ def _one_trial(
             architecture = suggest(trial, space)
             answer, other = claim(study, trial, architecture, budget, reaper)
             if answer is Answer.GO_ON:
-                return _judge(study, trial, architecture, judge, recipe)
+                return trial.number, _judge(study, trial, architecture, judge, recipe)
     except UpdateFinishedTrialError:
         raise
     except BaseException:
@@ -178,17 +187,13 @@ def _one_trial(
     if answer is Answer.REPEATS:
         assert other is not None
         _tell_again(study, trial, other)
-    elif answer is Answer.NO_PLACE and _was_queued(study, trial):
+    elif answer is Answer.NO_PLACE and was_queued(study.get_trials(deepcopy=False)[trial.number]):
         # A starting point, or what a dead worker left: kept for a search that goes on.
         release(study, trial)
     else:
         trial.set_user_attr(GAVE_WAY_TO, None if other is None else other.number)
         study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-    return None
-
-
-def _was_queued(study: optuna.Study, trial: Trial) -> bool:
-    return "fixed_params" in study.get_trials(deepcopy=False)[trial.number].system_attrs
+    return trial.number, None
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
@@ -203,27 +208,20 @@ def records(study: optuna.Study) -> list[Record]:
 
 def _judge(
     study: optuna.Study, trial: Trial, architecture: Architecture, judge: Judge, recipe: SearchRecipe
-) -> Record | None:
-    """Judge, store and tell one trial; None (and a failed trial) if the child cannot run or gives NaN."""
-    try:
-        record = judge.judge(architecture, f"trial-{trial.number}")
-    except (ArchitectureError, ModelError) as error:
-        _fail(study, trial, str(error))
-        return None
-    if not is_finite(record):
-        _fail(study, trial, "the child computes no finite loss")
-        return None
+) -> Record | Failure | None:
+    """Judge, store and tell one trial; None if it was taken from this worker meanwhile."""
+    record = attempt(judge, architecture, f"trial-{trial.number}")
+    if isinstance(record, Failure):
+        if record.fault is not Fault.JUDGING or not try_again(study, trial, record.reason):
+            trial.set_user_attr(FAILED_BECAUSE, record.reason)
+            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        return record
     trial.set_user_attr("record", record)
     for text in recipe.budgets:
         budget = parse_budget(text)
         trial.set_constraint(str(budget), budget.violation(metric_value(record, budget.metric)))
     told = study.tell(trial, values_of(record, recipe), skip_if_finished=True)
     return record if told.state == TrialState.COMPLETE else None
-
-
-def _fail(study: optuna.Study, trial: Trial, reason: str) -> None:
-    trial.set_user_attr("failed_because", reason)
-    study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _tell_again(study: optuna.Study, trial: Trial, known: FrozenTrial) -> None:
