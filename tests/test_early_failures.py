@@ -26,19 +26,18 @@ def unsupported_parent(parent: Path, to: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("through", "override", "message"),
     [
-        ("model.path={tmp}/nothing", "is not a directory"),
-        ("model.path={tmp}/bert", "bert"),
-        ("space.ffn_step=64", "space.ffn_step must be from 1 to"),
-        ("space.merge_kv=true", "merge"),
-        # By then the parent and its dtype are noted, and what the space can reach is measured.
-        ("data.search_tokens=1000000", "data.search_tokens"),
+        ("compress", "model.path={tmp}/nothing", "is not a directory"),
+        ("search", "model.path={tmp}/bert", "bert"),
+        # By then the parent and its dtype are noted.
+        ("compress", "space.ffn_step=64", "space.ffn_step must be from 1 to"),
+        # By then what the space can reach is measured, and the study's journal is there.
+        ("search", "data.search_tokens=1000000", "search_tokens"),
     ],
 )
-@pytest.mark.parametrize("through", ["compress", "search"])
 def test_the_corrected_call_goes_on(
-    override: str, message: str, through: str, llmprune: Llmprune, finished_run: Finished, tmp_path: Path
+    through: str, override: str, message: str, llmprune: Llmprune, finished_run: Finished, tmp_path: Path
 ) -> None:
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "run"
     recipe.write_text(to_yaml(finished_run.recipe), encoding="utf-8")
