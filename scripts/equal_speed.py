@@ -281,7 +281,7 @@ def main() -> None:
                 raise DataError(f"--seq-len must be from 2 to the model's {limit:,} positions, got {arguments.seq_len}")
             assert run.parent.tokenizer is not None, "a parent that was loaded has a tokenizer"
             further = text_splits(
-                arguments.text, run.parent.tokenizer, arguments.seq_len, arguments.tokens, bos=run.tokens.bos
+                arguments.text, run.parent.tokenizer, arguments.seq_len, arguments.tokens, bos=run.tokens["test"].bos
             )
             texts = {"validation": run.tokens["validation"], "test": run.tokens["test"], **further}
             result = compare(run, child, arguments.method, texts, arguments.repeats, run.show)

@@ -345,10 +345,10 @@ def test_a_pool_is_raced_in_every_trial_but_the_parents() -> None:
         shape = ParentShape(4, 64, 2, 2, 16, 128)
         plan = Plan(recipe, Space.of(shape, 1, 64), Workload(1, 128, 32, "bfloat16", 1, "cpu"), 256, 1 << 20, 2)
         said = by_name(forecast(plan))["search"]
-        estimated = 99 * 4096 if sampler == "slp" else 0
-        assert said.forward_tokens == (99 * passes + 1) * 4096 + estimated and said.backward_tokens == estimated
+        scored, estimated = plan.tokens("search"), 99 * 8192 if sampler == "slp" else 0
+        assert said.forward_tokens == (99 * passes + 1) * scored + estimated and said.backward_tokens == estimated
         resumed = by_name(forecast(plan, Done(trials=90)))["search"]
-        assert resumed.forward_tokens == (10 * passes + 1) * 4096 + estimated * 10 // 99
+        assert resumed.forward_tokens == (10 * passes + 1) * scored + estimated * 10 // 99
 
 
 def test_a_forecast_needs_no_model() -> None:

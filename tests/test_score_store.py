@@ -151,7 +151,8 @@ def test_workers_that_write_at_once_leave_one_whole_file(tmp_path: Path) -> None
         for _ in range(20):
             store.put(FIRST, WindowScores(figures(seed)))
             found = store.get(FIRST)
-            wrong += not any(same(found, WindowScores(figures(other))) for other in range(3))
+            # A file that is replaced while it is read counts as damaged, and its architecture as not scored yet.
+            wrong += found is not None and not any(same(found, WindowScores(figures(s))) for s in range(3))
         return wrong
 
     with ThreadPoolExecutor(3) as workers:
