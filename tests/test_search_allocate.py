@@ -268,6 +268,19 @@ def test_uniform_widths_are_sorted_by_their_distance_to_the_speed() -> None:
     assert distances == sorted(distances)
 
 
+def test_of_uniform_widths_that_are_as_fast_the_least_lossy_is_the_seed() -> None:
+    space = tiny_space(layers=4, ffn_step=8)
+    costs = linear_costs(space, attention=0.004, ffn=0.14)
+    first, second = uniform_width(costs, "decode", 1.3)[:2]
+    miss = abs(costs.speedup(second, "decode") - costs.speedup(first, "decode"))
+    assert miss <= 0.02 * 1.3, "they are as fast as each other"
+    for better in (first, second):
+        free = set(better.blocks())
+        scores = {key: 0.0 if key in free else 1.0 for key in quadratic_loss(space)}
+        starts = dict(warm_starts(scores, [0.5] * 4, costs, "decode", (1.3,)))
+        assert better in starts.values() and starts.get("uniform-1.3x", better) == better
+
+
 def test_depth_drops_the_layers_of_least_influence() -> None:
     space = tiny_space(layers=4)
     costs = linear_costs(space, attention=0.1, ffn=0.1)

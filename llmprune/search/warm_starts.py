@@ -10,6 +10,8 @@ from llmprune.search.costs import CostTable
 
 # A solution right at the target measures below it half of the time.
 MARGIN = 1.02
+WITHIN = 0.02
+"""Share of a speed-up within which uniform widths count as equally fast."""
 
 
 def warm_starts(
@@ -29,7 +31,9 @@ def warm_starts(
         wanted = {phase: s * MARGIN}
         found = allocator.best(wanted)
         starts.append((f"allocated-{s:g}x", found) if found else (f"nearest-{s:g}x", allocator.nearest(wanted)))
-    starts += [(f"uniform-{s:g}x", uniform_width(costs, phase, s)[0]) for s in speedups]
+    starts += [
+        (f"uniform-{s:g}x", _least_lost(uniform_width(costs, phase, s), costs, phase, s, delta_nats)) for s in speedups
+    ]
     starts += [(f"depth-{s:g}x", depth_by_influence(influence, costs, phase, s)) for s in speedups]
     unique: dict[Architecture, str] = {}
     for label, architecture in starts:
@@ -49,6 +53,16 @@ def uniform_width(costs: CostTable, phase: str, speedup: float) -> list[Architec
         if attention.units and ffn.units
     ]
     return sorted(uniform, key=lambda architecture: abs(costs.speedup(architecture, phase) - speedup))
+
+
+def _least_lost(
+    nearest_first: Sequence[Architecture], costs: CostTable, phase: str, speedup: float, delta_nats: Scores
+) -> Architecture:
+    """Of the architectures about as fast as the nearest to a speed-up, the one of least summed nats: one KV group and a
+    wide FFN may be as fast as all KV groups and a narrow one."""
+    miss = abs(costs.speedup(nearest_first[0], phase) - speedup) + WITHIN * speedup
+    alike = [a for a in nearest_first if abs(costs.speedup(a, phase) - speedup) <= miss]
+    return min(alike, key=lambda architecture: sum(delta_nats[key] for key in architecture.blocks()))
 
 
 def depth_by_influence(influence: Sequence[float], costs: CostTable, phase: str, speedup: float) -> Architecture | None:
