@@ -30,6 +30,9 @@ class NoLibrary:
     def kept_units(self, layer: int, choice: BlockChoice) -> torch.Tensor:
         raise AssertionError(f"{choice} in layer {layer} is neither whole nor gone")
 
+    def norm_squares(self, layer: int, name: str) -> None:
+        return None
+
     def kept_queries(self, layer: int, choice: BlockChoice) -> torch.Tensor | None:
         raise AssertionError(f"{choice} in layer {layer} is neither whole nor gone")
 

@@ -143,6 +143,9 @@ class Slices:
             return torch.arange(self.parent.shape.kv_groups)
         return torch.randperm(self.parent.shape.units(choice.kind), generator=generator)[: choice.units].sort().values
 
+    def norm_squares(self, layer: int, name: str) -> None:
+        return None
+
     def kept_queries(self, layer: int, choice: BlockChoice) -> torch.Tensor | None:
         if not isinstance(choice, AttentionChoice) or choice.queries_per_group is None:
             return None

@@ -69,6 +69,9 @@ class Shrunk:
     def kept_units(self, layer: int, choice: BlockChoice) -> Tensor:
         return torch.arange(self.parent.shape.units(choice.kind))
 
+    def norm_squares(self, layer: int, name: str) -> None:
+        return None
+
     def kept_queries(self, layer: int, choice: BlockChoice) -> None:
         return None
 
@@ -240,6 +243,9 @@ class Nudged(Sliced):
 
     def kept_units(self, layer: int, choice: BlockChoice) -> Tensor:
         return super().kept_units(layer, self._same(layer, choice))
+
+    def norm_squares(self, layer: int, name: str) -> None:
+        return None
 
     def kept_queries(self, layer: int, choice: BlockChoice) -> Tensor | None:
         return super().kept_queries(layer, self._same(layer, choice))

@@ -20,13 +20,14 @@ from llmprune.files import atomic_path
 from llmprune.recipe import ImportanceRecipe
 from llmprune.space import Space
 
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True, eq=False)
 class LayerRepairs:
     """One layer of the library: `KIND/order`, `attention/query_order` where query heads can leave, and for every choice
-    `KIND/CHOICE/weight` and, where the parent has one, `KIND/CHOICE/bias`; `KIND/score` and `KIND/mean` for "flap"."""
+    `KIND/CHOICE/weight` and, where the parent has one, `KIND/CHOICE/bias`; `KIND/score` and `KIND/mean` for "flap"; and
+    `attention/NORM/squares` for a norm over all heads."""
 
     tensors: Mapping[str, Tensor]
 

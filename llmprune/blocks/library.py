@@ -68,6 +68,13 @@ class BlockLibrary:
         tensors = self._tensors(layer, self.space.shape.full(kind))
         return tensors[f"{kind}/score"], tensors[f"{kind}/mean"]
 
+    def norm_squares(self, layer: int, name: str) -> Tensor | None:
+        """Mean square of every row that enters a norm over all heads: (rows,) float64; None if it is no such norm.
+
+        With them the weights of what is left of the norm are scaled to what the parent gave those rows on average.
+        """
+        return self._tensors(layer, self.space.shape.full("attention")).get(f"attention/{name}/squares")
+
     @cached_property
     def hash(self) -> str:
         """SHA-256, as hex, over all contents."""

@@ -37,6 +37,7 @@ def solve_layer(
         if recipe.method == "flap":
             unit_size = weight_DI.shape[1] // parent.shape.units(kind)
             solved |= {"score": flap_scores(weight_DI, statistics, unit_size), "mean": statistics.mean_I}
+        solved |= {f"{name}/squares": squares_R for name, squares_R in statistics.norm_squares.items()}
         for name, tensor in solved.items():
             if not bool(tensor.isfinite().all()):
                 raise ModelError(

@@ -5,7 +5,7 @@ Shapes: I inputs of the projection, N tokens of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from llmprune.data.tokens import Split
 from llmprune.errors import ModelError
 from llmprune.models.merging import merged_blocks, merged_inputs
 from llmprune.models.parent import Parent
+from llmprune.models.rows import is_norm
 from llmprune.progress import Advance
 
 BATCH_TOKENS = 2048
@@ -48,6 +49,8 @@ class BlockStatistics:
     """Tokens seen, over all sources."""
     merged: Mapping[AttentionChoice, MergedMoments] = field(default_factory=dict)
     """Of an attention block, for the choices with merged KV groups that were asked for."""
+    norm_squares: Mapping[str, Tensor] = field(default_factory=dict)
+    """By the name of a norm over all heads: `E[x_j^2]` (rows,) of what enters it."""
 
     @property
     def mean_square_I(self) -> Tensor:
@@ -91,6 +94,9 @@ def collect_statistics(
                 moments[layer, kind] = block = _Moments(parent, layer, kind)
                 handle = parent.output_projection(layer, kind).register_forward_pre_hook(block)
                 hooks.callback(handle.remove)
+                for name, module in _norms_over_units(parent, layer, kind):
+                    squares = block.norm_squares[name] = _Squares(block, module.get_parameter("weight"))
+                    hooks.callback(module.register_forward_pre_hook(squares).remove)
             if beside:
                 attention = moments[layer, "attention"]
                 attention.beside = {c: (blocks[layer], _MergedSums(attention)) for c, blocks in beside.items()}
@@ -150,6 +156,7 @@ class _Moments:
             self.gram_II = torch.zeros(2 * weight_DI.shape[1:], dtype=torch.float64, device=weight_DI.device)
             self.mean_I = torch.zeros(weight_DI.shape[1], dtype=torch.float64, device=weight_DI.device)
         self.beside: dict[AttentionChoice, tuple[nn.Module, _MergedSums]] = {}
+        self.norm_squares: dict[str, _Squares] = {}
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Pre-hook of the attention block: the same input goes through the merged blocks first."""
@@ -182,7 +189,28 @@ class _Moments:
         merged = {
             choice: MergedMoments(sums.gram_II, sums.cross_II, sums.mean_I) for choice, (_, sums) in self.beside.items()
         }
-        return BlockStatistics(self.gram_II, self.mean_I, self.tokens, merged)
+        squares = {name: found.square_R for name, found in self.norm_squares.items()}
+        return BlockStatistics(self.gram_II, self.mean_I, self.tokens, merged, squares)
+
+
+def _norms_over_units(parent: Parent, layer: int, kind: BlockKind) -> Iterator[tuple[str, nn.Module]]:
+    block = parent.block(layer, kind)
+    for name in parent.names(kind).rows:
+        if is_norm(module := block.get_submodule(name)):
+            yield name, module
+
+
+class _Squares:
+    """Running weighted mean square of every row that enters a norm, whose forward pre-hook this is."""
+
+    def __init__(self, block: _Moments, weight_R: Tensor) -> None:
+        self.block = block
+        with torch.inference_mode(False):
+            self.square_R = torch.zeros(weight_R.shape, dtype=torch.float64, device=weight_R.device)
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x_NR = args[0].reshape(-1, len(self.square_R)).float()
+        self.square_R.add_(x_NR.square().sum(dim=0), alpha=self.block.token_share)
 
 
 class _MergedSums:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from llmprune.architecture import BlockKind, ParentShape
 from llmprune.models.modeling_pruned import part_rows
@@ -60,3 +61,9 @@ def input_columns(
 ) -> torch.Tensor:
     """Columns of the output projection that some units (and query heads) feed: (inputs,) int64."""
     return unit_rows("q" if kind == "attention" else "c", kept_U, shape, kind, queries_UQ)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module whose rows belong to units is a norm over all of them (OLMo 2's queries and keys), so that what
+    is left of it sees another scale than the parent's did."""
+    return module.get_parameter("weight").ndim == 1

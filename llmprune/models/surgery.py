@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
@@ -15,7 +16,7 @@ from llmprune.architecture import Architecture, AttentionChoice, BlockChoice, La
 from llmprune.models import modeling_pruned
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, Family, input_axis
 from llmprune.models.parent import Parent, check_merging
-from llmprune.models.rows import merged_rows, unit_rows
+from llmprune.models.rows import is_norm, merged_rows, unit_rows
 
 
 class Repairs(Protocol):
@@ -32,6 +33,10 @@ class Repairs(Protocol):
 
     def output(self, layer: int, choice: BlockChoice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight (D, kept inputs) and bias (D,) of the output projection."""
+        ...
+
+    def norm_squares(self, layer: int, name: str) -> torch.Tensor | None:
+        """Mean square of every row that enters the norm `name` of the attention block: (rows,). None if unknown."""
         ...
 
 
@@ -186,8 +191,10 @@ def _changed_tensors(parent: Parent, layer: int, choice: LayerChoice, library: R
             for name, layout in names.rows.items():
                 module = block.get_submodule(name)
                 rows = unit_rows(layout, kept_U, parent.shape, kind, queries_UQ)
+                squares_R = library.norm_squares(layer, name) if is_norm(module) else None
+                scale = 1.0 if squares_R is None else math.sqrt(squares_R[rows].mean() / squares_R.mean())
                 for parameter, value in module.named_parameters():
-                    sliced[f"{name}.{parameter}"] = _take_rows(module, value.detach(), rows)
+                    sliced[f"{name}.{parameter}"] = _take_rows(module, value.detach(), rows) * scale
         tensors |= {f"{prefix}{name}": value for name, value in sliced.items()}
         weight, bias = library.output(layer, own)
         output = parent.output_projection(layer, kind)

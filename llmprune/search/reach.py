@@ -157,6 +157,9 @@ class _FirstUnits:
         shape = self._parent.shape
         return torch.arange(choice.units if shape.merges(choice) == 1 else shape.units(choice.kind))
 
+    def norm_squares(self, layer: int, name: str) -> None:
+        return None
+
     def kept_queries(self, layer: int, choice: BlockChoice) -> torch.Tensor | None:
         shape = self._parent.shape
         if not isinstance(choice, AttentionChoice) or shape.merges(choice) > 1 or choice.queries_per_group is None:
