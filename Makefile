@@ -100,8 +100,9 @@ eval: setup
 	$(LLMPRUNE) eval $(DIRS) $(foreach parent,$(PARENT),--parent '$(parent)') $(if $(TASKS),--tasks '$(TASKS)') $(if $(LIMIT),--limit $(LIMIT)) \
 		$(if $(FEWSHOT),--num-fewshot $(FEWSHOT)) $(if $(CHAT),--apply-chat-template) $(if $(INCLUDE),--include-path '$(INCLUDE)') $(if $(OUTPUT),--output '$(OUTPUT)')
 
+# A test process for every core.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical
 
 # Sums come out in another order on another CPU: the same tests with other kernels, on one thread and on two.
 NUMERIC := $(patsubst %,tests/test_%.py,merging blocks_refit blocks_library sensitivity measure baselines_flap gguf gguf_proof)
@@ -109,7 +110,8 @@ NUMERIC := $(patsubst %,tests/test_%.py,merging blocks_refit blocks_library sens
 test-numerics: setup
 	@set -e; for kernels in default avx2; do for threads in 1 2; do \
 		echo "ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads"; \
-		ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest $(NUMERIC); \
+		ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads OMP_WAIT_POLICY=passive \
+			$(BIN)/python -m pytest --numprocesses logical $(NUMERIC); \
 	done; done
 
 lint: setup

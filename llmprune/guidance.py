@@ -21,6 +21,7 @@ from llmprune.progress import Show
 from llmprune.recipe import SearchRecipe, TablesRecipe
 from llmprune.search.costs import CostTable
 from llmprune.search.path import path
+from llmprune.search.shrinkage import Shrinkage
 from llmprune.search.warm_starts import MARGIN
 from llmprune.space import Space
 
@@ -33,7 +34,7 @@ Seed = tuple[str, Architecture]
 
 @dataclass
 class Estimates:
-    """Estimated nats a token of every choice, put alone into any architecture; the last few are remembered."""
+    """Estimated nats a token of every choice, put alone into any architecture, and shrunk; the last few are kept."""
 
     parent: Parent
     split: Split
@@ -41,6 +42,7 @@ class Estimates:
     tokens: int
     """Of `split`, that each estimate takes."""
     device: str
+    shrinkage: Shrinkage
     caution: float = 0.0
     _kept: dict[Architecture, DeltaNats] = field(default_factory=dict)
 
@@ -52,7 +54,7 @@ class Estimates:
                 )
             if len(self._kept) == ESTIMATES_KEPT:
                 del self._kept[next(iter(self._kept))]
-            self._kept[architecture] = found
+            self._kept[architecture] = self.shrinkage.apply(found, architecture)
         return self._kept[architecture]
 
 

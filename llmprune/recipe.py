@@ -231,6 +231,13 @@ class TablesRecipe(_Strict):
         description="standard deviations between the sources' own scores that are added to their mean: what one kind "
         "of text misses much more than another is left alone",
     )
+    shrinkage: float = Field(
+        0.75,
+        ge=0,
+        le=1,
+        description="share of a choice's score that is what the choice costs in the layers on average: the more of it, "
+        "the less is taken from a few blocks alone, and the less a search trusts few tokens",
+    )
     path_tokens: int = Field(
         8_192, ge=64, description="tokens of the estimate split of each estimate along the path of seeds, and of slp's"
     )

@@ -72,7 +72,7 @@ def start_study(run: Run, storage: BaseStorage) -> optuna.Study:
     tables, facts = run.tables, run.study_facts()
     study = open_study(storage, facts.name, rules, run.guide)
     facts.write(study, rules.trials)
-    starts = warm_starts(tables.delta_nats, tables.influence, tables.costs, rules.objective, rules.targets, run.path)
+    starts = warm_starts(run.scores, tables.influence, tables.costs, rules.objective, rules.targets, run.path)
     if rules.sampler in GUIDED:
         # They need somewhere to start from, and must not end behind the plainest child; a population needs variety.
         starts = [start for start in starts if start[0].partition("-")[0] in ("parent", "path", "uniform")]

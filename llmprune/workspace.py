@@ -32,13 +32,14 @@ from llmprune.models.parent import Parent, check_lengths, check_merging, load_pa
 from llmprune.progress import Show, silent
 from llmprune.recipe import BaselineName, Recipe, SearchRecipe, SplitName
 from llmprune.run_directory import RunDirectory, hash_of
-from llmprune.search.allocate import Allocator
+from llmprune.search.allocate import Allocator, Scores
 from llmprune.search.baselines.methods import METHODS, own_libraries
 from llmprune.search.budgets import parse_budget, parse_pick
 from llmprune.search.evaluate import QUOTED, Judge
 from llmprune.search.reach import Reach, measure_reach, reach_from_json, reach_to_json
 from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.make import GUIDED
+from llmprune.search.shrinkage import Shrinkage
 from llmprune.search.studies import StudyFacts
 from llmprune.search.tables import BlockTables, build_tables
 from llmprune.search.warm_starts import MARGIN
@@ -239,7 +240,17 @@ class Run:
     @cached_property
     def estimates(self) -> Estimates:
         split, rules = self.tokens["estimate"], self.recipe.tables
-        return Estimates(self.parent, split, self.library, rules.path_tokens, self.workload.device, rules.caution)
+        device, shrinkage = self.workload.device, self._shrinkage
+        return Estimates(self.parent, split, self.library, rules.path_tokens, device, shrinkage, rules.caution)
+
+    @cached_property
+    def scores(self) -> Scores:
+        """What a knapsack minimises: the tables' nats, shrunk."""
+        return self._shrinkage.apply(self.tables.delta_nats, self.space.shape.architecture)
+
+    @property
+    def _shrinkage(self) -> Shrinkage:
+        return Shrinkage.of(self.tables.delta_nats, self.recipe.tables.shrinkage)
 
     @cached_property
     def path(self) -> list[Seed]:
@@ -263,7 +274,7 @@ class Run:
         def raced(candidates: Sequence[Architecture]) -> Architecture:
             return winner(self.scorer(self.tokens["search"]), self.tokens["search"], candidates, self.workload.device)
 
-        allocator = Allocator(self.tables.delta_nats, self.tables.costs)
+        allocator = Allocator(self.scores, self.tables.costs)
         return Guide(allocator, search.objective, self._aims(), raced, self.estimates.at)
 
     def _aims(self) -> tuple[float, ...]:

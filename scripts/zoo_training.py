@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from zoo_models import CONTEXT, new_model
+from zoo_models import CONTEXT, HEAD_DIM, HEADS, new_model
 
 from llmprune.progress import Advance
 
@@ -36,6 +37,8 @@ class Schedule:
         )
 
 
+LOUDNESS, SHARPNESS = 2.0, 4.0
+"""Of learned positions beside embeddings, and of the first look back: enough to be seen, by trial."""
 EMBEDDINGS = Schedule(steps=200, windows=16, learning_rate=1e-2)
 """Embeddings and head alone, without layers, cost little and learn what a byte says of the next one."""
 
@@ -57,8 +60,46 @@ def train(
     _learn(shallow, tokens_T, EMBEDDINGS, seed, lambda done, total: None)
     missing, unexpected = model.load_state_dict(shallow.state_dict(), strict=False)
     assert missing and not unexpected, "what a model without layers has, every model has"
+    _seed_positions(model)
     _learn(model, tokens_T, schedule, seed + 1, advance)
     return model.eval()  # type: ignore[no-any-return, no-untyped-call]
+
+
+@torch.no_grad()
+def _seed_positions(model: PreTrainedModel) -> None:
+    """Where positions are learned (GPT-2, OPT) they begin as sinusoids, and head h of the first layer looks 1 + h % 4
+    tokens back: from noise, minutes of training do not teach any head to look back, and the model stays a bigram."""
+    embedded = model.get_input_embeddings().weight
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not embedded]
+    for table in tables:
+        positions, width = table.weight.shape
+        rates_W = 10_000 ** (-torch.arange(0, width, 2) / width)
+        angles_PW = torch.arange(positions)[:, None] * rates_W
+        waves_PW = torch.cat([angles_PW.sin(), angles_PW.cos()], dim=1)
+        table.weight.copy_(waves_PW * (LOUDNESS * embedded.std() / waves_PW.std()))
+        queries_ID, keys_ID = _query_and_key(model)
+        queries_ID.zero_()
+        keys_ID.zero_()
+        rates = HEAD_DIM // 2
+        fastest = torch.arange(rates)
+        for head in range(HEADS):
+            turned, own = rates_W[:rates] * (1 + head % 4), torch.arange(rates) + head * HEAD_DIM
+            sines, cosines = fastest, fastest + width // 2
+            keys_ID[sines, own] = keys_ID[cosines, own + rates] = 1.0
+            queries_ID[sines, own] = queries_ID[cosines, own + rates] = SHARPNESS * turned.cos()
+            queries_ID[cosines, own], queries_ID[sines, own + rates] = (
+                -SHARPNESS * turned.sin(),
+                SHARPNESS * turned.sin(),
+            )
+
+
+def _query_and_key(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the first layer's query and key weights, (inputs, outputs) each."""
+    if model.config.model_type == "gpt2":
+        queries, keys, _ = model.transformer.h[0].attn.c_attn.weight.chunk(3, dim=1)
+        return queries, keys
+    attention = model.model.decoder.layers[0].self_attn
+    return attention.q_proj.weight.T, attention.k_proj.weight.T
 
 
 def _learn(model: PreTrainedModel, tokens_T: torch.Tensor, schedule: Schedule, seed: int, advance: Advance) -> None:

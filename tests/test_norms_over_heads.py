@@ -19,7 +19,10 @@ CASE = CASES[IDS.index("olmo2-gqa")]
 LOUD = 4.0
 SPLIT = Split(
     "calibration",
-    {"a": SourceTokens(tokens(6, seed=1), torch.full((6,), 20)), "b": SourceTokens(tokens(2, seed=2), torch.full((2,), 20))},
+    {
+        "a": SourceTokens(tokens(6, seed=1), torch.full((6,), 20)),
+        "b": SourceTokens(tokens(2, seed=2), torch.full((2,), 20)),
+    },
     {"a": 0.25, "b": 0.75},
     20,
     False,
