@@ -19,7 +19,7 @@ from llmprune.search.baselines.given import Given
 from llmprune.search.baselines.ledger import effort_of
 from llmprune.search.baselines.methods import ALL_TABLES, METHODS
 from llmprune.search.evaluate import quote
-from llmprune.search.path import stops_of
+from llmprune.search.path import estimates_of
 from llmprune.search.samplers.slp import FROM
 from llmprune.search.storage import opened_storage
 from llmprune.search.study import finished_trials
@@ -71,7 +71,7 @@ def _of_front(run: Run, targets: Sequence[float], book: Book) -> list[Entry]:
     evaluations = round(sum(n for key, n in scored.items() if key not in baselines_own) / windows)
     estimates = len({trial.user_attrs[FROM] for trial in trials if FROM in trial.user_attrs})
     if run.directory.seeds.is_file():
-        estimates += len(stops_of([target * MARGIN for target in run.recipe.search.targets], rules.path_step))
+        estimates += estimates_of([target * MARGIN for target in run.recipe.search.targets], rules.path_step)
     prepared = run.tokens["calibration"].tokens + ALL_TABLES * rules.tokens + 3 * estimates * rules.path_tokens
     seconds = sum(trial.duration.total_seconds() for trial in trials if trial.duration)
     effort = effort_of(evaluations, split.tokens, prepared, seconds)

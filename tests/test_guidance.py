@@ -23,14 +23,18 @@ def test_the_last_few_estimates_are_remembered(finished_run: Finished, monkeypat
         return {}
 
     monkeypatch.setattr(guidance, "estimate_delta_nats", estimated)
-    places = [run.space.shape.architecture, *(run.space.architecture([i % 3] * 5 + [i // 3]) for i in range(9))]
-    places = list(dict.fromkeys(places))[: ESTIMATES_KEPT + 1]
+    whole = run.space.shape.architecture
+    places = [run.space.architecture([i % 3, i // 3, 1, 1, 1, 1]) for i in range(ESTIMATES_KEPT + 1)]
+    assert whole not in places and len(set(places)) == len(places)
     for at in [*places[:-1], *places[:-1]]:
         run.estimates.at(at)
     assert asked == places[:-1]
     # One more, and the oldest is forgotten, no other.
     for at in [places[-1], *places[1:], places[0]]:
         run.estimates.at(at)
+    assert asked == [*places, places[0]]
+    # What the tables hold is not estimated again.
+    assert run.estimates.at(whole) == run.scores
     assert asked == [*places, places[0]]
 
 

@@ -35,7 +35,7 @@ def test_a_score_is_between_its_own_and_that_of_the_mean_layer(share: float, see
 @given(SHARES, st.integers(0, 5), st.randoms(use_true_random=False))
 def test_what_an_architecture_has_still_costs_nothing_there(share: float, seed: int, random) -> None:  # type: ignore[no-untyped-def]
     at = SPACE.architecture([random.randrange(1, len(d.options)) for d in SPACE.decisions])
-    parents, own = table(seed), {layer_choice: 0.0 for layer_choice in at.blocks()}
+    parents, own = table(seed), dict.fromkeys(at.blocks(), 0.0)
     shrunk = Shrinkage.of(parents, share).apply({**table(seed + 1), **own}, at)
     assert all(shrunk[key] == 0.0 for key in at.blocks())
 

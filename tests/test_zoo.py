@@ -225,7 +225,8 @@ def result(method: str, at: float, nats_lost: float | None) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "own, uniform, expected", [(0.1, 0.2, True), (0.3, 0.2, False), (None, 0.2, False), (None, None, True)]
+    "own, uniform, expected",
+    [(0.1, 0.2, True), (0.3, 0.2, False), (0.2009, 0.2, True), (None, 0.2, False), (None, None, True)],
 )
 def test_never_worse(own: float | None, uniform: float | None, expected: bool) -> None:
     same = [result("llmprune", 1.2, 0.1), result("random", 1.2, 0.5)]

@@ -46,7 +46,7 @@ from llmprune.recipe import SamplerName, SplitName
 from llmprune.search.baselines.methods import METHODS, own_libraries
 from llmprune.search.costs import probe_architectures
 from llmprune.search.evaluate import QUOTED
-from llmprune.search.path import stops_of
+from llmprune.search.path import estimates_of
 from llmprune.search.plan import Done, Plan, StageCost, Timing
 from llmprune.search.samplers import evopress, slp
 from llmprune.search.tables import CALIBRATE_AT
@@ -147,9 +147,10 @@ def _exact(plan: Plan) -> StageCost:
 
 
 def _path(plan: Plan) -> StageCost:
-    """An estimate at every stop on the way to the targets."""
+    """An estimate at every stop on the way to the targets, but at the parent."""
     aims = [target * MARGIN for target in plan.recipe.search.targets]
-    tokens = len(stops_of(aims, plan.recipe.tables.path_step)) * plan.estimated_tokens(plan.recipe.tables.path_tokens)
+    rules = plan.recipe.tables
+    tokens = estimates_of(aims, rules.path_step) * plan.estimated_tokens(rules.path_tokens)
     return StageCost(
         "path",
         forward_tokens=tokens,

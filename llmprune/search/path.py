@@ -48,6 +48,11 @@ def path(
     progress(len(stops), len(stops))
 
 
+def estimates_of(speedups: Sequence[float], step: float) -> int:
+    """How many estimates a path takes beside that at the parent, which the tables hold."""
+    return len(stops_of(speedups, step)) - 1
+
+
 def stops_of(speedups: Sequence[float], step: float) -> list[float]:
     """Speed-ups on the way, no two further apart than a factor `step`, the wanted ones among them."""
     stops, reached = [], 1.0
