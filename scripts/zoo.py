@@ -36,7 +36,7 @@ from llmprune.recipe import ModelRecipe
 from llmprune.terminal import console, print_json, shown
 
 FACTS = "zoo.json"
-TEST_TOKENS = 65_536
+TEST_TOKENS = 131_072
 
 
 def settings_hash(family: str, schedule: Schedule, text_hash: str) -> str:
