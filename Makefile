@@ -102,7 +102,7 @@ eval: setup
 
 # A test process for every core.
 test: setup
-	$(BIN)/python -m pytest --numprocesses logical
+	$(BIN)/python -m pytest --numprocesses logical --dist worksteal
 
 # Sums come out in another order on another CPU: the same tests with other kernels, on one thread and on two.
 NUMERIC := $(patsubst %,tests/test_%.py,merging blocks_refit blocks_library sensitivity measure baselines_flap gguf gguf_proof)
@@ -111,7 +111,7 @@ test-numerics: setup
 	@set -e; for kernels in default avx2; do for threads in 1 2; do \
 		echo "ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads"; \
 		ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads OMP_WAIT_POLICY=passive \
-			$(BIN)/python -m pytest --numprocesses logical $(NUMERIC); \
+			$(BIN)/python -m pytest --numprocesses logical --dist worksteal $(NUMERIC); \
 	done; done
 
 lint: setup

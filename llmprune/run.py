@@ -51,6 +51,9 @@ from llmprune.workspace import Run
 
 # Facts of a run directory that are no part of a checkpoint's provenance.
 _LOCAL = ("stages", "study")
+GUIDED_STARTS = ("parent", "path", "allocated", "uniform")
+"""Kinds of starting points of a guided sampler. Over a short way the knapsack at the parent may beat the path, whose
+later estimates are of fewer tokens."""
 
 
 def search(run: Run, report: Report | None = None) -> SearchOutcome:
@@ -75,7 +78,7 @@ def start_study(run: Run, storage: BaseStorage) -> optuna.Study:
     starts = warm_starts(run.scores, tables.influence, tables.costs, rules.objective, rules.targets, run.path)
     if rules.sampler in GUIDED:
         # They need somewhere to start from, and must not end behind the plainest child; a population needs variety.
-        starts = [start for start in starts if start[0].partition("-")[0] in ("parent", "path", "uniform")]
+        starts = [start for start in starts if start[0].partition("-")[0] in GUIDED_STARTS]
     prepare_study(study, rules, run.space, starts)
     noted = {"run": facts.run, "storage": _place(run)}
     if run.directory.read_provenance().get("study") != noted:

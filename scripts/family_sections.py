@@ -51,7 +51,7 @@ class Sizes:
     repeats: int = 3
     trials: int = 10
     targets: tuple[float, ...] = (1.4, 1.8)
-    choices_a_kind: int = 40
+    choices_a_kind: int = 24
 
 
 def recipe_of(model: Path, text: Path, sizes: Sizes) -> Recipe:
