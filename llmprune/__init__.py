@@ -6,20 +6,20 @@ Importing it teaches transformers' auto classes the pruned model types, so that 
 
 from importlib.metadata import version
 
-from llmprune.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice, ParentShape
 from llmprune.blocks.library import BlockLibrary, build_library
+from llmprune.choices.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice, ParentShape
+from llmprune.choices.space import Space
+from llmprune.core.errors import LlmpruneError
+from llmprune.core.recipe import Recipe
+from llmprune.core.recipe_text import load_recipe
 from llmprune.data.tokens import TokenSplits, build_token_splits
-from llmprune.errors import LlmpruneError
-from llmprune.measure.quality import Quality, score
-from llmprune.measure.throughput import Speed, Workload, measure_paired
+from llmprune.measure.quality.perplexity import Quality, score
+from llmprune.measure.speed.throughput import Speed, Workload, measure_paired
 from llmprune.models.checkpoint import write_checkpoint
 from llmprune.models.parent import Parent, load_parent, make_parent
 from llmprune.models.surgery import prune, register_pruned_classes
-from llmprune.recipe import Recipe
-from llmprune.recipe_text import load_recipe
-from llmprune.run import compress
-from llmprune.space import Space
-from llmprune.workspace import Run
+from llmprune.pipeline.stages import compress
+from llmprune.pipeline.workspace import Run
 
 __version__ = version("llmprune")
 

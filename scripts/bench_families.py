@@ -29,12 +29,12 @@ from rich.table import Table
 from zoo import FACTS
 from zoo_models import VALUES
 
-from llmprune.errors import LlmpruneError
-from llmprune.files import read_json, write_json
-from llmprune.progress import Show
-from llmprune.run_directory import RunDirectory
-from llmprune.terminal import console, print_json, shown
-from llmprune.workspace import Run
+from llmprune.cli.terminal import console, print_json, shown
+from llmprune.core.errors import LlmpruneError
+from llmprune.core.files import read_json, write_json
+from llmprune.core.progress import Show
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.pipeline.workspace import Run
 
 Found = Mapping[str, Mapping[str, Any]]
 """By family, then by section: its figures, or `failed` and why."""

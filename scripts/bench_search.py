@@ -21,10 +21,10 @@ from typing import Any
 
 from bench_sections import costs, evaluation, patience, samplers, scores
 
-from llmprune.files import read_json, write_json
-from llmprune.run_directory import RunDirectory
-from llmprune.terminal import print_json, shown
-from llmprune.workspace import Run
+from llmprune.cli.terminal import print_json, shown
+from llmprune.core.files import read_json, write_json
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.pipeline.workspace import Run
 
 SECTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "scores": scores,

@@ -13,22 +13,22 @@ import numpy as np
 import optuna
 from scipy.stats import spearmanr
 
-from llmprune.architecture import Architecture
-from llmprune.blocks.sensitivity import estimate_delta_nats
+from llmprune.choices.architecture import Architecture
+from llmprune.core.recipe import SamplerName
 from llmprune.data.tokens import Split
-from llmprune.measure.prefix import PrefixScorer
-from llmprune.measure.quality import quality_from_windows, score, score_windows
-from llmprune.measure.racing import mixture_samples, race, race_batch
-from llmprune.measure.scores import WindowScores
+from llmprune.measure.quality.perplexity import quality_from_windows, score, score_windows
+from llmprune.measure.quality.prefix import PrefixScorer
+from llmprune.measure.quality.racing import mixture_samples, race, race_batch
+from llmprune.measure.quality.scores import WindowScores
 from llmprune.models.surgery import prune
-from llmprune.recipe import SamplerName
-from llmprune.search.allocate import Near
-from llmprune.search.baselines import random_architecture
+from llmprune.pipeline.workspace import Run
 from llmprune.search.samplers.evopress import level_switch
 from llmprune.search.samplers.ladders import as_indices
 from llmprune.search.study import open_study, run_study
-from llmprune.search.tables import speedups_of
-from llmprune.workspace import Run
+from llmprune.tables.allocate import Near
+from llmprune.tables.block_tables import speedups_of
+from llmprune.tables.draw import random_architecture
+from llmprune.tables.estimate import estimate_delta_nats
 
 SCORED_TOKENS = 2048
 TOP_K = 512

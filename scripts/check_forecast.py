@@ -25,8 +25,10 @@ from typing import Any
 
 import psutil
 
-CLI = "import sys; sys.argv[0] = 'llmprune'; from llmprune.cli import main; main()"
-IMPORTS = "import resource, llmprune, llmprune.run; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+CLI = "import sys; sys.argv[0] = 'llmprune'; from llmprune.cli.main import main; main()"
+IMPORTS = (
+    "import resource, llmprune, llmprune.pipeline.stages; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+)
 STAGES = {
     "cutting text": "tokens",
     "ordering and refitting": "library",

@@ -23,14 +23,14 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.deploy.gguf import write_gguf
-from llmprune.measure import quality
-from llmprune.measure.llamacpp import GgufModel, greedy, window_nats
-from llmprune.measure.throughput import Speed, Workload, measure_paired
+from llmprune.core.recipe import GgufType, ModelRecipe, WorkloadRecipe
+from llmprune.formats.gguf import write_gguf
+from llmprune.measure.quality import perplexity
+from llmprune.measure.speed.llamacpp import GgufModel, greedy, window_nats
+from llmprune.measure.speed.throughput import Speed, Workload, measure_paired
 from llmprune.models.checkpoint import PROOF_TEXT
 from llmprune.models.loading import load_model
 from llmprune.models.surgery import register_pruned_classes
-from llmprune.recipe import GgufType, ModelRecipe, WorkloadRecipe
 
 PROMPTS = 10
 PROMPT_TOKENS = 32
@@ -109,7 +109,7 @@ def compared(
                 "same_texts": same(model, exact=False),
                 "same_texts_of_stored_weights": same(stored(model, weights), exact=True),
                 "ppl_ratio": math.exp(
-                    float((nats - quality.window_nats(model, windows_NT)).sum()) / (WINDOWS * (WINDOW_TOKENS - 1))
+                    float((nats - perplexity.window_nats(model, windows_NT)).sum()) / (WINDOWS * (WINDOW_TOKENS - 1))
                 ),
                 "same_token_ids": loaded.tokenize(PROOF_TEXT)
                 == tokenizer(PROOF_TEXT, add_special_tokens=False)["input_ids"],

@@ -25,21 +25,21 @@ import torch
 from counting import Flops, counted
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmprune.architecture import BLOCK_KINDS, Architecture, FfnChoice
 from llmprune.blocks import library as library_module
 from llmprune.blocks.library import BlockLibrary, build_library
-from llmprune.blocks.sensitivity import DeltaNats, estimate_delta_nats
 from llmprune.blocks.statistics import BlockStatistics
+from llmprune.choices.architecture import BLOCK_KINDS, Architecture, FfnChoice
+from llmprune.choices.space import Space
+from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import SourceTokens, Split
-from llmprune.measure.prefix import PrefixScorer
-from llmprune.measure.throughput import Workload
+from llmprune.measure.quality.prefix import PrefixScorer
+from llmprune.measure.speed.throughput import Workload
 from llmprune.models.parent import Parent, make_parent
-from llmprune.recipe import ImportanceRecipe
-from llmprune.search.allocate import Allocator
-from llmprune.search.costs import CostTable
-from llmprune.search.evaluate import Judge
-from llmprune.search.path import path
-from llmprune.space import Space
+from llmprune.search.judging import Judge
+from llmprune.tables.allocate import Allocator
+from llmprune.tables.costs import CostTable
+from llmprune.tables.estimate import DeltaNats, estimate_delta_nats
+from llmprune.tables.walk import path
 
 VOCABULARY, FFN_WIDTH, SEQ_LEN, WINDOWS = 128, 64, 16, 8
 SPEEDUP = 1.05

@@ -12,8 +12,8 @@ import sys
 
 LOAD = """
 import sys
-from llmprune.errors import ModelError
-from llmprune.measure.llamacpp_library import library
+from llmprune.core.errors import ModelError
+from llmprune.measure.speed.llamacpp_library import library
 try:
     library()
 except ModelError as error:

@@ -26,26 +26,26 @@ from rich.table import Table
 from texts import text_splits
 from transformers import PreTrainedModel
 
-from llmprune.architecture import Architecture
-from llmprune.comparison import entrant
+from llmprune.baselines.given import Aim
+from llmprune.baselines.ledger import Ledger
+from llmprune.baselines.methods import METHODS
+from llmprune.choices.architecture import Architecture
+from llmprune.cli.terminal import console, print_json, shown
+from llmprune.core.budgets import parse_pick, pick_record
+from llmprune.core.errors import DataError, LlmpruneError
+from llmprune.core.progress import Show
+from llmprune.core.recipe import BaselineName
 from llmprune.data.tokens import Split
-from llmprune.errors import DataError, LlmpruneError
 from llmprune.evaluation.differences import differences_on_text
-from llmprune.measure.host import fingerprint
-from llmprune.measure.quality import quality_from_windows, score_windows
-from llmprune.measure.throughput import Speed, Workload, measure_paired
-from llmprune.measure.turns import timing
+from llmprune.measure.quality.perplexity import quality_from_windows, score_windows
+from llmprune.measure.speed.host import fingerprint
+from llmprune.measure.speed.throughput import Speed, Workload, measure_paired
+from llmprune.measure.speed.turns import timing
 from llmprune.models.surgery import prune
-from llmprune.progress import Show
-from llmprune.recipe import BaselineName
-from llmprune.run import exported_hash
-from llmprune.run_directory import RunDirectory, read_front
-from llmprune.search.baselines.given import Aim
-from llmprune.search.baselines.ledger import Ledger
-from llmprune.search.baselines.methods import METHODS
-from llmprune.search.budgets import parse_pick, pick_record
-from llmprune.terminal import console, print_json, shown
-from llmprune.workspace import Run
+from llmprune.pipeline.comparison import entrant
+from llmprune.pipeline.run_directory import RunDirectory, read_front
+from llmprune.pipeline.stages import exported_hash
+from llmprune.pipeline.workspace import Run
 
 STEP = 1.02
 """From one offer of a method to the next, in estimated speed-up."""

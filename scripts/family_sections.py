@@ -16,16 +16,16 @@ from scipy.stats import rankdata, spearmanr
 from zoo_checks import BATCH_TOKENS, paired
 from zoo_models import held_out_data
 
-from llmprune.architecture import Architecture, BlockChoice
-from llmprune.blocks.sensitivity import estimate_delta_nats
-from llmprune.comparison import baselines
-from llmprune.measure.prefix import PrefixScorer
-from llmprune.measure.scores import SplitScorer, WindowScores
-from llmprune.recipe import BaselinesRecipe, ModelRecipe, Recipe
-from llmprune.run import front, search
-from llmprune.search.exact import BROKEN, exact_delta_nats
-from llmprune.space import Space
-from llmprune.workspace import Run
+from llmprune.choices.architecture import Architecture, BlockChoice
+from llmprune.choices.space import Space
+from llmprune.core.recipe import BaselinesRecipe, ModelRecipe, Recipe
+from llmprune.measure.quality.prefix import PrefixScorer
+from llmprune.measure.quality.scores import SplitScorer, WindowScores
+from llmprune.pipeline.comparison import baselines
+from llmprune.pipeline.stages import front, search
+from llmprune.pipeline.workspace import Run
+from llmprune.tables.estimate import estimate_delta_nats
+from llmprune.tables.exact import BROKEN, exact_delta_nats
 
 RESAMPLES = 2000
 CLEAR_STANDARD_ERRORS = 5.0

@@ -14,22 +14,22 @@ from typing import Any
 
 import yaml
 
-from llmprune.architecture import ParentShape
 from llmprune.blocks.statistics import statistics_bytes
-from llmprune.blocks.work import (
+from llmprune.choices.architecture import ParentShape
+from llmprune.choices.space import Space
+from llmprune.core.recipe import Recipe
+from llmprune.core.recipe_files import DEFAULT_RECIPE, recipe_path
+from llmprune.core.recipe_text import parse_recipe
+from llmprune.forecast.forecast import forecast
+from llmprune.forecast.plan import Plan
+from llmprune.forecast.work import (
     estimate_flops_per_token,
     gram_flops_per_token,
     layer_library_bytes,
     layer_solver_flops,
     solving_bytes,
 )
-from llmprune.measure.throughput import Workload
-from llmprune.recipe import Recipe
-from llmprune.recipe_files import DEFAULT_RECIPE, recipe_path
-from llmprune.recipe_text import parse_recipe
-from llmprune.search.forecast import forecast
-from llmprune.search.plan import Plan
-from llmprune.space import Space
+from llmprune.measure.speed.throughput import Workload
 
 SHAPES = {
     "SmolLM2-135M": (ParentShape(30, 576, 3, 3, 64, 1536), 49_152, 4, True),

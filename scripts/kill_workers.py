@@ -40,16 +40,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from tiny import paired_by_bytes, tiny_recipe  # noqa: E402
 
-from llmprune import run as stages  # noqa: E402
+from llmprune.core.recipe import Recipe  # noqa: E402
 from llmprune.models.parent import load_parent  # noqa: E402
-from llmprune.recipe import Recipe  # noqa: E402
-from llmprune.run_directory import RunDirectory  # noqa: E402
-from llmprune.search import evaluate, study, tables  # noqa: E402
-from llmprune.search.claims import known_trials  # noqa: E402
-from llmprune.search.reaping import WORKER  # noqa: E402
-from llmprune.search.storage import opened_storage  # noqa: E402
-from llmprune.search.studies import RUN  # noqa: E402
-from llmprune.workspace import Run  # noqa: E402
+from llmprune.pipeline import stages  # noqa: E402
+from llmprune.pipeline.run_directory import RunDirectory  # noqa: E402
+from llmprune.pipeline.workspace import Run  # noqa: E402
+from llmprune.search import judging, study  # noqa: E402
+from llmprune.search.workers.claims import known_trials  # noqa: E402
+from llmprune.search.workers.reaping import WORKER  # noqa: E402
+from llmprune.search.workers.storage import opened_storage  # noqa: E402
+from llmprune.search.workers.studies import RUN  # noqa: E402
+from llmprune.tables import block_tables  # noqa: E402
 
 BEGUN, KILLED = "begun", "killed"
 
@@ -124,7 +125,7 @@ def kill_workers(root: Path, url: str | None, arguments: argparse.Namespace) -> 
 
 
 def _start(path: Path, recipe: Recipe, url: str | None) -> None:
-    tables.measure_paired = paired_by_bytes
+    block_tables.measure_paired = paired_by_bytes
     with RunDirectory(path).locked():
         run = Run.start(path, recipe)
         run.storage = url
@@ -134,15 +135,15 @@ def _start(path: Path, recipe: Recipe, url: str | None) -> None:
 
 def _worker(path: Path, url: str | None, log: Path, arguments: argparse.Namespace) -> int:
     def body() -> None:
-        real = evaluate.Judge.judge
+        real = judging.Judge.judge
 
-        def judge(self: evaluate.Judge, architecture: Any, name: str) -> evaluate.Record:
+        def judge(self: judging.Judge, architecture: Any, name: str) -> judging.Record:
             _append(log, BEGUN, architecture.hash, os.getpid())
             time.sleep(arguments.judge_seconds)
             return real(self, architecture, name)
 
-        evaluate.measure_paired = paired_by_bytes
-        evaluate.Judge.judge = judge  # type: ignore[method-assign]
+        judging.measure_paired = paired_by_bytes
+        judging.Judge.judge = judge  # type: ignore[method-assign]
         stages.worker(Run.join(path, storage=url))
 
     return _fork(body)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmprune.files import atomic_path
+from llmprune.core.files import atomic_path
 
 CONTEXT_WORDS = 40
 ANSWER_WORDS = 12

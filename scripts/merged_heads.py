@@ -12,19 +12,19 @@ import argparse
 import json
 from pathlib import Path
 
-from llmprune.architecture import AttentionChoice
 from llmprune.blocks.layer_files import LayerRepairs
 from llmprune.blocks.library import BlockLibrary
-from llmprune.blocks.sensitivity import estimate_delta_nats
 from llmprune.blocks.solve import solve_block
 from llmprune.blocks.statistics import collect_statistics
+from llmprune.choices.architecture import AttentionChoice
+from llmprune.choices.space import Space
+from llmprune.core.recipe import ImportanceRecipe
+from llmprune.core.recipe_text import load_recipe
 from llmprune.data.tokens import build_token_splits
-from llmprune.measure.prefix import PrefixScorer
+from llmprune.measure.quality.prefix import PrefixScorer
 from llmprune.models.parent import load_parent
-from llmprune.recipe import ImportanceRecipe
-from llmprune.recipe_text import load_recipe
-from llmprune.search.exact import exact_delta_nats
-from llmprune.space import Space
+from llmprune.tables.estimate import estimate_delta_nats
+from llmprune.tables.exact import exact_delta_nats
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import load_file
 from scipy.stats import ttest_1samp
 
-from llmprune.measure.racing import ALPHA, p_value_of_worse
+from llmprune.measure.quality.racing import ALPHA, p_value_of_worse
 
 LEAST_WINDOWS = 8
 Test = Callable[[Any, Any], float]

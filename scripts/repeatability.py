@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 from statistics import median
 
-from llmprune.measure.throughput import Workload, measure_paired
+from llmprune.core.recipe import ModelRecipe, WorkloadRecipe
+from llmprune.measure.speed.throughput import Workload, measure_paired
 from llmprune.models.loading import load_model
 from llmprune.models.sizes import decode_bytes
-from llmprune.recipe import ModelRecipe, WorkloadRecipe
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
 
-from llmprune.errors import ModelError
-from llmprune.measure.llamacpp import GgufModel
+from llmprune.core.errors import ModelError
+from llmprune.core.recipe import ModelRecipe
+from llmprune.measure.speed.llamacpp import GgufModel
 from llmprune.models.loading import load_model
-from llmprune.recipe import ModelRecipe
 
 PROMPT = "The city of Venice is built on"
 NEW_TOKENS = 48

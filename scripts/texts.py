@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from llmprune.core.errors import DataError
+from llmprune.core.recipe import SourceRecipe
 from llmprune.data.sources import read_documents
 from llmprune.data.tokens import SourceTokens, Split, encode_with_bytes
-from llmprune.errors import DataError
-from llmprune.recipe import SourceRecipe
 
 _WITH_DOCUMENTS = (".jsonl", ".parquet")
 

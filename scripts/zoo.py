@@ -28,12 +28,12 @@ from zoo_checks import LEAST_NATS_BELOW_BIGRAM, LEAST_STANDARD_ERRORS, report
 from zoo_models import SOURCES, VALUES, byte_tokenizer, held_out_data, split_text, training_text
 from zoo_training import EMBEDDINGS, Schedule, encoded, train
 
+from llmprune.cli.terminal import console, print_json, shown
+from llmprune.core.files import read_json, write_json
+from llmprune.core.progress import Show
+from llmprune.core.recipe import ModelRecipe
 from llmprune.data.tokens import build_token_splits
-from llmprune.files import read_json, write_json
 from llmprune.models.parent import load_parent
-from llmprune.progress import Show
-from llmprune.recipe import ModelRecipe
-from llmprune.terminal import console, print_json, shown
 
 FACTS = "zoo.json"
 TEST_TOKENS = 131_072

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmprune.architecture import DROPPED, BlockChoice
+from llmprune.choices.architecture import DROPPED, BlockChoice
+from llmprune.core.progress import Advance
 from llmprune.data.tokens import Split
-from llmprune.measure.prefix import PrefixScorer
-from llmprune.measure.quality import quality_from_windows
+from llmprune.measure.quality.perplexity import quality_from_windows
+from llmprune.measure.quality.prefix import PrefixScorer
 from llmprune.models.parent import Parent
-from llmprune.progress import Advance
 
 LEAST_NATS_BELOW_BIGRAM = 0.3
 LEAST_STANDARD_ERRORS = 10.0

@@ -16,9 +16,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from llmprune.files import atomic_path
+from llmprune.core.files import atomic_path
+from llmprune.core.recipe import DataRecipe, SourceRecipe
 from llmprune.models.modeling_pruned import FAMILIES
-from llmprune.recipe import DataRecipe, SourceRecipe
 
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")
 VOCABULARY = 256 + len(SPECIAL_TOKENS)

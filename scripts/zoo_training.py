@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zoo_models import CONTEXT, HEAD_DIM, HEADS, new_model
 
-from llmprune.progress import Advance
+from llmprune.core.progress import Advance
 
 
 @dataclass(frozen=True)

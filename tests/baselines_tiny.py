@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llmprune.architecture import BLOCK_KINDS, Architecture, BlockChoice
+from llmprune.baselines.given import Given, Nats
 from llmprune.blocks.library import BlockLibrary, build_library
+from llmprune.choices.architecture import BLOCK_KINDS, Architecture, BlockChoice
+from llmprune.choices.space import Space
+from llmprune.core.recipe import ImportanceRecipe, SpaceSize, SplitName
 from llmprune.data.tokens import SourceTokens, Split
-from llmprune.measure.prefix import PrefixScorer
-from llmprune.measure.quality import score
-from llmprune.measure.throughput import Speed, Spread, Workload
+from llmprune.measure.quality.perplexity import score
+from llmprune.measure.quality.prefix import PrefixScorer
+from llmprune.measure.speed.throughput import Speed, Spread, Workload
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.surgery import prune
-from llmprune.recipe import ImportanceRecipe, SpaceSize, SplitName
-from llmprune.search.baselines.given import Given, Nats
-from llmprune.search.costs import CostTable
-from llmprune.search.evaluate import Judge
-from llmprune.search.tables import BlockTables
-from llmprune.space import Space
+from llmprune.search.judging import Judge
+from llmprune.tables.block_tables import BlockTables
+from llmprune.tables.costs import CostTable
 
 WORKLOAD = Workload(batch=1, prompt_tokens=4, generated_tokens=2, dtype="float32", threads=1, device="cpu")
 FLAP = ImportanceRecipe(method="flap", refit=False)

@@ -29,14 +29,15 @@ os.environ["LLMPRUNE_TURNS"] = tempfile.mkdtemp(prefix="llmprune-turns-")
 import postgres
 from tiny import paired_by_bytes, tiny_recipe
 
-from llmprune.cli import main
+from llmprune.cli.main import main
+from llmprune.core.budgets import parse_pick
+from llmprune.core.recipe import Recipe
 from llmprune.models import checkpoint
-from llmprune.recipe import Recipe
-from llmprune.run import export, front, search, write_children
-from llmprune.run_directory import RunDirectory
-from llmprune.search import evaluate, reach, tables
-from llmprune.search.budgets import parse_pick
-from llmprune.workspace import Run
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.pipeline.stages import export, front, search, write_children
+from llmprune.pipeline.workspace import Run
+from llmprune.search import judging
+from llmprune.tables import block_tables, reach
 
 
 def pytest_sessionfinish() -> None:
@@ -64,8 +65,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     finished = Finished(tiny_recipe(root), root / "run", root / "exported" / "child")
     with (
         RunDirectory(finished.path).locked(),
-        patch.object(evaluate, "measure_paired", paired_by_bytes),
-        patch.object(tables, "measure_paired", paired_by_bytes),
+        patch.object(judging, "measure_paired", paired_by_bytes),
+        patch.object(block_tables, "measure_paired", paired_by_bytes),
         patch.object(reach, "measure_paired", paired_by_bytes),
     ):
         run = Run.start(finished.path, finished.recipe)
@@ -131,7 +132,7 @@ def proxy_url(postgres_url: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    code = "import sys; sys.argv[0] = 'llmprune'; from llmprune.cli import main; main()"
+    code = "import sys; sys.argv[0] = 'llmprune'; from llmprune.cli.main import main; main()"
     command = [sys.executable, "-c", code, "storage-proxy", "--host", "127.0.0.1", "--port", str(port)]
     with subprocess.Popen(
         command, env={**os.environ, "LLMPRUNE_STORAGE": postgres_url}, stderr=subprocess.PIPE, text=True

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.architecture import Architecture, AttentionChoice, BlockChoice, ParentShape
+from llmprune.choices.architecture import Architecture, AttentionChoice, BlockChoice, ParentShape
 from llmprune.models.modeling_pruned import FAMILIES
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.rows import unit_rows

@@ -11,13 +11,13 @@ import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
 
-from llmprune.architecture import BLOCK_KINDS, Architecture, ParentShape
-from llmprune.recipe import SpaceSize
-from llmprune.search.allocate import Allocator
-from llmprune.search.costs import CostTable
+from llmprune.choices.architecture import BLOCK_KINDS, Architecture, ParentShape
+from llmprune.choices.space import Space
+from llmprune.core.recipe import SpaceSize
 from llmprune.search.parameters import suggest, to_params
 from llmprune.search.samplers.guide import Guide, History
-from llmprune.space import Space
+from llmprune.tables.allocate import Allocator
+from llmprune.tables.costs import CostTable
 
 PARENT_NATS = 3.0
 TARGETS = (1.3, 1.6)

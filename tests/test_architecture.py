@@ -11,8 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprune.architecture import Architecture, AttentionChoice, BlockChoice, FfnChoice, LayerChoice, ParentShape
-from llmprune.errors import ArchitectureError
+from llmprune.choices.architecture import (
+    Architecture,
+    AttentionChoice,
+    BlockChoice,
+    FfnChoice,
+    LayerChoice,
+    ParentShape,
+)
+from llmprune.core.errors import ArchitectureError
 
 SHAPE = ParentShape(layers=3, hidden_size=24, kv_groups=4, queries_per_group=2, head_dim=3, ffn_width=40)
 UNITS = st.integers(0, 10_000)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny import linear_costs, tiny_space
 
-from llmprune.search.baselines import SPEED_TOLERANCE, random_architecture
+from llmprune.tables.draw import SPEED_TOLERANCE, random_architecture
 
 CHI_SQUARE_15_AT_999_PERMILLE = 37.7
 

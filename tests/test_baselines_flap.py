@@ -12,14 +12,7 @@ from baselines_tiny import FLAP, given_of, library_of, random_parent, random_spl
 from closeness import assert_close
 from torch import nn
 
-from llmprune.architecture import BLOCK_KINDS, Architecture
-from llmprune.blocks import library as module
-from llmprune.blocks.library import Plan, build_libraries, build_library
-from llmprune.models.parent import Parent
-from llmprune.models.rows import input_columns
-from llmprune.models.surgery import prune
-from llmprune.recipe import ImportanceRecipe
-from llmprune.search.baselines.flap import (
+from llmprune.baselines.flap import (
     at_threshold,
     compensate,
     flap,
@@ -27,6 +20,13 @@ from llmprune.search.baselines.flap import (
     needs_bias,
     params_per_unit,
 )
+from llmprune.blocks import library as module
+from llmprune.blocks.library import Plan, build_libraries, build_library
+from llmprune.choices.architecture import BLOCK_KINDS, Architecture
+from llmprune.core.recipe import ImportanceRecipe
+from llmprune.models.parent import Parent
+from llmprune.models.rows import input_columns
+from llmprune.models.surgery import prune
 
 RECIPES = [ImportanceRecipe(method=m, refit=False) for m in ("magnitude", "wanda-sp", "flap")]  # type: ignore[arg-type]
 MIXED = Architecture.of([(1, 12), (2, 8), (1, 24)])

@@ -14,20 +14,20 @@ from baselines_tiny import FLAP, given_of, judge_of, library_of, paired_by_size,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprune.architecture import Architecture
+from llmprune.baselines.book import Book
+from llmprune.baselines.contest import Entrant, choose_beside, compare, compete, front_entries
+from llmprune.baselines.given import Aim, Nats, along
+from llmprune.baselines.ledger import Ledger
+from llmprune.baselines.match import AT, CLOSE, close_in, settle
+from llmprune.baselines.methods import METHODS
 from llmprune.blocks.library import BlockLibrary
-from llmprune.errors import ModelError, RunDirectoryError
+from llmprune.choices.architecture import Architecture
+from llmprune.core.budgets import metric_value
+from llmprune.core.errors import ModelError, RunDirectoryError
+from llmprune.core.progress import silent
+from llmprune.core.recipe import BaselineName, SplitName
 from llmprune.models.parent import Parent
-from llmprune.progress import silent
-from llmprune.recipe import BaselineName, SplitName
-from llmprune.search import evaluate
-from llmprune.search.baselines.book import Book
-from llmprune.search.baselines.contest import Entrant, choose_beside, compare, compete, front_entries
-from llmprune.search.baselines.given import Aim, Nats, along
-from llmprune.search.baselines.ledger import Ledger
-from llmprune.search.baselines.match import AT, CLOSE, close_in, settle
-from llmprune.search.baselines.methods import METHODS
-from llmprune.search.budgets import metric_value
+from llmprune.search import judging
 
 SPEED = "decode_speedup"
 
@@ -120,14 +120,14 @@ def test_a_wrong_table_is_corrected_in_a_few_children() -> None:
 def timed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of children as they are timed, by their size."""
     seen: list[str] = []
-    judge = evaluate.Judge.judge
+    judge = judging.Judge.judge
 
-    def watched(self: evaluate.Judge, architecture: Architecture, name: str) -> Any:
+    def watched(self: judging.Judge, architecture: Architecture, name: str) -> Any:
         seen.append(name)
         return judge(self, architecture, name)
 
-    monkeypatch.setattr(evaluate, "measure_paired", paired_by_size)
-    monkeypatch.setattr(evaluate.Judge, "judge", watched)
+    monkeypatch.setattr(judging, "measure_paired", paired_by_size)
+    monkeypatch.setattr(judging.Judge, "judge", watched)
     yield seen
 
 
@@ -155,7 +155,7 @@ def entrant_of(name: BaselineName) -> Entrant:
 
 def contest(book: Book, name: BaselineName, targets: list[float], key: str = "k") -> list[Any]:
     entrant = entrant_of(name)
-    parent = evaluate.quote(entrant.judge.parent_record(), entrant.quoting)
+    parent = judging.quote(entrant.judge.parent_record(), entrant.quoting)
     entries = []
     for entry in compete(entrant, targets, parent, SPEED, book, key, silent):
         book.put(entry)
@@ -225,8 +225,8 @@ def test_an_entry_holds_its_children_whole(tmp_path: Path, timed: list[str]) -> 
     (entry,) = contest(open_book(tmp_path), "flap", [1.3])
     assert entry["nats_lost"] is not None and entry["why"] is None and entry["input_hash"] == "k"
     for child in entry["children"]:
-        assert child.keys() >= evaluate.RECORD_KEYS
-        assert child["test"].keys() == evaluate.QUOTED_KEYS
+        assert child.keys() >= judging.RECORD_KEYS
+        assert child["test"].keys() == judging.QUOTED_KEYS
         assert child["name"] == "parent" or (child["exportable"], child["library"]) == (False, "flap")
 
 
@@ -256,7 +256,7 @@ def test_out_of_reach_says_so(tmp_path: Path, timed: list[str]) -> None:
 def test_a_child_that_computes_nothing_is_told_and_does_not_end_the_contest(
     tmp_path: Path, timed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate.Judge, "judge", lambda *_: (_ for _ in ()).throw(ModelError("logits must be numbers")))
+    monkeypatch.setattr(judging.Judge, "judge", lambda *_: (_ for _ in ()).throw(ModelError("logits must be numbers")))
     entries = contest(open_book(tmp_path), "shortgpt", [1.3, 1.5])
     assert [entry["why"] for entry in entries] == ["logits must be numbers"] * 2
 

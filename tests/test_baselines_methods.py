@@ -9,17 +9,17 @@ from typing import get_args
 import pytest
 from baselines_tiny import given_of, library_of, nats_of, random_parent, space_of, tables_of
 
-from llmprune.architecture import DROPPED, Architecture
+from llmprune.baselines.chance import best_of_random
+from llmprune.baselines.depth import blockpruner, shortgpt, sleb
+from llmprune.baselines.given import Given, along
+from llmprune.baselines.methods import METHODS, choose
+from llmprune.baselines.uniform import uniform
 from llmprune.blocks.library import BlockLibrary
+from llmprune.choices.architecture import DROPPED, Architecture
+from llmprune.core.recipe import BASELINE_NAMES, BaselineName, SpaceSize
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import prune
-from llmprune.recipe import BASELINE_NAMES, BaselineName, SpaceSize
-from llmprune.search.allocate import Allocator
-from llmprune.search.baselines.chance import best_of_random
-from llmprune.search.baselines.depth import blockpruner, shortgpt, sleb
-from llmprune.search.baselines.given import Given, along
-from llmprune.search.baselines.methods import METHODS, choose
-from llmprune.search.baselines.uniform import uniform
+from llmprune.tables.allocate import Allocator
 
 
 @pytest.fixture(scope="module")

@@ -12,31 +12,31 @@ import yaml
 from closeness import tolerance
 from tiny import paired_by_bytes
 
-from llmprune import run as stages
-from llmprune.cli import main
-from llmprune.errors import ExportError
-from llmprune.files import write_json
-from llmprune.measure.quality import score
+from llmprune.cli.main import main
+from llmprune.core.budgets import parse_pick
+from llmprune.core.errors import ExportError
+from llmprune.core.files import write_json
+from llmprune.core.recipe import BASELINE_NAMES
+from llmprune.measure.quality.perplexity import score
 from llmprune.models.checkpoint import Proof
-from llmprune.recipe import BASELINE_NAMES
-from llmprune.run import export, front
-from llmprune.search import evaluate
-from llmprune.search.budgets import parse_pick
-from llmprune.workspace import Run
+from llmprune.pipeline import stages
+from llmprune.pipeline.stages import export, front
+from llmprune.pipeline.workspace import Run
+from llmprune.search import judging
 
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was timed, by name."""
     seen: list[str] = []
-    judge = evaluate.Judge.judge
+    judge = judging.Judge.judge
 
-    def watched(self: evaluate.Judge, architecture: Any, name: str) -> Any:
+    def watched(self: judging.Judge, architecture: Any, name: str) -> Any:
         seen.append(name)
         return judge(self, architecture, name)
 
-    monkeypatch.setattr(evaluate, "measure_paired", paired_by_bytes)
-    monkeypatch.setattr(evaluate.Judge, "judge", watched)
+    monkeypatch.setattr(judging, "measure_paired", paired_by_bytes)
+    monkeypatch.setattr(judging.Judge, "judge", watched)
     return seen
 
 

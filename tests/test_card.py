@@ -14,13 +14,13 @@ import yaml
 from conftest import Finished
 from gguf import GGUFWriter
 
-from llmprune.architecture import Architecture, AttentionChoice, ParentShape
-from llmprune.deploy.card import architecture_map, model_card
-from llmprune.deploy.contents import EVALUATION_FILE, EVALUATIONS_DIRECTORY, VLLM_DIRECTORY, read_contents
-from llmprune.deploy.hub import card_of, check_repo, settled_licence
-from llmprune.errors import PushError
+from llmprune.choices.architecture import Architecture, AttentionChoice, ParentShape
+from llmprune.core.errors import PushError
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.licence import Licence, stated_licence
+from llmprune.publish.card import architecture_map, model_card
+from llmprune.publish.contents import EVALUATION_FILE, EVALUATIONS_DIRECTORY, VLLM_DIRECTORY, read_contents
+from llmprune.publish.hub import card_of, check_repo, settled_licence
 
 MIT = Licence("mit")
 

@@ -11,7 +11,7 @@ import pytest
 from check_forecast import NOT_FORECAST, Actual
 from tiny import tiny_recipe
 
-from llmprune.recipe_text import to_yaml
+from llmprune.core.recipe_text import to_yaml
 
 
 def test_time_goes_to_the_stage_that_was_at_work() -> None:

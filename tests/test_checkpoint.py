@@ -23,14 +23,14 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmprune.architecture import Architecture, AttentionChoice, ParentShape
-from llmprune.deploy.contents import read_contents
-from llmprune.errors import ExportError, LlmpruneError, PushError
+from llmprune.choices.architecture import Architecture, AttentionChoice, ParentShape
+from llmprune.core.errors import ExportError, LlmpruneError, PushError
 from llmprune.models import checkpoint
 from llmprune.models.checkpoint import METADATA_FILE, Proof, write_checkpoint
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.proof import digests
 from llmprune.models.surgery import is_stock, prune, register_pruned_classes
+from llmprune.publish.contents import read_contents
 
 HETEROGENEOUS = (
     "llama-gqa",

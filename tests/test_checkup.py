@@ -8,12 +8,12 @@ import pytest
 from families import CASES, Case, tiny_model
 from tiny import tiny_tokenizer
 
-from llmprune.checkup import bench
-from llmprune.errors import DataError, ModelError, RecipeError
+from llmprune.core.errors import DataError, ModelError, RecipeError
+from llmprune.core.progress import silent
+from llmprune.core.recipe import ModelRecipe, WorkloadRecipe
+from llmprune.core.recipe_text import parse_recipe
+from llmprune.evaluation.bench import bench
 from llmprune.models.parent import check_lengths, make_parent
-from llmprune.progress import silent
-from llmprune.recipe import ModelRecipe, WorkloadRecipe
-from llmprune.recipe_text import parse_recipe
 
 WORKLOAD = WorkloadRecipe(prompt_tokens=4, generated_tokens=2, repeats=1)
 

@@ -13,10 +13,10 @@ import yaml
 from conftest import Finished, Llmprune, Result
 from tiny import contents
 
-from llmprune.recipe import Recipe
-from llmprune.recipe_files import recipe_names
-from llmprune.recipe_text import to_yaml
-from llmprune.run_directory import RunDirectory
+from llmprune.core.recipe import Recipe
+from llmprune.core.recipe_files import recipe_names
+from llmprune.core.recipe_text import to_yaml
+from llmprune.pipeline.run_directory import RunDirectory
 
 QUICK = ("--prompt-tokens", "8", "--generated-tokens", "4", "--repeats", "1", "--device", "cpu")
 
@@ -131,7 +131,7 @@ def test_our_own_faults_are_not_dressed_up(llmprune: Llmprune, monkeypatch: pyte
     def fault() -> list[str]:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("llmprune.cli.recipe_names", fault)
+    monkeypatch.setattr("llmprune.cli.main.recipe_names", fault)
     with pytest.raises(ZeroDivisionError):
         llmprune("recipes", "ls")
 
@@ -266,7 +266,7 @@ def test_search_begins_a_run_and_tells_of_its_trials(llmprune: Llmprune, recipe_
 
 def test_a_stranger_s_shell_runs_a_pruned_child(finished_run: Finished) -> None:
     """In a process of its own: registered classes, no trust in remote code, nothing on stderr, an exit code."""
-    command = "import sys; sys.argv[0] = 'llmprune'; from llmprune.cli import main; main()"
+    command = "import sys; sys.argv[0] = 'llmprune'; from llmprune.cli.main import main; main()"
     finished = subprocess.run(
         [sys.executable, "-c", command, "bench", str(finished_run.export), *QUICK, "--json", "--quiet"],
         capture_output=True,

@@ -13,9 +13,9 @@ from torch._inductor import config as inductor
 from torch._inductor import cpp_builder
 from transformers import PreTrainedModel
 
-from llmprune.architecture import Architecture
-from llmprune.errors import RecipeError
-from llmprune.measure.throughput import Generation, Workload, check_compiler, measure_paired, token_ids
+from llmprune.choices.architecture import Architecture
+from llmprune.core.errors import RecipeError
+from llmprune.measure.speed.throughput import Generation, Workload, check_compiler, measure_paired, token_ids
 from llmprune.models.surgery import prune
 
 PROMPT, GENERATED = 6, 4

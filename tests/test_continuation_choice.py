@@ -10,8 +10,8 @@ import pytest
 import yaml
 from make_continuation_choice import ANSWER_WORDS, CHOICES, main, questions
 
-from llmprune.measure.tasks import open_tasks
-from llmprune.recipe_files import recipe_directory
+from llmprune.core.recipe_files import recipe_directory
+from llmprune.evaluation.tasks import open_tasks
 
 DOCUMENTS = ["A title\n" + " ".join(f"d{number}w{word}" for word in range(90)) for number in range(200)]
 

@@ -15,10 +15,10 @@ from tiny import SMALL_SPLITS, numbered_documents, small_data_recipe, tiny_token
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from llmprune.core.errors import DataError
+from llmprune.core.recipe import DataRecipe, SourceRecipe
 from llmprune.data.bos import opening_with_bos, puts_bos
 from llmprune.data.tokens import TokenSplits, build_token_splits, divide_windows, encode_with_bytes
-from llmprune.errors import DataError
-from llmprune.recipe import DataRecipe, SourceRecipe
 
 
 @pytest.fixture(scope="module")

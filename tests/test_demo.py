@@ -10,10 +10,10 @@ import pytest
 import sample_text
 from conftest import Finished
 
-from llmprune.conversion import write_formats
+from llmprune.core.recipe import DeployRecipe, ModelRecipe
+from llmprune.core.recipe_text import load_recipe
 from llmprune.models.loading import load_model
-from llmprune.recipe import DeployRecipe, ModelRecipe
-from llmprune.recipe_text import load_recipe
+from llmprune.publish.conversion import write_formats
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "smollm2-135m.yaml"
 

@@ -13,16 +13,16 @@ from conftest import Finished
 from families import CASES, tiny_model
 from tiny import tiny_recipe, tiny_tokenizer
 
-from llmprune import checkup
-from llmprune.checkup import bench
-from llmprune.errors import ModelError
+from llmprune.core.errors import ModelError
+from llmprune.core.progress import silent
+from llmprune.core.recipe import ModelRecipe, WorkloadRecipe
+from llmprune.core.recipe_files import DEFAULT_RECIPE, recipe_path
+from llmprune.evaluation import bench as module
+from llmprune.evaluation.bench import bench
 from llmprune.models import loading
 from llmprune.models.loading import dtype_of, load_model
 from llmprune.models.parent import load_parent
-from llmprune.progress import silent
-from llmprune.recipe import ModelRecipe, WorkloadRecipe
-from llmprune.recipe_files import DEFAULT_RECIPE, recipe_path
-from llmprune.workspace import Run
+from llmprune.pipeline.workspace import Run
 
 # No GPU is needed to see what would be loaded on another device than a CPU.
 ELSEWHERE = torch.device("meta")
@@ -96,7 +96,7 @@ def test_a_checkpoint_names_the_dtype_that_its_figures_are_of(finished_run: Fini
 
 def test_models_side_by_side_are_in_one_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = {"one": tiny_model(CASES[0]), "other": tiny_model(CASES[0]).to(torch.bfloat16)}
-    monkeypatch.setattr(checkup, "load_model", lambda recipe, check: (loaded[recipe.path], None))
+    monkeypatch.setattr(module, "load_model", lambda recipe, check: (loaded[recipe.path], None))
     with pytest.raises(ModelError, match="one in float32, other in bfloat16; name one with --dtype"):
         bench([ModelRecipe(path=name) for name in loaded], WorkloadRecipe(), silent)
 

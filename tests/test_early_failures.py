@@ -11,11 +11,11 @@ import pytest
 from conftest import Finished, Llmprune
 from tiny import save_tiny_llama
 
-from llmprune.errors import RunDirectoryError
-from llmprune.files import write_json
-from llmprune.recipe_text import apply_overrides, parse_recipe, to_yaml
-from llmprune.run_directory import RunDirectory
-from llmprune.workspace import Run
+from llmprune.core.errors import RunDirectoryError
+from llmprune.core.files import write_json
+from llmprune.core.recipe_text import apply_overrides, parse_recipe, to_yaml
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.pipeline.workspace import Run
 
 
 def unsupported_parent(parent: Path, to: Path) -> Path:

@@ -17,8 +17,8 @@ from conftest import Finished
 from texts import text_splits
 from tiny import numbered_documents, paired_by_bytes, tiny_tokenizer, write_jsonl
 
-from llmprune.architecture import Architecture
-from llmprune.errors import DataError
+from llmprune.choices.architecture import Architecture
+from llmprune.core.errors import DataError
 
 
 def child(width: int) -> Architecture:

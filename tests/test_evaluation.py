@@ -17,15 +17,15 @@ from tasks_tiny import write_tasks
 from tiny import contents
 from transformers import AutoModelForCausalLM
 
+from llmprune.core.errors import ModelError
+from llmprune.core.recipe import ModelRecipe
 from llmprune.data.store import load_token_splits
-from llmprune.errors import ModelError
 from llmprune.evaluation import evaluate as evaluation
 from llmprune.evaluation.subjects import find_subjects, identity_of
-from llmprune.measure.significance import mcnemar
-from llmprune.measure.tasks import open_tasks, run_task
+from llmprune.evaluation.tasks import open_tasks, run_task
+from llmprune.measure.quality.significance import mcnemar
 from llmprune.models.loading import load_model, stored_dtype
-from llmprune.recipe import ModelRecipe
-from llmprune.run_directory import RunDirectory
+from llmprune.pipeline.run_directory import RunDirectory
 
 QUICK = ("--prompt-tokens", "8", "--generated-tokens", "4", "--repeats", "1", "--device", "cpu")
 NAMES = ("tiny_choice", "tiny_text")

@@ -19,8 +19,16 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llmprune.architecture import DROPPED, Architecture, AttentionChoice, BlockKind, FfnChoice, LayerChoice, ParentShape
-from llmprune.errors import ArchitectureError
+from llmprune.choices.architecture import (
+    DROPPED,
+    Architecture,
+    AttentionChoice,
+    BlockKind,
+    FfnChoice,
+    LayerChoice,
+    ParentShape,
+)
+from llmprune.core.errors import ArchitectureError
 from llmprune.models.modeling_pruned import NoAttention, NoFfn
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.sizes import size_of

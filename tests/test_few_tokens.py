@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from tiny import tiny_recipe
 
-from llmprune.architecture import ParentShape
 from llmprune.blocks import statistics
 from llmprune.blocks.statistics import few_tokens_warning
-from llmprune.workspace import Run
+from llmprune.choices.architecture import ParentShape
+from llmprune.pipeline.workspace import Run
 
 
 def test_four_tokens_an_input_of_the_widest_projection_are_enough() -> None:

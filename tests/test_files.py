@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmprune.errors import RunDirectoryError
-from llmprune.files import atomic_path, read_json, write_json
+from llmprune.core.errors import RunDirectoryError
+from llmprune.core.files import atomic_path, read_json, write_json
 
 
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path: Path) -> None:

@@ -21,29 +21,30 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import llmprune.models.checkpoint as checkpoint
-from llmprune.architecture import BLOCK_KINDS, Architecture, ParentShape
-from llmprune.blocks.sensitivity import estimate_delta_nats
+from llmprune.baselines.given import Given
+from llmprune.baselines.methods import METHODS, choose
 from llmprune.blocks.solve import solve_layer
 from llmprune.blocks.statistics import collect_statistics
-from llmprune.blocks.work import solving_bytes
-from llmprune.cli import main
-from llmprune.measure.prefix import PrefixScorer
-from llmprune.measure.throughput import Speed, Spread, Workload, measure_paired
+from llmprune.choices.architecture import BLOCK_KINDS, Architecture, ParentShape
+from llmprune.choices.space import Space
+from llmprune.cli.main import main
+from llmprune.core.budgets import parse_pick
+from llmprune.core.recipe import ImportanceRecipe, Recipe, TablesRecipe
+from llmprune.core.recipe_text import parse_recipe, to_yaml
+from llmprune.forecast.forecast import forecast
+from llmprune.forecast.plan import Done, Plan, StageCost
+from llmprune.forecast.rates import Rates
+from llmprune.forecast.work import solving_bytes
+from llmprune.measure.quality.prefix import PrefixScorer
+from llmprune.measure.speed.throughput import Speed, Spread, Workload, measure_paired
 from llmprune.models.parent import load_parent
-from llmprune.recipe import ImportanceRecipe, Recipe, TablesRecipe
-from llmprune.recipe_text import parse_recipe, to_yaml
-from llmprune.run import export, front, search, write_children
-from llmprune.run_directory import RunDirectory
-from llmprune.search import evaluate, tables
-from llmprune.search.baselines.given import Given
-from llmprune.search.baselines.methods import METHODS, choose
-from llmprune.search.budgets import parse_pick
-from llmprune.search.exact import exact_delta_nats
-from llmprune.search.forecast import forecast
-from llmprune.search.plan import Done, Plan, StageCost
-from llmprune.search.rates import Rates
-from llmprune.space import Space
-from llmprune.workspace import Run
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.pipeline.stages import export, front, search, write_children
+from llmprune.pipeline.workspace import Run
+from llmprune.search import judging
+from llmprune.tables import block_tables
+from llmprune.tables.estimate import estimate_delta_nats
+from llmprune.tables.exact import exact_delta_nats
 
 LAYERS = 4
 RATES = Rates(1e-3, 1e-2, 1e-3, 1e9, 1e8, 2e9, 0.05, 0.1, 4.0)
@@ -153,8 +154,8 @@ def counted_run(tmp_path_factory: pytest.TempPathFactory) -> Counted:
     tokens: dict[str, int] = {}
     layers: dict[str, int] = {}
     with RunDirectory(path).locked(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "measure_paired", timed_but_by_size)
-        patch.setattr(tables, "measure_paired", timed_but_by_size)
+        patch.setattr(judging, "measure_paired", timed_but_by_size)
+        patch.setattr(block_tables, "measure_paired", timed_but_by_size)
         patch.setattr(checkpoint, "prove", lambda *_: checkpoint.Proof(0.0, 0.0, 1, False))
         run = Run.start(path, recipe)
         assert run.tokens and run.reach
@@ -230,7 +231,7 @@ def test_what_guided_samplers_race_is_an_upper_limit(sampler: str, counted_run: 
     run = Run.start(tmp_path / "run", recipe)
     assert run.library and run.tables and run.path is not None
     with pytest.MonkeyPatch.context() as patch, tokens_counted() as counts:
-        patch.setattr(evaluate, "measure_paired", timed_but_by_size)
+        patch.setattr(judging, "measure_paired", timed_but_by_size)
         assert search(run).new_trials == 6
     said = by_name(forecast(replace(counted_run.plan, recipe=recipe)))["search"]
     one_each = said.timing.tokens + 6 * counted_run.plan.tokens("search")
@@ -386,7 +387,7 @@ class TestDryRun:
 
     def test_of_a_finished_run_nothing_is_left(self, counted_run: Counted) -> None:
         before = contents(counted_run.path)
-        self.monkeypatch.setattr("llmprune.inspection.process_seconds", lambda: 4.0)
+        self.monkeypatch.setattr("llmprune.pipeline.inspection.process_seconds", lambda: 4.0)
         recipe = counted_run.path / "recipe.yaml"
         command = ("compress", recipe, "--out", counted_run.path, "--dry-run", "--quiet")
         code, out, err = self.llmprune(*command)
@@ -426,7 +427,7 @@ class TestDryRun:
             asked.append(url)
             yield optuna.storages.InMemoryStorage()
 
-        self.monkeypatch.setattr("llmprune.inspection.opened_storage", empty)
+        self.monkeypatch.setattr("llmprune.pipeline.inspection.opened_storage", empty)
         url = "postgresql://me@host/trials"
         code, out, _ = self.llmprune("search", counted_run.path, "--dry-run", "--json", "--quiet", "--storage", url)
         rows = {row["stage"]: row for row in json.loads(out)["stages"]}
@@ -444,7 +445,7 @@ class TestDryRun:
 
 
 def test_rates_are_measured_on_the_parent(counted_run: Counted) -> None:
-    from llmprune.search.rates import measure_rates
+    from llmprune.forecast.rates import measure_rates
 
     parent = load_parent(counted_run.recipe.model)
     rates = measure_rates(parent, counted_run.plan.space, counted_run.plan.workload, windows=5, seq_len=16)

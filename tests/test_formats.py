@@ -14,20 +14,20 @@ from decilm import decilm_logits
 from families import CASES, IDS, Slices, tiny_model, tiny_parent, tokens
 from tiny import contents, tiny_tokenizer
 
-from llmprune import conversion
-from llmprune.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice
-from llmprune.conversion import convert, gguf_name, write_formats
-from llmprune.deploy.contents import VLLM_DIRECTORY
-from llmprune.deploy.formats import FORMATS, check_child, check_parent, cut, merging_helps
-from llmprune.deploy.gguf import write_gguf
-from llmprune.deploy.layers import LayerSizes, layer_sizes
-from llmprune.deploy.vllm import write_vllm
-from llmprune.errors import ExportError, RecipeError, UnsupportedModelError
+from llmprune.choices.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice
+from llmprune.choices.space import Space
+from llmprune.core.errors import ExportError, RecipeError, UnsupportedModelError
+from llmprune.core.progress import silent
+from llmprune.core.recipe import FORMAT_NAMES, DeployRecipe, FormatName, ModelRecipe
+from llmprune.formats.gguf import write_gguf
+from llmprune.formats.layers import LayerSizes, layer_sizes
+from llmprune.formats.limits import FORMATS, check_child, check_parent, cut, merging_helps
+from llmprune.formats.vllm import write_vllm
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.surgery import prune
-from llmprune.progress import silent
-from llmprune.recipe import FORMAT_NAMES, DeployRecipe, FormatName, ModelRecipe
-from llmprune.space import Space
+from llmprune.publish import conversion
+from llmprune.publish.contents import VLLM_DIRECTORY
+from llmprune.publish.conversion import convert, gguf_name, write_formats
 
 DECILM_IDS = [name for name in IDS if name.startswith("llama-")]
 # (KV groups, FFN width) by layer, of a parent with g groups and FFN width f; every attention that stays is whole.
@@ -63,7 +63,7 @@ def test_vllm_files_compute_the_child(case_id: str, name: str, tmp_path: Path) -
     check_child(child.config, "vllm", rules("vllm"))
     with pytest.MonkeyPatch.context() as patch:
         # Its own fresh process is the next test's affair.
-        patch.setattr("llmprune.deploy.vllm._prove", lambda directory: None)
+        patch.setattr("llmprune.formats.vllm._prove", lambda directory: None)
         write_vllm(child, None, tmp_path / "vllm")
     with torch.inference_mode():
         expected = child(tokens()).logits
@@ -99,7 +99,7 @@ def test_vllm_files_that_do_not_fit_their_config_are_refused(
         tensors |= {name: tensors[name][:3].clone()} if damage == "misshapen" else {}
         return {key: value for key, value in tensors.items() if key != name or damage == "misshapen"}
 
-    monkeypatch.setattr("llmprune.deploy.vllm._tensors", damaged)
+    monkeypatch.setattr("llmprune.formats.vllm._tensors", damaged)
     with pytest.raises(ExportError, match=f"{damage} tensors: {name}"):
         write_vllm(child, None, tmp_path / "vllm")
     assert not list(tmp_path.iterdir())

@@ -16,14 +16,14 @@ from tiny import tiny_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from llmprune.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice
-from llmprune.deploy.gguf import LLAMA_SHAPED, gguf_child_problem, gguf_choice_problem, gguf_problem, write_gguf
-from llmprune.deploy.gguf_tokenizer import _LLAMA3, _QWEN2
-from llmprune.errors import ExportError, RunDirectoryError
-from llmprune.measure.llamacpp import GgufModel, logits_of
+from llmprune.choices.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice
+from llmprune.core.errors import ExportError, RunDirectoryError
+from llmprune.core.recipe import GgufType
+from llmprune.formats.gguf import LLAMA_SHAPED, gguf_child_problem, gguf_choice_problem, gguf_problem, write_gguf
+from llmprune.formats.gguf_tokenizer import _LLAMA3, _QWEN2
+from llmprune.measure.speed.llamacpp import GgufModel, logits_of
 from llmprune.models.checkpoint import PROOF_TEXT
 from llmprune.models.surgery import prune
-from llmprune.recipe import GgufType
 
 WRITABLE = [name for name in IDS if name.split("-")[0] in LLAMA_SHAPED and not name.endswith("sliding")]
 # Rows that q8_0 can store; heads of 16.

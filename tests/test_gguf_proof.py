@@ -16,14 +16,14 @@ from test_gguf import BLOCKY
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.architecture import Architecture
-from llmprune.conversion import write_formats
-from llmprune.deploy.gguf import write_gguf
-from llmprune.errors import ExportError
-from llmprune.measure import gguf_proof
-from llmprune.measure.gguf_proof import prove_gguf
+from llmprune.choices.architecture import Architecture
+from llmprune.core.errors import ExportError
+from llmprune.core.recipe import DeployRecipe, GgufType
+from llmprune.formats.gguf import write_gguf
 from llmprune.models.surgery import prune
-from llmprune.recipe import DeployRecipe, GgufType
+from llmprune.publish import gguf_proof
+from llmprune.publish.conversion import write_formats
+from llmprune.publish.gguf_proof import prove_gguf
 
 TYPES: tuple[GgufType, ...] = ("f32", "f16", "q8_0")
 

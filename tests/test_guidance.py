@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from conftest import Finished
 
-from llmprune import guidance
-from llmprune.architecture import Architecture
-from llmprune.guidance import ESTIMATES_KEPT
+from llmprune.choices.architecture import Architecture
+from llmprune.pipeline.workspace import Run
+from llmprune.search import guidance
+from llmprune.search.guidance import ESTIMATES_KEPT
 from llmprune.search.warm_starts import MARGIN
-from llmprune.workspace import Run
 
 
 def test_the_last_few_estimates_are_remembered(finished_run: Finished, monkeypatch: pytest.MonkeyPatch) -> None:

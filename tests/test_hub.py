@@ -18,14 +18,14 @@ from conftest import Finished
 from hub_server import SIGNATURE, TOKEN, Hub
 from tiny import contents
 
-from llmprune.deploy.contents import METADATA_FILE, PUSH_FILE
+from llmprune.publish.contents import METADATA_FILE, PUSH_FILE
 
 REPO = "user/tiny-pruned"
 # Runs commands that come as lines of JSON. A wait of huggingface_hub between two tries is seconds long.
 COMMANDS = """
 import contextlib, io, json, os, sys, time, traceback
 time.sleep = lambda s: None
-from llmprune.cli import main
+from llmprune.cli.main import main
 
 for line in sys.stdin:
     arguments, token = json.loads(line)

@@ -19,20 +19,21 @@ from families import COMMON, GROUPED, Case, Slices, tiny_model, tiny_parent, tok
 from tiny import tiny_recipe
 from transformers import PreTrainedModel
 
-from llmprune.architecture import Architecture
-from llmprune.deploy.gguf import write_gguf
-from llmprune.errors import ExportError, ModelError, RecipeError
-from llmprune.front_tables import front_table
-from llmprune.measure import llamacpp_engine, llamacpp_library, quality
-from llmprune.measure.llamacpp import GgufModel, greedy, logits_of, window_nats
-from llmprune.measure.llamacpp_engine import loaded_runs
-from llmprune.measure.throughput import Workload, measure_paired, token_ids
+from llmprune.choices.architecture import Architecture
+from llmprune.cli.front_tables import front_table
+from llmprune.core.errors import ExportError, ModelError, RecipeError
+from llmprune.core.recipe import Recipe, WorkloadRecipe
+from llmprune.core.recipe_text import parse_recipe
+from llmprune.formats.gguf import write_gguf
+from llmprune.measure.quality import perplexity
+from llmprune.measure.speed import llamacpp_engine, llamacpp_library
+from llmprune.measure.speed.llamacpp import GgufModel, greedy, logits_of, window_nats
+from llmprune.measure.speed.llamacpp_engine import loaded_runs
+from llmprune.measure.speed.throughput import Workload, measure_paired, token_ids
 from llmprune.models.surgery import prune
-from llmprune.recipe import Recipe, WorkloadRecipe
-from llmprune.recipe_text import parse_recipe
-from llmprune.run import front, search
-from llmprune.run_directory import RunDirectory
-from llmprune.workspace import Run
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.pipeline.stages import front, search
+from llmprune.pipeline.workspace import Run
 
 LLAMA = Case("llama", "gqa", {**COMMON, **GROUPED, "tie_word_embeddings": True})
 
@@ -53,7 +54,7 @@ def test_windows_have_the_nats_that_transformers_gives_them(written: tuple[PreTr
     with GgufModel(path) as model:
         found = window_nats(model, windows_NT)
     # llama.cpp's cache is f16 by default.
-    torch.testing.assert_close(found, quality.window_nats(child, windows_NT), rtol=1e-3, atol=0)
+    torch.testing.assert_close(found, perplexity.window_nats(child, windows_NT), rtol=1e-3, atol=0)
 
 
 def test_greedy_text_is_that_of_transformers(written: tuple[PreTrainedModel, Path]) -> None:
@@ -132,8 +133,8 @@ def test_llama_cpp_is_silent(written: tuple[PreTrainedModel, Path], tmp_path: Pa
     broken.write_bytes(written[1].read_bytes()[:2000])
     code = f"""
 from pathlib import Path
-from llmprune.errors import ModelError
-from llmprune.measure.llamacpp import GgufModel, greedy
+from llmprune.core.errors import ModelError
+from llmprune.measure.speed.llamacpp import GgufModel, greedy
 with GgufModel(Path({str(written[1])!r})) as model:
     greedy(model, [5, 6, 7], 4)
 try:

@@ -20,13 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from llmprune.core.errors import ModelError
+from llmprune.core.recipe import WorkloadRecipe
 from llmprune.data.tokens import SourceTokens, Split
-from llmprune.errors import ModelError
-from llmprune.measure import quality
-from llmprune.measure.host import fingerprint
-from llmprune.measure.quality import Quality, quality_from_windows, score, score_windows, window_nats
-from llmprune.measure.throughput import PREFILL_PAIRS, Speed, Spread, Workload, measure_paired
-from llmprune.recipe import WorkloadRecipe
+from llmprune.measure.quality import perplexity
+from llmprune.measure.quality.perplexity import Quality, quality_from_windows, score, score_windows, window_nats
+from llmprune.measure.speed.host import fingerprint
+from llmprune.measure.speed.throughput import PREFILL_PAIRS, Speed, Spread, Workload, measure_paired
 
 SEQ_LEN = 12
 WORKLOAD = Workload(batch=2, prompt_tokens=6, generated_tokens=4, dtype="float32", threads=1, device="cpu")
@@ -80,14 +80,14 @@ def test_batching_changes_nothing(model: PreTrainedModel, batch_tokens: int) -> 
 
 
 def test_logits_of_a_batch_stay_under_the_limit(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "LOGITS_BYTES", 2 * SEQ_LEN * VOCAB * 4)
+    monkeypatch.setattr(perplexity, "LOGITS_BYTES", 2 * SEQ_LEN * VOCAB * 4)
     sizes: list[int] = []
     handle = model.register_forward_hook(lambda module, args, output: sizes.append(output.logits.nbytes))
     try:
         assert window_nats(model, tokens(5, SEQ_LEN)).dtype == torch.float64
     finally:
         handle.remove()
-    assert len(sizes) == 3 and max(sizes) <= quality.LOGITS_BYTES
+    assert len(sizes) == 3 and max(sizes) <= perplexity.LOGITS_BYTES
 
 
 def test_bfloat16_is_scored_in_float32() -> None:

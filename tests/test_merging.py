@@ -14,20 +14,20 @@ from families import CASES, IDS, MERGING_IDS, Slices, masked, merging, overwritt
 from tiny import numbered_documents, save_tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
-from llmprune.architecture import AttentionChoice, FfnChoice, ParentShape
 from llmprune.blocks.library import build_library
-from llmprune.blocks.sensitivity import estimate_delta_nats
+from llmprune.choices.architecture import AttentionChoice, FfnChoice, ParentShape
+from llmprune.choices.space import Space
+from llmprune.core.errors import ArchitectureError, UnsupportedModelError
+from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import SourceTokens, Split
-from llmprune.errors import ArchitectureError, UnsupportedModelError
-from llmprune.measure.prefix import PrefixScorer
-from llmprune.measure.quality import score_windows
+from llmprune.measure.quality.perplexity import score_windows
+from llmprune.measure.quality.prefix import PrefixScorer
 from llmprune.models.merging import merged_blocks, merged_inputs
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.sizes import size_of
 from llmprune.models.surgery import is_stock, prune
-from llmprune.recipe import ImportanceRecipe
-from llmprune.search.exact import exact_delta_nats
-from llmprune.space import Space
+from llmprune.tables.estimate import estimate_delta_nats
+from llmprune.tables.exact import exact_delta_nats
 
 HEADS: dict[str, Callable[[ParentShape], dict[int, int]]] = {
     "one head": lambda shape: dict.fromkeys(range(shape.layers), 1),

@@ -7,13 +7,13 @@ import torch
 from closeness import assert_close
 from families import CASES, IDS, tiny_model, tokens
 
-from llmprune.architecture import AttentionChoice
 from llmprune.blocks.library import BlockLibrary, build_library
+from llmprune.choices.architecture import AttentionChoice
+from llmprune.choices.space import Space
+from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.surgery import prune
-from llmprune.recipe import ImportanceRecipe
-from llmprune.space import Space
 
 CASE = CASES[IDS.index("olmo2-gqa")]
 LOUD = 4.0

@@ -26,13 +26,13 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from llmprune.architecture import Architecture
+from llmprune.choices.architecture import Architecture
+from llmprune.core.errors import ModelError, UnsupportedModelError
+from llmprune.core.recipe import ModelRecipe
 from llmprune.data.bos import puts_bos
-from llmprune.errors import ModelError, UnsupportedModelError
 from llmprune.models.modeling_pruned import FAMILIES
 from llmprune.models.parent import check_config, load_parent, make_parent, supported_families
 from llmprune.models.surgery import prune
-from llmprune.recipe import ModelRecipe
 
 LLAMA = CASES[IDS.index("llama-biased")]
 PLAIN = CASES[IDS.index("llama-wide-heads")]

@@ -14,13 +14,13 @@ from families import CASES, IDS, LAYERS, Case, Slices, tiny_model, tiny_parent, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprune.architecture import Architecture, AttentionChoice, BlockKind, FfnChoice
+from llmprune.choices.architecture import Architecture, AttentionChoice, BlockKind, FfnChoice
+from llmprune.core.errors import ArchitectureError, ModelError
 from llmprune.data.tokens import SourceTokens, Split
-from llmprune.errors import ArchitectureError, ModelError
-from llmprune.measure.prefix import PrefixScorer
-from llmprune.measure.prefix_states import PrefixStates, last_start, spread, steps_of, without_first_layers
-from llmprune.measure.quality import score_windows
-from llmprune.measure.scores import WindowScores
+from llmprune.measure.quality.perplexity import score_windows
+from llmprune.measure.quality.prefix import PrefixScorer
+from llmprune.measure.quality.prefix_states import PrefixStates, last_start, spread, steps_of, without_first_layers
+from llmprune.measure.quality.scores import WindowScores
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.surgery import prune
 
@@ -71,7 +71,9 @@ def plain(parent: Parent, architecture: Architecture) -> dict[str, torch.Tensor]
     """The oracle: every layer of the whole child, in the batches of `scorer_of`."""
     # `score_windows` takes no batch size; the limit on logits sets it.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmprune.measure.quality.LOGITS_BYTES", BATCH_TOKENS * 4 * parent.model.config.vocab_size)
+        patch.setattr(
+            "llmprune.measure.quality.perplexity.LOGITS_BYTES", BATCH_TOKENS * 4 * parent.model.config.vocab_size
+        )
         return score_windows(prune(parent, architecture, Slices(parent)), SPLIT)
 
 

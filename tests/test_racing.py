@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from llmprune.architecture import Architecture, FfnChoice
+from llmprune.choices.architecture import Architecture, FfnChoice
+from llmprune.core.errors import ModelError
 from llmprune.data.tokens import SourceTokens, Split
-from llmprune.errors import ModelError
-from llmprune.measure.prefix import PrefixScorer
-from llmprune.measure.quality import quality_from_windows, score
-from llmprune.measure.racing import (
+from llmprune.measure.quality.perplexity import quality_from_windows, score
+from llmprune.measure.quality.prefix import PrefixScorer
+from llmprune.measure.quality.racing import (
     ALPHA,
     FloatArray,
     mixture_samples,
@@ -30,7 +30,7 @@ from llmprune.measure.racing import (
     stages_of,
     still_racing,
 )
-from llmprune.measure.scores import Counts, WindowScores
+from llmprune.measure.quality.scores import Counts, WindowScores
 from llmprune.models.surgery import prune
 
 SEQ_LEN = 8

@@ -13,18 +13,18 @@ from conftest import Llmprune
 from tiny import paired_by_bytes, spread, tiny_recipe, tiny_space
 from transformers import PreTrainedModel
 
-from llmprune.architecture import AttentionChoice
-from llmprune.errors import RecipeError
-from llmprune.measure.throughput import Speed, Workload
+from llmprune.choices.architecture import AttentionChoice
+from llmprune.choices.space import Space
+from llmprune.core.errors import RecipeError
+from llmprune.core.recipe import Recipe, SpaceSize
+from llmprune.core.recipe_text import apply_overrides, parse_recipe
+from llmprune.measure.speed.throughput import Speed, Workload
 from llmprune.models.parent import load_parent
-from llmprune.recipe import Recipe, SpaceSize
-from llmprune.recipe_text import apply_overrides, parse_recipe
-from llmprune.run import search
-from llmprune.run_directory import RunDirectory
-from llmprune.search import reach
-from llmprune.search.reach import PhaseReach, check_reach, described, halved, measure_reach, smallest
-from llmprune.space import Space
-from llmprune.workspace import Run
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.pipeline.stages import search
+from llmprune.pipeline.workspace import Run
+from llmprune.tables import reach
+from llmprune.tables.reach import PhaseReach, check_reach, described, halved, measure_reach, smallest
 
 REACH = {"decode": PhaseReach(1.6, 1.3), "prefill": PhaseReach(4.0, 1.8)}
 

@@ -9,10 +9,17 @@ from typing import Any
 import pytest
 import yaml
 
-from llmprune.errors import RecipeError
-from llmprune.recipe import SPLIT_NAMES, ModelRecipe, Recipe
-from llmprune.recipe_files import copy_recipe, recipe_names, recipe_path
-from llmprune.recipe_text import apply_overrides, load_recipe, parse_recipe, parse_section, to_yaml, with_absolute_paths
+from llmprune.core.errors import RecipeError
+from llmprune.core.recipe import SPLIT_NAMES, ModelRecipe, Recipe
+from llmprune.core.recipe_files import copy_recipe, recipe_names, recipe_path
+from llmprune.core.recipe_text import (
+    apply_overrides,
+    load_recipe,
+    parse_recipe,
+    parse_section,
+    to_yaml,
+    with_absolute_paths,
+)
 
 SMALLEST: dict[str, Any] = {"model": {"path": "org/name"}, "data": {"sources": [{"name": "a", "path": "a.txt"}]}}
 

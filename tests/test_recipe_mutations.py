@@ -13,12 +13,12 @@ import pytest
 import yaml
 from conftest import Llmprune
 
-from llmprune.errors import MAX_MESSAGE, LlmpruneError, RecipeError
-from llmprune.recipe_files import recipe_names, recipe_path
-from llmprune.recipe_text import load_recipe, to_yaml, with_absolute_paths
-from llmprune.run_directory import RunDirectory
-from llmprune.search.budgets import parse_budget, parse_pick
-from llmprune.yaml_text import MAX_BYTES, MAX_DEPTH, MAX_NODES
+from llmprune.core.budgets import parse_budget, parse_pick
+from llmprune.core.errors import MAX_MESSAGE, LlmpruneError, RecipeError
+from llmprune.core.recipe_files import recipe_names, recipe_path
+from llmprune.core.recipe_text import load_recipe, to_yaml, with_absolute_paths
+from llmprune.core.yaml_text import MAX_BYTES, MAX_DEPTH, MAX_NODES
+from llmprune.pipeline.run_directory import RunDirectory
 
 CASES = int(os.environ.get("LLMPRUNE_MUTATIONS", "200"))
 SECONDS = 2.0

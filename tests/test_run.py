@@ -25,29 +25,30 @@ from rich.console import Console
 from safetensors.torch import load
 from tiny import contents, numbered_documents, paired_by_bytes, tiny_recipe, write_jsonl
 
-from llmprune.architecture import Architecture
-from llmprune.comparison import baselines as compare_baselines
-from llmprune.deploy.card import model_card
-from llmprune.deploy.contents import read_contents
-from llmprune.errors import BudgetError, ExportError, LlmpruneError, RunDirectoryError
-from llmprune.files import write_json
-from llmprune.front_tables import baselines_table, front_table
-from llmprune.measure.quality import score
+from llmprune.choices.architecture import Architecture
+from llmprune.cli.front_tables import baselines_table, front_table
+from llmprune.cli.terminal import PIPED_WIDTH
+from llmprune.core.budgets import parse_pick
+from llmprune.core.errors import BudgetError, ExportError, LlmpruneError, RunDirectoryError
+from llmprune.core.files import write_json
+from llmprune.core.recipe import Recipe
+from llmprune.core.recipe_text import apply_overrides, parse_recipe
+from llmprune.measure.quality.perplexity import score
 from llmprune.models import checkpoint
 from llmprune.models.licence import Licence
 from llmprune.models.parent import load_parent
 from llmprune.models.surgery import prune
-from llmprune.recipe import Recipe
-from llmprune.recipe_text import apply_overrides, parse_recipe
-from llmprune.run import compress, export, front, search, write_children
-from llmprune.run_directory import RunDirectory
-from llmprune.search import evaluate, reach, tables
-from llmprune.search.budgets import parse_pick
-from llmprune.search.evaluate import QUOTED_KEYS, Judge
-from llmprune.search.storage import open_journal
+from llmprune.pipeline.comparison import baselines as compare_baselines
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.pipeline.stages import compress, export, front, search, write_children
+from llmprune.pipeline.workspace import Run
+from llmprune.publish.card import model_card
+from llmprune.publish.contents import read_contents
+from llmprune.search import judging
+from llmprune.search.judging import QUOTED_KEYS, Judge
 from llmprune.search.study import finished_trials
-from llmprune.terminal import PIPED_WIDTH
-from llmprune.workspace import Run
+from llmprune.search.workers.storage import open_journal
+from llmprune.tables import block_tables, reach
 
 CONTRACT = {
     *("name", "hash", "architecture", "params", "bytes", "kv_bytes_per_token", "measured_on"),
@@ -57,7 +58,7 @@ CONTRACT = {
 # A test run in the background of a script ignores Ctrl-C, and so would its processes.
 SEARCH = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv[0] = 'llmprune'; "
-    "from llmprune.cli import main; main()"
+    "from llmprune.cli.main import main; main()"
 )
 
 
@@ -152,7 +153,7 @@ def test_no_figure_of_the_test_split_decides_the_front(finished_run: Finished, c
     (copied / "front.json").unlink()
     with (
         patch.object(Judge, "quoted", lying),
-        patch.object(evaluate, "measure_paired", paired_by_bytes),
+        patch.object(judging, "measure_paired", paired_by_bytes),
     ):
         after = front(Run.open(copied))
     assert [child["hash"] for child in after["children"]] == [child["hash"] for child in before["children"]]
@@ -187,7 +188,7 @@ def test_an_unusable_child_is_marked_and_exported_by_force_alone(
 def test_unseen_text_is_quoted_and_decides_nothing(
     finished_run: Finished, judged: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (evaluate, tables, reach):
+    for module in (judging, block_tables, reach):
         monkeypatch.setattr(module, "measure_paired", paired_by_bytes)
     source = write_jsonl(tmp_path / "cat.jsonl", numbered_documents("cat"))
     data = finished_run.recipe.model_dump(mode="json")

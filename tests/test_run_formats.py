@@ -8,21 +8,22 @@ from unittest.mock import patch
 from test_run import changed
 from tiny import paired_by_bytes, tiny_recipe
 
-from llmprune.architecture import AttentionChoice
-from llmprune.deploy.contents import VLLM_DIRECTORY
-from llmprune.run import export, front, search
-from llmprune.run_directory import RunDirectory
-from llmprune.search import evaluate, tables
-from llmprune.search.budgets import parse_pick
-from llmprune.workspace import Run
+from llmprune.choices.architecture import AttentionChoice
+from llmprune.core.budgets import parse_pick
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.pipeline.stages import export, front, search
+from llmprune.pipeline.workspace import Run
+from llmprune.publish.contents import VLLM_DIRECTORY
+from llmprune.search import judging
+from llmprune.tables import block_tables
 
 
 def test_a_run_for_gguf_and_vllm_exports_both(tmp_path: Path) -> None:
     recipe = changed(tiny_recipe(tmp_path), "deploy.formats=[hf, gguf, vllm]", "deploy.gguf_type=f32")
     with (
         RunDirectory(tmp_path / "run").locked(),
-        patch.object(evaluate, "measure_paired", paired_by_bytes),
-        patch.object(tables, "measure_paired", paired_by_bytes),
+        patch.object(judging, "measure_paired", paired_by_bytes),
+        patch.object(block_tables, "measure_paired", paired_by_bytes),
     ):
         run = Run.start(tmp_path / "run", recipe)
         search(run)

@@ -11,14 +11,15 @@ from families import CASES, IDS, tiny_model
 from test_run import changed
 from tiny import paired_by_bytes, tiny_recipe, tiny_tokenizer
 
-from llmprune.architecture import Architecture, AttentionChoice
-from llmprune.errors import RunDirectoryError, UnsupportedModelError
+from llmprune.choices.architecture import Architecture, AttentionChoice
+from llmprune.core.budgets import parse_pick
+from llmprune.core.errors import RunDirectoryError, UnsupportedModelError
 from llmprune.models import checkpoint
-from llmprune.run import export, front, search, write_children
-from llmprune.run_directory import RunDirectory, hash_of
-from llmprune.search import evaluate, tables
-from llmprune.search.budgets import parse_pick
-from llmprune.workspace import Run
+from llmprune.pipeline.run_directory import RunDirectory, hash_of
+from llmprune.pipeline.stages import export, front, search, write_children
+from llmprune.pipeline.workspace import Run
+from llmprune.search import judging
+from llmprune.tables import block_tables
 
 MERGED = AttentionChoice(1, 4)
 
@@ -27,7 +28,7 @@ MERGED = AttentionChoice(1, 4)
 def test_a_run_finds_scores_and_proves_merged_children(
     sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (evaluate, tables):
+    for module in (judging, block_tables):
         monkeypatch.setattr(module, "measure_paired", paired_by_bytes)
     # FFNs stay whole, and nothing is dropped: all that can change is merged.
     recipe = changed(

@@ -12,24 +12,23 @@ from conftest import Finished
 from test_run import changed, strict_json
 from tiny import paired_by_bytes
 
-from llmprune import guidance
-from llmprune.architecture import Architecture
-from llmprune.recipe import Recipe, SamplerName
-from llmprune.run import front, search
-from llmprune.run_directory import RunDirectory
-from llmprune.search import evaluate
-from llmprune.search.evaluate import RECORD_KEYS, Judge
+from llmprune.choices.architecture import Architecture
+from llmprune.core.recipe import Recipe, SamplerName
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.pipeline.stages import front, search
+from llmprune.pipeline.workspace import Run
+from llmprune.search import guidance, judging
+from llmprune.search.judging import RECORD_KEYS, Judge
 from llmprune.search.reward import values_of
 from llmprune.search.samplers.make import GUIDED
-from llmprune.search.storage import open_journal
 from llmprune.search.study import finished_trials
-from llmprune.workspace import Run
+from llmprune.search.workers.storage import open_journal
 
 
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Fills with the hash of every architecture that is judged. Models are as fast as they are small."""
-    monkeypatch.setattr(evaluate, "measure_paired", paired_by_bytes)
+    monkeypatch.setattr(judging, "measure_paired", paired_by_bytes)
     hashes: list[str] = []
     judge = Judge.judge
 

@@ -16,8 +16,8 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import TrialState
 
 import llmprune.search.samplers
-from llmprune.architecture import Architecture
-from llmprune.recipe import SearchRecipe
+from llmprune.choices.architecture import Architecture
+from llmprune.core.recipe import SearchRecipe
 from llmprune.search.parameters import suggest, to_params
 from llmprune.search.samplers.evopress import EvoPressSampler
 from llmprune.search.samplers.guide import History

@@ -14,11 +14,11 @@ from landscape import TARGETS, Landscape, space_of
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState, create_trial
 
-from llmprune.architecture import Architecture
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.space import Space
 from llmprune.search.parameters import to_params
 from llmprune.search.samplers.guide import History
 from llmprune.search.samplers.slp import APART, FROM, RADII, SlpSampler
-from llmprune.space import Space
 
 TWENTY = Landscape(space_of(10))
 

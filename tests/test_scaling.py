@@ -15,7 +15,9 @@ import torch
 
 from llmprune.blocks.library import build_library
 from llmprune.blocks.statistics import statistics_bytes
-from llmprune.blocks.work import (
+from llmprune.choices.space import Space
+from llmprune.core.recipe import ImportanceRecipe
+from llmprune.forecast.work import (
     estimate_flops_per_token,
     gathered_choices,
     gram_flops_per_token,
@@ -23,8 +25,6 @@ from llmprune.blocks.work import (
     layer_library_bytes,
     layer_solver_flops,
 )
-from llmprune.recipe import ImportanceRecipe
-from llmprune.space import Space
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TOKENS = 128

@@ -11,11 +11,11 @@ import pytest
 import torch
 from families import tokens
 
-from llmprune.architecture import Architecture
+from llmprune.choices.architecture import Architecture
+from llmprune.core.errors import RunDirectoryError
 from llmprune.data.tokens import SourceTokens, Split
-from llmprune.errors import RunDirectoryError
-from llmprune.measure.score_store import ScoreStore, StoredScorer
-from llmprune.measure.scores import Counts, WindowScores
+from llmprune.measure.quality.score_store import ScoreStore, StoredScorer
+from llmprune.measure.quality.scores import Counts, WindowScores
 
 SEQ_LEN = 8
 ALL = {"news": 6, "a source: with/odd characters": 3}

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import linear_costs, tiny_space
 
-from llmprune.architecture import BLOCK_KINDS, Architecture, AttentionChoice, BlockChoice
-from llmprune.errors import ArchitectureError
-from llmprune.recipe import SpaceSize
-from llmprune.search.allocate import Allocator, Near
-from llmprune.search.costs import CostTable
+from llmprune.choices.architecture import BLOCK_KINDS, Architecture, AttentionChoice, BlockChoice
+from llmprune.choices.space import Space
+from llmprune.core.errors import ArchitectureError
+from llmprune.core.recipe import SpaceSize
 from llmprune.search.warm_starts import MARGIN, depth_by_influence, uniform_width, warm_starts
-from llmprune.space import Space
+from llmprune.tables.allocate import Allocator, Near
+from llmprune.tables.costs import CostTable
 
 DeltaNats = dict[tuple[int, BlockChoice], float]
 SIZES: tuple[SpaceSize, ...] = get_args(SpaceSize)
@@ -297,7 +297,7 @@ def test_depth_drops_the_layers_of_least_influence() -> None:
 def test_the_solver_leaves_stdout_to_results(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmprune.search import allocate as module
+    from llmprune.tables import allocate as module
 
     solve = module.milp
 

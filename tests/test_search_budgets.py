@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import record_of
 
-from llmprune.architecture import Architecture
-from llmprune.errors import BudgetError
-from llmprune.search.budgets import METRICS, Budget, metric_value, parse_budget, parse_pick, pick_record
+from llmprune.choices.architecture import Architecture
+from llmprune.core.budgets import METRICS, Budget, metric_value, parse_budget, parse_pick, pick_record
+from llmprune.core.errors import BudgetError
 
 ANY = Architecture.of([(1, 1)])
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from llmprune.search.claims import Answer, has_room, weigh
+from llmprune.search.workers.claims import Answer, has_room, weigh
 
 
 def trial(number: int, state: TrialState, **attributes: Any) -> FrozenTrial:

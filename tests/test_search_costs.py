@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import linear_costs, tiny_space
 
-from llmprune.architecture import BLOCK_KINDS, DROPPED, Architecture, AttentionChoice, BlockChoice, FfnChoice
-from llmprune.search.costs import PROBES_PER_KIND, CostTable, cost_table, probe_architectures
-from llmprune.space import Space
+from llmprune.choices.architecture import BLOCK_KINDS, DROPPED, Architecture, AttentionChoice, BlockChoice, FfnChoice
+from llmprune.choices.space import Space
+from llmprune.tables.costs import PROBES_PER_KIND, CostTable, cost_table, probe_architectures
 
 SPACE = tiny_space(layers=3, kv_groups=2, ffn_width=96, ffn_step=8)
 

@@ -11,23 +11,23 @@ from closeness import tolerance
 from families import CASES, IDS, tiny_parent, tokens
 from tiny import paired_by_bytes
 
-from llmprune.architecture import Architecture, BlockChoice
 from llmprune.blocks.library import BlockLibrary, build_library
-from llmprune.blocks.sensitivity import estimate_delta_nats
+from llmprune.choices.architecture import Architecture, BlockChoice
+from llmprune.choices.space import Space
+from llmprune.core.errors import ModelError
+from llmprune.core.progress import silent
+from llmprune.core.recipe import ImportanceRecipe, TablesRecipe, WorkloadRecipe
 from llmprune.data.tokens import SourceTokens, Split
-from llmprune.errors import ModelError
-from llmprune.measure.prefix import PrefixScorer
-from llmprune.measure.quality import quality_from_windows, score_windows
-from llmprune.measure.scores import WindowScores
-from llmprune.measure.throughput import Workload
+from llmprune.measure.quality.perplexity import quality_from_windows, score_windows
+from llmprune.measure.quality.prefix import PrefixScorer
+from llmprune.measure.quality.scores import WindowScores
+from llmprune.measure.speed.throughput import Workload
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import prune
-from llmprune.progress import silent
-from llmprune.recipe import ImportanceRecipe, TablesRecipe, WorkloadRecipe
-from llmprune.search import tables
-from llmprune.search.exact import BROKEN, exact_delta_nats, is_exact
-from llmprune.search.tables import BlockTables, build_tables
-from llmprune.space import Space
+from llmprune.tables import block_tables
+from llmprune.tables.block_tables import BlockTables, build_tables
+from llmprune.tables.estimate import estimate_delta_nats
+from llmprune.tables.exact import BROKEN, exact_delta_nats, is_exact
 
 SEQ_LEN = 16
 SETS: tuple[Any, ...] = (("attention",), ("ffn",), ("drops",), ("attention", "drops"), ("attention", "ffn"))
@@ -81,7 +81,7 @@ def test_what_the_rules_want_exact(library: BlockLibrary) -> None:
 def test_exact_scores_are_those_of_the_whole_child_and_the_rest_is_estimated(
     exact: Any, parent: Parent, library: BlockLibrary, split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "measure_paired", paired_by_bytes)
+    monkeypatch.setattr(block_tables, "measure_paired", paired_by_bytes)
     rules = TablesRecipe(tokens=64, exact=exact)
     found = built(parent, library, split, rules).delta_nats
     # Half of the split, as the rules say.
@@ -102,7 +102,7 @@ def test_exact_scores_are_those_of_the_whole_child_and_the_rest_is_estimated(
 def test_tables_with_exact_drops_differ_at_drops_alone(
     parent: Parent, library: BlockLibrary, split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "measure_paired", paired_by_bytes)
+    monkeypatch.setattr(block_tables, "measure_paired", paired_by_bytes)
     plain, exact = (
         built(parent, library, split, TablesRecipe(tokens=64, exact=e)).delta_nats for e in ((), ("drops",))
     )

@@ -16,17 +16,17 @@ from optuna.trial import TrialState, create_trial
 from test_search_study import STARTS, FakeJudge, run
 from tiny import tiny_recipe, tiny_space
 
-from llmprune import run as stages
-from llmprune.architecture import Architecture
-from llmprune.errors import BudgetError, ModelError, SearchError
-from llmprune.recipe import SearchRecipe
-from llmprune.recipe_text import to_yaml
-from llmprune.search.claims import failed_trials
-from llmprune.search.evaluate import Judge
+from llmprune.choices.architecture import Architecture
+from llmprune.core.errors import BudgetError, ModelError, SearchError
+from llmprune.core.recipe import SearchRecipe
+from llmprune.core.recipe_text import to_yaml
+from llmprune.pipeline import stages
 from llmprune.search.failures import FAILURES_IN_A_ROW, counted_reasons, told
-from llmprune.search.reaping import MAX_DEATHS, MAX_TRIES, why_failed
-from llmprune.search.storage import open_journal
+from llmprune.search.judging import Judge
 from llmprune.search.study import finished_trials, open_study, work
+from llmprune.search.workers.claims import failed_trials
+from llmprune.search.workers.reaping import MAX_DEATHS, MAX_TRIES, why_failed
+from llmprune.search.workers.storage import open_journal
 
 HALF = STARTS[1][1]
 OUT_OF_MEMORY = "OutOfMemoryError: no room for 2 GiB"

@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny import record_of
 
-from llmprune.architecture import Architecture
-from llmprune.errors import BudgetError
-from llmprune.search.budgets import parse_budget, parse_pick, pick_record
+from llmprune.choices.architecture import Architecture
+from llmprune.core.budgets import parse_budget, parse_pick, pick_record
+from llmprune.core.errors import BudgetError
 from llmprune.search.front import candidates_for_front, holding_budgets, non_dominated
 
 SPEED = "decode_speedup"

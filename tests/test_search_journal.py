@@ -11,8 +11,8 @@ from typing import Any
 import optuna
 import pytest
 
-from llmprune.errors import RunDirectoryError
-from llmprune.search.journal import _KernelLock, cut_torn_line, open_journal
+from llmprune.core.errors import RunDirectoryError
+from llmprune.search.workers.journal import _KernelLock, cut_torn_line, open_journal
 
 FINISHED = 3
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from optuna.distributions import IntDistribution
 from tiny import tiny_space
 
-from llmprune.architecture import Architecture
-from llmprune.errors import ArchitectureError
-from llmprune.recipe import SpaceSize
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.space import Space
+from llmprune.core.errors import ArchitectureError
+from llmprune.core.recipe import SpaceSize
 from llmprune.search.parameters import suggest, to_params
-from llmprune.space import Space
 
 SIZES: tuple[SpaceSize, ...] = get_args(SpaceSize)
 SPACES = {size: tiny_space(layers=4, kv_groups=3, ffn_width=40, ffn_step=16, size=size) for size in SIZES}

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from landscape import SPACES, Landscape, space_of
 
-from llmprune.architecture import Architecture
-from llmprune.search.allocate import TOLERANCE, Allocator, Near
-from llmprune.search.path import CHANGED_A_STEP, path
-from llmprune.space import Space
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.space import Space
+from llmprune.tables.allocate import TOLERANCE, Allocator, Near
+from llmprune.tables.walk import CHANGED_A_STEP, path
 
 STEP = 1.06
 # The estimate at any place is what a change truly costs there.

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from landscape import Landscape, space_of
 
-from llmprune.search.allocate import Allocator
-from llmprune.search.shrinkage import Shrinkage
-from llmprune.workspace import Run
+from llmprune.pipeline.workspace import Run
+from llmprune.tables.allocate import Allocator
+from llmprune.tables.shrinkage import Shrinkage
 
 SPACE = space_of(12)
 WHOLE = SPACE.shape.architecture

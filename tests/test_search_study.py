@@ -20,16 +20,16 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from tiny import linear_costs, record_of, tiny_space
 
-from llmprune.architecture import Architecture, FfnChoice
-from llmprune.errors import RecipeError
-from llmprune.recipe import OPTUNA_SAMPLERS, SearchRecipe
-from llmprune.recipe_text import parse_section
+from llmprune.choices.architecture import Architecture, FfnChoice
+from llmprune.choices.space import Space
+from llmprune.core.errors import RecipeError
+from llmprune.core.recipe import OPTUNA_SAMPLERS, SearchRecipe
+from llmprune.core.recipe_text import parse_section
 from llmprune.search.reward import HARD, SOFT
 from llmprune.search.reward import reward as mnas_reward
 from llmprune.search.samplers.make import OneRung, make_sampler
-from llmprune.search.storage import open_journal
 from llmprune.search.study import SearchOutcome, finished_trials, open_study, records, run_study
-from llmprune.space import Space
+from llmprune.search.workers.storage import open_journal
 
 SPACE = tiny_space(layers=3)
 STARTS = [

@@ -12,20 +12,20 @@ import torch
 from families import CASES, IDS, Slices, tiny_parent, tokens
 from tiny import paired_by_bytes
 
-from llmprune.architecture import Architecture
 from llmprune.blocks.library import build_library
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.space import Space
+from llmprune.core.budgets import SIZE_METRICS
+from llmprune.core.progress import silent
+from llmprune.core.recipe import ImportanceRecipe, TablesRecipe, WorkloadRecipe
 from llmprune.data.tokens import SourceTokens, Split
-from llmprune.measure.throughput import Workload
+from llmprune.measure.speed.throughput import Workload
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import size_of
 from llmprune.models.surgery import prune
-from llmprune.progress import silent
-from llmprune.recipe import ImportanceRecipe, TablesRecipe, WorkloadRecipe
-from llmprune.search import tables
-from llmprune.search.budgets import SIZE_METRICS
-from llmprune.search.costs import CostTable
-from llmprune.search.tables import BlockTables, build_tables, count_savings
-from llmprune.space import Space
+from llmprune.tables import block_tables
+from llmprune.tables.block_tables import BlockTables, build_tables, count_savings
+from llmprune.tables.costs import CostTable
 
 SEQ_LEN = 16
 # With and without biases, norms over the heads or over each, tied embeddings, projections in one.
@@ -100,10 +100,10 @@ def test_calibration_scales_times_and_leaves_sizes_alone(drop: bool, monkeypatch
         slower = replace(speed.decode_speedup, median=ratio)
         return own, [replace(speed, decode_speedup=slower, prefill_speedup=slower)]
 
-    monkeypatch.setattr(tables, "measure_paired", slower_when_mixed)
+    monkeypatch.setattr(block_tables, "measure_paired", slower_when_mixed)
     split = Split("calibration", {"a": SourceTokens(tokens(4, SEQ_LEN), torch.ones(4))}, {"a": 1.0}, SEQ_LEN, bos=False)
     space = Space.of(parent.shape, 1, 10, drop=drop, size="large")
-    probes = len(tables.probe_architectures(space))
+    probes = len(block_tables.probe_architectures(space))
     library = build_library(parent, split, ImportanceRecipe(), space)
     workload = Workload.from_recipe(WorkloadRecipe(prompt_tokens=8, generated_tokens=4), "float32", "cpu")
     built = build_tables(parent, split, library, workload, 1, TablesRecipe(tokens=64), show=silent)

@@ -19,14 +19,15 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from test_search_study import SPACE, STARTS, FakeJudge
 
-from llmprune.architecture import Architecture
-from llmprune.recipe import SearchRecipe
-from llmprune.search import reaping, study, workers
+from llmprune.choices.architecture import Architecture
+from llmprune.core.recipe import SearchRecipe
+from llmprune.search import study
 from llmprune.search.parameters import suggest
-from llmprune.search.reaping import MAX_DEATHS, Reaper, ask, free
-from llmprune.search.storage import close_storage, open_storage
 from llmprune.search.study import finished_trials, join_study, open_study, prepare_study, run_study, work
-from llmprune.search.workers import Life, at_work, life_of
+from llmprune.search.workers import liveness, reaping
+from llmprune.search.workers.liveness import Life, at_work, life_of
+from llmprune.search.workers.reaping import MAX_DEATHS, Reaper, ask, free
+from llmprune.search.workers.storage import close_storage, open_storage
 
 RULES = SearchRecipe(population=4, trials=12, sampler="random")
 
@@ -132,7 +133,7 @@ def test_a_worker_waits_for_the_last_trial_and_takes_it_up_if_its_worker_dies(pl
             time.sleep(0.3)
             assert not working.done() and len(judge.seen) == 2
             # The other's session ends, as far as anyone can see.
-            workers._sessions.discard(other["session"])
+            liveness._sessions.discard(other["session"])
             assert working.result(20).finished_trials == 3
     assert judge.seen[2] == STARTS[0][1].hash
     assert place.join().trials[last.number].state == TrialState.FAIL

@@ -15,16 +15,16 @@ from closeness import assert_close, tolerance
 from families import CASES, IDS, VOCAB, Slices, masked, merging, overwritten, tiny_model, tiny_parent, tokens
 from torch import Tensor, nn
 
-from llmprune.architecture import Architecture, AttentionChoice, BlockChoice, BlockKind, FfnChoice, ParentShape
 from llmprune.blocks.library import build_library
-from llmprune.blocks.sensitivity import DeltaNats, block_influence, estimate_delta_nats
+from llmprune.choices.architecture import Architecture, AttentionChoice, BlockChoice, BlockKind, FfnChoice, ParentShape
+from llmprune.choices.space import Space
+from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import SourceTokens, Split
-from llmprune.measure.quality import score
+from llmprune.measure.quality.perplexity import score
 from llmprune.models.modeling_pruned import input_axis
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.surgery import prune
-from llmprune.recipe import ImportanceRecipe
-from llmprune.space import Space
+from llmprune.tables.estimate import DeltaNats, block_influence, estimate_delta_nats
 
 SEQ_LEN = 16
 ONE: dict[BlockKind, BlockChoice] = {"attention": AttentionChoice(1), "ffn": FfnChoice(1)}

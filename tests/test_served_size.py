@@ -11,24 +11,24 @@ from families import CASES, IDS, Case, Slices, tiny_parent
 from test_gguf import BLOCKY, SHAPES
 from tiny import tiny_recipe, tiny_tokenizer
 
-from llmprune.architecture import Architecture
-from llmprune.deploy.gguf import write_gguf
-from llmprune.deploy.sizes import served_size
-from llmprune.errors import ExportError
-from llmprune.front_tables import front_table
-from llmprune.measure.llamacpp import GgufModel
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.space import Space
+from llmprune.cli.front_tables import front_table
+from llmprune.core.budgets import SIZE_METRICS, parse_pick
+from llmprune.core.errors import ExportError
+from llmprune.core.recipe import GgufType, Recipe
+from llmprune.core.recipe_text import parse_recipe
+from llmprune.formats.gguf import write_gguf
+from llmprune.formats.served_size import served_size
+from llmprune.measure.speed.llamacpp import GgufModel
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import size_of
 from llmprune.models.surgery import prune, skeleton
-from llmprune.recipe import GgufType, Recipe
-from llmprune.recipe_text import parse_recipe
-from llmprune.run import export, front, search
-from llmprune.run_directory import RunDirectory
-from llmprune.search.budgets import SIZE_METRICS, parse_pick
-from llmprune.search.costs import CostTable
-from llmprune.search.tables import count_savings
-from llmprune.space import Space
-from llmprune.workspace import Run
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.pipeline.stages import export, front, search
+from llmprune.pipeline.workspace import Run
+from llmprune.tables.block_tables import count_savings
+from llmprune.tables.costs import CostTable
 
 BLOCKS = Case("llama", "blocky", {**BLOCKY, "tie_word_embeddings": True})
 PADDING = gguf.GGUF_DEFAULT_ALIGNMENT

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, multinomial
 
-from llmprune.measure.significance import Floats, mcnemar, paired_bootstrap
+from llmprune.measure.quality.significance import Floats, mcnemar, paired_bootstrap
 
 
 def answers(both: int, gained: int, lost: int, neither: int) -> tuple[list[float], list[float]]:
@@ -107,6 +107,6 @@ def test_the_bootstrap_is_the_same_each_time_and_in_any_chunks(monkeypatch: pyte
     reference, candidate = np.random.default_rng(8).standard_normal((2, 30, 1))
     first = paired_bootstrap([reference], [candidate], draws=100)
     assert paired_bootstrap([reference], [candidate], draws=100) == first
-    monkeypatch.setattr("llmprune.measure.significance._ENTRIES", 70)
+    monkeypatch.setattr("llmprune.measure.quality.significance._ENTRIES", 70)
     chunked = paired_bootstrap([reference], [candidate], draws=100)
     assert chunked == first

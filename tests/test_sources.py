@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import tiny_tokenizer
 
+from llmprune.core.errors import DataError
+from llmprune.core.recipe import SourceRecipe
 from llmprune.data.chat import chat_renderer
 from llmprune.data.sources import HUB_BUFFER_DOCUMENTS, read_documents
-from llmprune.errors import DataError
-from llmprune.recipe import SourceRecipe
 
 
 class FakeBuilder:

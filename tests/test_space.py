@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprune.architecture import (
+from llmprune.choices.architecture import (
     BLOCK_KINDS,
     DROPPED,
     Architecture,
@@ -20,9 +20,9 @@ from llmprune.architecture import (
     LayerChoice,
     ParentShape,
 )
-from llmprune.errors import ArchitectureError
-from llmprune.recipe import SpaceSize
-from llmprune.space import Space
+from llmprune.choices.space import Space
+from llmprune.core.errors import ArchitectureError
+from llmprune.core.recipe import SpaceSize
 
 SHAPE = ParentShape(layers=3, hidden_size=24, kv_groups=4, queries_per_group=3, head_dim=3, ffn_width=40)
 SIZES: tuple[SpaceSize, ...] = get_args(SpaceSize)

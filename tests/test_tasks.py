@@ -15,11 +15,11 @@ import pytest
 from conftest import Finished, Llmprune
 from tasks_tiny import TASKS, write_tasks
 
+from llmprune.core.errors import TaskError
+from llmprune.core.recipe import ModelRecipe
 from llmprune.data.bos import opening_with_bos
-from llmprune.errors import TaskError
-from llmprune.measure.tasks import TaskSet, open_tasks, run_task
+from llmprune.evaluation.tasks import TaskSet, open_tasks, run_task
 from llmprune.models.loading import load_model
-from llmprune.recipe import ModelRecipe
 
 LIMIT = 14
 

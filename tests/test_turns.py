@@ -11,10 +11,16 @@ from typing import Any
 
 import pytest
 
-from llmprune.errors import RunDirectoryError
-from llmprune.measure.turns import scoring, timing
+from llmprune.core.errors import RunDirectoryError
+from llmprune.measure.speed.turns import scoring, timing
 
-HOLD = "import sys, time; from llmprune.measure.turns import timing\nwith timing('cpu'): print('held'); time.sleep(60)"
+HOLD = """
+import time
+from llmprune.measure.speed.turns import timing
+with timing('cpu'):
+    print('held')
+    time.sleep(60)
+"""
 
 
 @pytest.fixture(autouse=True)

@@ -16,17 +16,16 @@ from optuna.exceptions import StorageInternalError
 from test_cli import assert_one_error
 from tiny import contents
 
-from llmprune import run as stages
-from llmprune import workspace
+from llmprune.core.errors import RunDirectoryError, StorageError
+from llmprune.core.recipe import SplitName
 from llmprune.data.store import load_token_splits, save_token_splits
-from llmprune.errors import RunDirectoryError, StorageError
-from llmprune.measure.host import fingerprint
+from llmprune.measure.speed.host import fingerprint
 from llmprune.models.parent import Parent
-from llmprune.recipe import SplitName
-from llmprune.run import search, worker
-from llmprune.run_directory import RunDirectory
-from llmprune.search.storage import masked, open_storage, opened_storage
-from llmprune.workspace import Run
+from llmprune.pipeline import stages, workspace
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.pipeline.stages import search, worker
+from llmprune.pipeline.workspace import Run
+from llmprune.search.workers.storage import masked, open_storage, opened_storage
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 SECRET = "geheim7"

@@ -31,13 +31,13 @@ from rich.console import Console
 from rich.table import Table
 from tiny import tiny_space
 
-from llmprune.architecture import AttentionChoice, FfnChoice
+from llmprune.choices.architecture import AttentionChoice, FfnChoice
+from llmprune.core.progress import silent
 from llmprune.data.tokens import SourceTokens, Split
-from llmprune.measure.scores import WindowScores
+from llmprune.measure.quality.scores import WindowScores
 from llmprune.models.modeling_pruned import FAMILIES
 from llmprune.models.parent import make_parent
-from llmprune.progress import silent
-from llmprune.search.exact import BROKEN
+from llmprune.tables.exact import BROKEN
 
 FEW_STEPS = zoo_training.Schedule(steps=2)
 SMALL = Sizes(

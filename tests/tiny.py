@@ -13,12 +13,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from llmprune.architecture import BLOCK_KINDS, Architecture, BlockChoice, ParentShape
-from llmprune.measure.throughput import Speed, Spread
-from llmprune.recipe import DataRecipe, Recipe, SourceRecipe, SpaceSize
-from llmprune.recipe_text import parse_recipe
-from llmprune.search.costs import CostTable
-from llmprune.space import Space
+from llmprune.choices.architecture import BLOCK_KINDS, Architecture, BlockChoice, ParentShape
+from llmprune.choices.space import Space
+from llmprune.core.recipe import DataRecipe, Recipe, SourceRecipe, SpaceSize
+from llmprune.core.recipe_text import parse_recipe
+from llmprune.measure.speed.throughput import Speed, Spread
+from llmprune.tables.costs import CostTable
 
 SMALL_SPLITS = {
     "calibration_tokens": 256,

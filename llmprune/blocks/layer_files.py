@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmprune.architecture import BLOCK_KINDS
-from llmprune.errors import RunDirectoryError
-from llmprune.files import atomic_path
-from llmprune.recipe import ImportanceRecipe
-from llmprune.space import Space
+from llmprune.choices.architecture import BLOCK_KINDS
+from llmprune.choices.space import Space
+from llmprune.core.errors import RunDirectoryError
+from llmprune.core.files import atomic_path
+from llmprune.core.recipe import ImportanceRecipe
 
 _VERSION = 4
 

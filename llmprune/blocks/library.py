@@ -11,17 +11,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llmprune.architecture import BLOCK_KINDS, AttentionChoice, BlockChoice, BlockKind
 from llmprune.blocks.layer_files import LayerRepairs, finished_layers, layer_keys, layer_path, read_layer, store_layer
-from llmprune.blocks.solve import label, refitted, solve_layer, thinned_queries
+from llmprune.blocks.solve import gathered_choices, label, refitted, solve_layer, thinned_queries
 from llmprune.blocks.statistics import collect_statistics, statistics_bytes
-from llmprune.blocks.work import gathered_choices
+from llmprune.choices.architecture import BLOCK_KINDS, AttentionChoice, BlockChoice, BlockKind
+from llmprune.choices.space import Space
+from llmprune.core.errors import ArchitectureError
+from llmprune.core.progress import Advance, Steps
+from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import Split
-from llmprune.errors import ArchitectureError
 from llmprune.models.parent import Parent
-from llmprune.progress import Advance, Steps
-from llmprune.recipe import ImportanceRecipe
-from llmprune.space import Space
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from llmprune.architecture import AttentionChoice, BlockChoice, BlockKind, ParentShape
 from llmprune.blocks.importance import flap_scores, removal_order
 from llmprune.blocks.layer_files import LayerRepairs
 from llmprune.blocks.refit import flap_bias, refit_nested, refit_towards
 from llmprune.blocks.statistics import BlockStatistics
-from llmprune.errors import ModelError, RecipeError
+from llmprune.choices.architecture import AttentionChoice, BlockChoice, BlockKind, ParentShape
+from llmprune.choices.space import Space
+from llmprune.core.errors import ModelError, RecipeError
+from llmprune.core.recipe import ImportanceRecipe
 from llmprune.models.parent import Parent
 from llmprune.models.rows import input_columns
-from llmprune.recipe import ImportanceRecipe
-from llmprune.space import Space
 
 
 def solve_layer(
@@ -52,6 +52,16 @@ def solve_layer(
 def refitted(space: Space, kind: BlockKind) -> list[BlockChoice]:
     """Choices that keep something, but not everything."""
     return [choice for choice in space.ladder(kind) if choice.units and choice != space.shape.full(kind)]
+
+
+def merged_choices(space: Space) -> list[AttentionChoice]:
+    """The choices that merge KV groups: each has inputs of its own, and is solved by itself."""
+    return [choice for choice in space.attention if space.shape.merges(choice) > 1]
+
+
+def gathered_choices(space: Space, recipe: ImportanceRecipe) -> list[AttentionChoice]:
+    """The choices for which a library needs statistics of their own: without a refit, none."""
+    return merged_choices(space) if recipe.refit else []
 
 
 def solve_block(

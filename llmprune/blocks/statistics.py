@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmprune.architecture import BLOCK_KINDS, AttentionChoice, BlockKind, ParentShape
+from llmprune.choices.architecture import BLOCK_KINDS, AttentionChoice, BlockKind, ParentShape
+from llmprune.core.errors import ModelError
+from llmprune.core.progress import Advance
 from llmprune.data.tokens import Split
-from llmprune.errors import ModelError
 from llmprune.models.merging import merged_blocks, merged_inputs
 from llmprune.models.parent import Parent
 from llmprune.models.rows import is_norm
-from llmprune.progress import Advance
 
 BATCH_TOKENS = 2048
 """Tokens of one forward pass, in whole windows."""

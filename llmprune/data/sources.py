@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmprune.core.errors import DataError, quoted, shortened
+from llmprune.core.files import expanded, sha256_file
+from llmprune.core.recipe import SourceRecipe
 from llmprune.data.chat import Render
-from llmprune.errors import DataError, quoted, shortened
-from llmprune.files import expanded, sha256_file
-from llmprune.recipe import SourceRecipe
 
 HUB_BUFFER_DOCUMENTS = 1_000
 """How many documents of a Hub data set are held while shuffling: each has to be downloaded first."""

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from llmprune.core.errors import RunDirectoryError
+from llmprune.core.files import atomic_path
+from llmprune.core.recipe import SplitName
 from llmprune.data.tokens import SourceTokens, Split, TokenSplits
-from llmprune.errors import RunDirectoryError
-from llmprune.files import atomic_path
-from llmprune.recipe import SplitName
 
 _VERSION = 2
 

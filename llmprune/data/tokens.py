@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from llmprune.core.errors import DataError, quoted
+from llmprune.core.recipe import DataRecipe, SplitName
 from llmprune.data.bos import resolved_bos
 from llmprune.data.chat import chat_renderer
 from llmprune.data.sources import read_documents
-from llmprune.errors import DataError, quoted
-from llmprune.recipe import DataRecipe, SplitName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from llmprune.data.tokens import Split
-from llmprune.measure.significance import Floats, first_mean, mcnemar, paired_bootstrap
-from llmprune.measure.tasks import TaskResult
+from llmprune.evaluation.tasks import TaskResult
+from llmprune.measure.quality.significance import Floats, first_mean, mcnemar, paired_bootstrap
 
 TEXT = "text"
 """The name of what is no task: nats of the windows of a split."""

@@ -13,25 +13,25 @@ from typing import Any
 
 import torch
 
-from llmprune.checkup import check_vocabulary
+from llmprune.core.errors import DataError, RunDirectoryError
+from llmprune.core.files import write_json
+from llmprune.core.progress import Show
+from llmprune.core.recipe import SplitName, WorkloadRecipe
+from llmprune.core.recipe_text import load_recipe
 from llmprune.data.store import load_token_splits
 from llmprune.data.tokens import Split, build_token_splits
-from llmprune.deploy.contents import EVALUATION_FILE
-from llmprune.errors import DataError, RunDirectoryError
+from llmprune.evaluation.bench import check_vocabulary
 from llmprune.evaluation.differences import differences_on_tasks, differences_on_text
 from llmprune.evaluation.store import Store, place_for, versions
 from llmprune.evaluation.subjects import Subject, find_subjects, recipe_in
-from llmprune.files import write_json
-from llmprune.measure.host import fingerprint
-from llmprune.measure.quality import quality_from_windows, score_windows
-from llmprune.measure.significance import CONFIDENCE, DRAWS, SEED
-from llmprune.measure.tasks import TaskResult, TaskSet, open_tasks, run_task
-from llmprune.measure.throughput import Workload, measure_paired
+from llmprune.evaluation.tasks import TaskResult, TaskSet, open_tasks, run_task
+from llmprune.measure.quality.perplexity import quality_from_windows, score_windows
+from llmprune.measure.quality.significance import CONFIDENCE, DRAWS, SEED
+from llmprune.measure.speed.host import fingerprint
+from llmprune.measure.speed.throughput import Workload, measure_paired
 from llmprune.models.sizes import parameter_count
-from llmprune.progress import Show
-from llmprune.recipe import SplitName, WorkloadRecipe
-from llmprune.recipe_text import load_recipe
-from llmprune.run_directory import RunDirectory
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.publish.contents import EVALUATION_FILE
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmprune.deploy.contents import EVALUATIONS_DIRECTORY
-from llmprune.errors import RunDirectoryError
+from llmprune.core.errors import RunDirectoryError
+from llmprune.core.files import read_json, write_json
 from llmprune.evaluation.subjects import Subject, run_of
-from llmprune.files import read_json, write_json
-from llmprune.run_directory import hash_of
+from llmprune.pipeline.run_directory import hash_of
+from llmprune.publish.contents import EVALUATIONS_DIRECTORY
 
 _PACKAGES = ("llmprune", "lm_eval", "transformers", "tokenizers", "datasets", "torch")
 

@@ -12,15 +12,15 @@ from typing import Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from llmprune.deploy.contents import EVALUATION_FILE
-from llmprune.errors import ModelError, RunDirectoryError
-from llmprune.files import expanded, read_json, sha256_file
+from llmprune.core.errors import ModelError, RunDirectoryError
+from llmprune.core.files import expanded, read_json, sha256_file
+from llmprune.core.progress import Show
+from llmprune.core.recipe import ModelRecipe, Recipe
+from llmprune.core.recipe_text import parse_recipe, parse_section
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.loading import load_model, locate, resolve_device, stored_dtype
-from llmprune.progress import Show
-from llmprune.recipe import ModelRecipe, Recipe
-from llmprune.recipe_text import parse_recipe, parse_section
-from llmprune.run_directory import RunDirectory
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.publish.contents import EVALUATION_FILE
 
 # What a model computes depends on these files; not on what we or others write beside them.
 _SUFFIXES = (".json", ".safetensors", ".py", ".model", ".jinja", ".txt")

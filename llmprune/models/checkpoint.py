@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import llmprune.models.proof
-from llmprune.architecture import Architecture
-from llmprune.errors import ExportError
-from llmprune.files import sha256_file, write_json
+from llmprune.choices.architecture import Architecture
+from llmprune.core.errors import ExportError
+from llmprune.core.files import sha256_file, write_json
 from llmprune.models.proof import digests
 from llmprune.models.sizes import parameter_count
 from llmprune.models.surgery import is_stock

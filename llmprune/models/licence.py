@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import metadata_load
 
-from llmprune.files import expanded
+from llmprune.core.files import expanded
 
 # Of a card's metadata; a GGUF file has them as general.license, general.license.name and general.license.link.
 _KEYS = ("license", "license_name", "license_link")

@@ -22,10 +22,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from llmprune.core.errors import ModelError, UnsupportedModelError, quoted, shortened
+from llmprune.core.files import exists, expanded
+from llmprune.core.recipe import ModelRecipe
 from llmprune.data.bos import opening_with_bos
-from llmprune.errors import ModelError, UnsupportedModelError, quoted, shortened
-from llmprune.files import exists, expanded
-from llmprune.recipe import ModelRecipe
 
 _PRE_TOKENIZERS_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
 """With these, llama.cpp puts BOS in front of a text unless the file says otherwise; transformers would not."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmprune.architecture import AttentionChoice
+from llmprune.choices.architecture import AttentionChoice
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import merged_tensors, skeleton
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.architecture import BlockKind, ParentShape
-from llmprune.errors import RecipeError, UnsupportedModelError, quoted
-from llmprune.files import expanded
+from llmprune.choices.architecture import BlockKind, ParentShape
+from llmprune.core.errors import RecipeError, UnsupportedModelError, quoted
+from llmprune.core.files import expanded
+from llmprune.core.recipe import ModelRecipe, Recipe
 from llmprune.models.loading import load_model
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, BlockNames, Family, input_axis
-from llmprune.recipe import ModelRecipe, Recipe
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llmprune.architecture import BlockKind, ParentShape
+from llmprune.choices.architecture import BlockKind, ParentShape
 from llmprune.models.modeling_pruned import part_rows
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.architecture import Architecture, ParentShape
+from llmprune.choices.architecture import Architecture, ParentShape
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.architecture import Architecture, AttentionChoice, BlockChoice, LayerChoice, ParentShape
+from llmprune.choices.architecture import Architecture, AttentionChoice, BlockChoice, LayerChoice, ParentShape
 from llmprune.models import modeling_pruned
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, Family, input_axis
 from llmprune.models.parent import Parent, check_merging

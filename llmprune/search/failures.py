@@ -10,11 +10,11 @@ from typing import NamedTuple
 import optuna
 from optuna.trial import FrozenTrial
 
-from llmprune.architecture import Architecture
-from llmprune.errors import ArchitectureError, ModelError, SearchError, shortened
-from llmprune.search.claims import failed_trials
-from llmprune.search.evaluate import Judge, Record, is_finite
-from llmprune.search.reaping import WARM_START, why_failed
+from llmprune.choices.architecture import Architecture
+from llmprune.core.errors import ArchitectureError, ModelError, SearchError, shortened
+from llmprune.search.judging import Judge, Record, is_finite
+from llmprune.search.workers.claims import failed_trials
+from llmprune.search.workers.reaping import WARM_START, why_failed
 
 FAILURES_IN_A_ROW = 10
 """So many trials of one worker that came to nothing, one after the other: it is not the children."""

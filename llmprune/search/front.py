@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from llmprune.errors import BudgetError
-from llmprune.search.budgets import Budget, Pick, metric_value, pick_record
-from llmprune.search.evaluate import Record
+from llmprune.core.budgets import Budget, Pick, metric_value, pick_record
+from llmprune.core.errors import BudgetError
+from llmprune.search.judging import Record
 
 
 def non_dominated(records: Iterable[Record], speed: str) -> list[Record]:

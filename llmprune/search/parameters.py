@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from optuna import Trial
 
-from llmprune.architecture import Architecture
-from llmprune.space import Space
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.space import Space
 
 
 def suggest(trial: Trial, space: Space) -> Architecture:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from optuna.study import StudyDirection
 
-from llmprune.recipe import Objective, SearchRecipe
-from llmprune.search.budgets import metric_value
+from llmprune.core.budgets import metric_value
+from llmprune.core.recipe import Objective, SearchRecipe
 
 
 class Exponents(NamedTuple):

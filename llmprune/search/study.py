@@ -12,20 +12,20 @@ import optuna
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from llmprune.architecture import Architecture
-from llmprune.recipe import SearchRecipe
-from llmprune.search.budgets import metric_value, parse_budget
-from llmprune.search.claims import GAVE_WAY_TO, Answer, claim, has_room, known_trials
-from llmprune.search.evaluate import Judge, Record
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.space import Space
+from llmprune.core.budgets import metric_value, parse_budget
+from llmprune.core.recipe import SearchRecipe
 from llmprune.search.failures import Failure, Fault, Streak, attempt, counted_reasons
+from llmprune.search.judging import Judge, Record
 from llmprune.search.parameters import suggest, to_params
-from llmprune.search.reaping import FAILED_BECAUSE, WARM_START, Reaper, ask, release, try_again, was_queued
 from llmprune.search.reward import directions_of, values_of
 from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.make import make_sampler
-from llmprune.search.studies import READY, TRIALS, set_attributes
-from llmprune.search.workers import Worker, at_work
-from llmprune.space import Space
+from llmprune.search.workers.claims import GAVE_WAY_TO, Answer, claim, has_room, known_trials
+from llmprune.search.workers.liveness import Worker, at_work
+from llmprune.search.workers.reaping import FAILED_BECAUSE, WARM_START, Reaper, ask, release, try_again, was_queued
+from llmprune.search.workers.studies import READY, TRIALS, set_attributes
 
 # A sampler that proposes known architectures only must not spin for ever.
 PROPOSALS_PER_TRIAL = 20

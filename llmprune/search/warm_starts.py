@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmprune.architecture import BLOCK_KINDS, DROPPED, Architecture, LayerChoice
-from llmprune.search.allocate import Allocator, Scores
-from llmprune.search.costs import CostTable
+from llmprune.choices.architecture import BLOCK_KINDS, DROPPED, Architecture, LayerChoice
+from llmprune.tables.allocate import Allocator, Scores
+from llmprune.tables.costs import CostTable
 
 # A solution right at the target measures below it half of the time.
 MARGIN = 1.02

@@ -13,11 +13,11 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from llmprune.architecture import Architecture, BlockKind
-from llmprune.recipe import Objective
-from llmprune.search.allocate import Allocator, Scores
+from llmprune.choices.architecture import Architecture, BlockKind
+from llmprune.choices.space import Space
+from llmprune.core.recipe import Objective
 from llmprune.search.samplers.ladders import Indices, Ladders
-from llmprune.space import Space
+from llmprune.tables.allocate import Allocator, Scores
 
 HOLDS_WITHIN = 0.01
 """A measured speed-up this share below a target still holds it: paired medians are no more exact."""

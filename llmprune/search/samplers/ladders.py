@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llmprune.search.allocate import Allocator
+from llmprune.tables.allocate import Allocator
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

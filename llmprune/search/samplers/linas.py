@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmprune.search.baselines import random_architecture
 from llmprune.search.samplers.guide import Guide, History
 from llmprune.search.samplers.guided import GuidedSampler, Proposal, Question
 from llmprune.search.samplers.ladders import Bools, Floats, Indices, Ints
 from llmprune.search.samplers.nsga2 import nsga2
 from llmprune.search.samplers.predictors import Predictor, fit
+from llmprune.tables.draw import random_architecture
 
 NOISE = 0.7
 """Standard deviation of the log-normal factors that a drawn allocation's scores are multiplied by."""

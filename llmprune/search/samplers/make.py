@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers.nsgaii import BaseMutation
 
-from llmprune.recipe import SamplerName, SearchRecipe
+from llmprune.core.recipe import SamplerName, SearchRecipe
 from llmprune.search.samplers.evopress import EvoPressSampler
 from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.guided import GuidedSampler

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmprune.search.allocate import Near
 from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.guided import GuidedSampler, Proposal, Question
+from llmprune.tables.allocate import Near
 
 RADII = (4, 8, 2, 12)
 """Decisions that a proposal may change, in turn at one incumbent: what fails at one size may work at another."""

@@ -1,0 +1,58 @@
+"""Depth: whole layers or half layers leave, by a score of the parent or by what each step really loses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from llmprune.baselines.given import Given, Path
+from llmprune.choices.architecture import BLOCK_KINDS, DROPPED, Architecture
+from llmprune.choices.space import Space
+
+
+def shortgpt(given: Given) -> Path:
+    """Drop whole layers, least block influence first (ShortGPT, arXiv 2403.03853); the last attention stays."""
+    architecture = given.space.shape.architecture
+    yield architecture
+    influence = given.tables.influence
+    for layer in sorted(range(len(influence)), key=lambda layer: influence[layer]):
+        shorter = architecture.without_layers([layer])
+        if may_drop(given.space) and _attends(shorter):
+            architecture = shorter
+            yield architecture
+
+
+def sleb(given: Given) -> Path:
+    """Again and again drop the layer whose removal loses the least nats, all removals being measured on the current
+    child (SLEB, arXiv 2402.09025)."""
+
+    def shorter(architecture: Architecture) -> Iterable[Architecture]:
+        return (architecture.without_layers([layer]) for layer in architecture.kept_layers)
+
+    return _greedy(given, shorter)
+
+
+def blockpruner(given: Given) -> Path:
+    """As `sleb`, with attention and FFN blocks apart (BlockPruner, arXiv 2406.10594)."""
+
+    def smaller(architecture: Architecture) -> Iterable[Architecture]:
+        blocks = architecture.blocks()
+        return (architecture.with_choice(layer, DROPPED[own.kind]) for layer, own in blocks if own.units)
+
+    return _greedy(given, smaller)
+
+
+def _greedy(given: Given, removals: Callable[[Architecture], Iterable[Architecture]]) -> Path:
+    architecture: Architecture | None = given.space.shape.architecture
+    while architecture is not None:
+        yield architecture
+        given.remember(architecture)
+        legal = [child for child in removals(architecture) if _attends(child)] if may_drop(given.space) else []
+        architecture = given.best(legal)
+
+
+def may_drop(space: Space) -> bool:
+    return all(DROPPED[kind] in space.ladder(kind) for kind in BLOCK_KINDS)
+
+
+def _attends(architecture: Architecture) -> bool:
+    return any(layer.attention.units for layer in architecture.layers)

@@ -1,0 +1,165 @@
+"""Which choices a search may make: ladders of sizes for each kind of block, and the decisions that pick from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from llmprune.choices.architecture import (
+    BLOCK_KINDS,
+    DROPPED,
+    Architecture,
+    AttentionChoice,
+    BlockChoice,
+    BlockKind,
+    FfnChoice,
+    ParentShape,
+)
+from llmprune.core.errors import ArchitectureError
+from llmprune.core.recipe import SpaceSize
+
+Assignment = tuple[int, BlockChoice]
+"""A choice for the block of its kind in a layer."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One thing to decide: each option, in order of size, assigns choices to some blocks; the last is the parent's."""
+
+    name: str
+    options: tuple[tuple[Assignment, ...], ...]
+
+
+@dataclass(frozen=True)
+class Space:
+    """The architectures that a search may propose.
+
+    `size` is how free it is: small, one choice a kind for all layers; layer, each layer whole or gone; medium, KV
+    groups and FFN width block by block; large, query heads a group besides. Any but layer may merge KV groups too.
+    `attention` and `ffn` are the ladders of choices, ascending in size; the last of each is the parent's.
+    """
+
+    shape: ParentShape
+    size: SpaceSize
+    attention: tuple[AttentionChoice, ...]
+    ffn: tuple[FfnChoice, ...]
+
+    @classmethod
+    def of(
+        cls,
+        shape: ParentShape,
+        kv_groups_step: int,
+        ffn_step: int,
+        *,
+        drop: bool = True,
+        size: SpaceSize = "medium",
+        merge_kv: bool = False,
+    ) -> Space:
+        """Multiples of each step up to the parent's size, the parent's own size, and 0 if `drop`; with `merge_kv` also
+        all query heads on any number of KV heads that divides the parent's.
+
+        Raises ArchitectureError on a step that is not between 1 and the parent's size, if nothing can be pruned, or if
+        nothing can be merged.
+        """
+        groups = _rungs("space.kv_groups_step", kv_groups_step, shape.kv_groups, drop=drop)
+        widths = _rungs("space.ffn_step", ffn_step, shape.ffn_width, drop=drop)
+        attention = [AttentionChoice(n) for n in groups]
+        if size == "large":
+            fewer = range(1, shape.queries_per_group)
+            attention += [AttentionChoice(n, queries) for n in groups if n for queries in fewer]
+        if merge_kv:
+            _check_merging(shape, size)
+            attention += shape.merged
+        if size == "layer":
+            if not drop:
+                raise ArchitectureError("space.size=layer leaves whole layers out; set space.drop=true")
+            space = cls(shape, size, (AttentionChoice(0), attention[-1]), (FfnChoice(0), FfnChoice(shape.ffn_width)))
+        else:
+            attention.sort(key=lambda choice: (shape.rows(choice), choice.kv_groups))
+            space = cls(shape, size, tuple(attention), tuple(FfnChoice(n) for n in widths))
+        if all(len(decision.options) == 1 for decision in space.decisions):
+            raise ArchitectureError(
+                "the space holds the parent alone; allow space.drop, or lower space.kv_groups_step from "
+                f"{kv_groups_step} or space.ffn_step from {ffn_step}"
+            )
+        return space
+
+    def ladder(self, kind: BlockKind) -> tuple[BlockChoice, ...]:
+        return self.attention if kind == "attention" else self.ffn
+
+    def blocks(self) -> Iterable[tuple[int, BlockKind]]:
+        """Every block of the parent."""
+        return ((layer, kind) for layer in range(self.shape.layers) for kind in BLOCK_KINDS)
+
+    @cached_property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What Optuna's parameters stand for: an index into each decision's options."""
+        layers = range(self.shape.layers)
+        if self.size == "small":
+            return tuple(
+                Decision(
+                    f"all.{kind}",
+                    # Nothing is left of a model whose blocks of a kind are all gone.
+                    tuple(tuple((i, c) for i in layers) for c in self.ladder(kind) if c.units),
+                )
+                for kind in BLOCK_KINDS
+            )
+        if self.size == "layer":
+            full = tuple(self.shape.full(kind) for kind in BLOCK_KINDS)
+            pairs = (tuple(DROPPED.values()), full)
+            options = [tuple(tuple((i, choice) for choice in pair) for pair in pairs) for i in layers]
+            return tuple(Decision(f"layer_{i:03d}", option) for i, option in zip(layers, options, strict=True))
+        return tuple(
+            Decision(f"layer_{i:03d}.{kind}", tuple(((i, choice),) for choice in self.ladder(kind)))
+            for i, kind in self.blocks()
+        )
+
+    def architecture(self, indices: Sequence[int]) -> Architecture:
+        """The architecture of one option a decision."""
+        options = (d.options[index] for d, index in zip(self.decisions, indices, strict=True))
+        return self.shape.architecture.with_choices(assignment for option in options for assignment in option)
+
+    def indices(self, architecture: Architecture) -> tuple[int, ...]:
+        """Inverse of `architecture`. Raises ArchitectureError if the space does not hold it."""
+        if len(architecture.layers) != self.shape.layers:
+            raise ArchitectureError(
+                f"an architecture has one entry per parent layer: the parent has {self.shape.layers} layers, "
+                f"the architecture {len(architecture.layers)}"
+            )
+        chosen = {(layer, choice.kind): choice for layer, choice in architecture.blocks()}
+        found = []
+        for decision in self.decisions:
+            wanted = tuple((layer, chosen[layer, choice.kind]) for layer, choice in decision.options[-1])
+            if wanted not in decision.options:
+                raise ArchitectureError(
+                    f"{decision.name} has no option {[choice.to_json() for _, choice in wanted]} in this "
+                    f"{self.size} space; use another space.size or finer steps"
+                )
+            found.append(decision.options.index(wanted))
+        return tuple(found)
+
+    def __contains__(self, architecture: Architecture) -> bool:
+        try:
+            self.indices(architecture)
+        except ArchitectureError:
+            return False
+        return True
+
+
+def _check_merging(shape: ParentShape, size: SpaceSize) -> None:
+    if size == "layer":
+        raise ArchitectureError(
+            "space.merge_kv changes attention, and space.size=layer keeps it whole or not at all; set "
+            "space.merge_kv=false, or space.size to small, medium or large"
+        )
+    if not shape.merged:
+        raise ArchitectureError(
+            f"space.merge_kv needs several KV groups, the parent has {shape.kv_groups}; set space.merge_kv=false"
+        )
+
+
+def _rungs(name: str, step: int, full: int, *, drop: bool) -> list[int]:
+    if not 1 <= step <= full:
+        raise ArchitectureError(f"{name} must be from 1 to the parent's {full}; got {step}")
+    return sorted({*range(0 if drop else step, full, step), full})

@@ -1,0 +1,286 @@
+"""The `llmprune` command: results on stdout, progress on stderr; exit 0 done, 1 our fault, 2 input, 130 Ctrl-C."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+
+from llmprune.cli.checkpoints import app as of_checkpoints
+from llmprune.cli.options import (
+    DryRun,
+    Json,
+    Overrides,
+    Quiet,
+    RunPath,
+    Storage,
+    emit,
+    opened_run,
+    recipe_from,
+    recipe_of_run,
+    speaker,
+)
+from llmprune.cli.terminal import (
+    error_console,
+    forecast_table,
+    print_json,
+    print_trial,
+    shown,
+)
+from llmprune.core.errors import LlmpruneError, StorageError
+from llmprune.core.recipe import Recipe
+from llmprune.core.recipe_files import copy_recipe, recipe_names
+from llmprune.core.recipe_text import load_recipe, parse_section
+
+if TYPE_CHECKING:
+    from llmprune.search.study import SearchOutcome
+
+app = typer.Typer(
+    help="Search a pretrained causal LM for the smaller network that is best at a measured speed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+recipes = typer.Typer(help="The recipes that come with llmprune.", no_args_is_help=True)
+app.add_typer(of_checkpoints)
+app.add_typer(recipes, name="recipes")
+
+
+@app.command()
+def compress(
+    model_or_recipe: Annotated[str, typer.Argument(help="Recipe (.yaml), Hub id, checkpoint directory or GGUF file.")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", help="Run directory.")] = Path("runs/run"),
+    storage: Storage = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run every stage: search, re-measure the front, write its checkpoints, export the recipe's pick."""
+    from llmprune.cli.front_tables import front_table
+    from llmprune.pipeline import stages
+
+    recipe = recipe_from(model_or_recipe, overrides)
+    if dry_run:
+        return _print_forecast(out, recipe, "export", storage, json, quiet)
+    with opened_run(out, recipe, quiet, storage) as (run, report):
+        to = Path(recipe.export.to) if recipe.export.to else run.directory.export
+        result = stages.compress(run, to, report=report)
+    emit(result, json, lambda: [front_table(result), *_told(result, to)])
+
+
+def _told(result: Mapping[str, Any], to: Path) -> list[str]:
+    """What came of the export, and what may be quoted of the child."""
+    from llmprune.cli.front_tables import quoted_lines
+
+    if result["exported"] is None:
+        return [f"exported nothing: {result['not_exported']}"]
+    exported = next(child for child in result["children"] if child["hash"] == result["exported"]["hash"])
+    return [f"exported {exported['hash']} to {to}", *(f"  {line}" for line in quoted_lines(exported))]
+
+
+@app.command()
+def search(
+    run_path: RunPath,
+    overrides: Overrides = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe, Hub id, directory or GGUF, to start a new run.")] = None,
+    storage: Storage = None,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search for architectures; continues the trials that are there, creates RUN (from --recipe) if there is none."""
+    from llmprune.pipeline import stages
+
+    of_run = recipe_of_run(run_path, recipe, overrides)
+    if dry_run:
+        return _print_forecast(run_path, of_run, "search", storage, json, quiet)
+    with opened_run(run_path, of_run, quiet, storage) as (run, report):
+        outcome = stages.search(run, report)
+    _print_outcome(outcome, json)
+
+
+@app.command()
+def worker(run_path: RunPath, storage: Storage = None, json: Json = False, quiet: Quiet = False) -> None:
+    """Help a search that `llmprune search` started: another process, on this machine or one like it."""
+    from llmprune.pipeline import stages
+    from llmprune.pipeline.workspace import Run
+
+    run = Run.join(run_path, shown(quiet=quiet), storage=storage)
+    run.say = speaker(quiet)
+    _print_outcome(stages.worker(run, None if quiet else print_trial(error_console())), json)
+
+
+@app.command("storage-proxy")
+def storage_proxy(
+    storage: Storage = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; there is no password, so mind who reaches it.")] = (
+        "localhost"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 13000,
+    quiet: Quiet = False,
+) -> None:
+    """Stand before a database for workers that only reach this host; they name --storage grpc://HOST:PORT."""
+    from llmprune.search.workers.storage import serve_proxy
+
+    if storage is None:
+        raise StorageError("a proxy stands before a database; name it with --storage postgresql://...")
+    serve_proxy(storage, host, port, speaker(quiet))
+
+
+def _print_outcome(outcome: SearchOutcome, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from llmprune.search.failures import told
+
+    emit(
+        asdict(outcome),
+        as_json,
+        lambda: [
+            f"{outcome.finished_trials} trials ({outcome.new_trials} new) in {outcome.seconds:.0f} s, "
+            f"stopped by {outcome.stopped_by}",
+            *told(outcome.failed_because),
+        ],
+    )
+
+
+@app.command()
+def front(
+    run_path: RunPath,
+    overrides: Overrides = None,
+    storage: Storage = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Choose among the best trials on validation tokens, measure the chosen on test tokens; prints the front."""
+    from llmprune.cli.front_tables import front_table
+    from llmprune.pipeline import stages
+
+    with opened_run(run_path, recipe_of_run(run_path, None, overrides), quiet, storage) as (run, _):
+        measured = stages.front(run)
+    emit(measured, json, lambda: [front_table(measured)])
+
+
+@app.command()
+def baselines(
+    run_path: RunPath,
+    at: Annotated[list[float] | None, typer.Option(help="Measured speed-up to compare at; repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Which baseline; repeatable, default all.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare published methods, luck and the run's front at the same measured speed; continues where it stopped."""
+    from llmprune.cli.front_tables import baselines_table
+    from llmprune.core.recipe import BaselinesRecipe
+    from llmprune.pipeline.comparison import baselines as compared
+
+    recipe = recipe_of_run(run_path, None, None)
+    asked = {key: value for key, value in (("at", at), ("methods", method)) if value}
+    rules = parse_section(BaselinesRecipe, recipe.baselines.model_dump() | asked)
+    with opened_run(run_path, recipe, quiet) as (run, _):
+        result = compared(run, rules)
+    emit(result, json, lambda: [baselines_table(result)])
+
+
+@app.command()
+def export(
+    run_path: RunPath,
+    pick: Annotated[str | None, typer.Option(help="decode_speedup>=1.5, ppl_ratio<=1.2, or a hash.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Directory to write; default RUN/export.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a checkpoint that is there; export even an unusable child.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a child of the front as a checkpoint, proven in a fresh process."""
+    from llmprune.cli.front_tables import quoted_lines
+    from llmprune.core.budgets import parse_pick
+    from llmprune.pipeline import stages
+
+    recipe = recipe_of_run(run_path, None, None)
+    wanted = parse_pick(pick or recipe.export.pick)
+    with opened_run(run_path, recipe, quiet) as (run, _):
+        written = stages.export(run, wanted, to or run.directory.export, force=force)
+    emit(
+        written,
+        json,
+        lambda: [
+            f"exported {written['hash']} to {written['directory']} ({written['proof']['params']:,} parameters, "
+            f"logits within {written['proof']['max_logit_difference']:.1e} after a reload)",
+            *(f"  {line}" for line in quoted_lines(written["figures"])),
+        ],
+    )
+
+
+@app.command()
+def validate(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
+    overrides: Overrides = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a recipe without running it; prints it with every default."""
+    from llmprune.core.budgets import parse_budget, parse_pick
+    from llmprune.core.recipe_text import to_yaml
+
+    checked = load_recipe(recipe, overrides)
+    parse_pick(checked.export.pick)
+    for budget in checked.search.budgets:
+        parse_budget(budget)
+    emit(checked.model_dump(mode="json"), json, lambda: [to_yaml(checked).rstrip()])
+
+
+@app.command()
+def schema(json: Json = True, quiet: Quiet = False) -> None:
+    """Print the JSON schema of a recipe."""
+    print_json(Recipe.model_json_schema())
+
+
+@recipes.command("ls")
+def recipes_ls(json: Json = False, quiet: Quiet = False) -> None:
+    """List the recipes."""
+    names = recipe_names()
+    emit({"recipes": names}, json, lambda: list(names))
+
+
+@recipes.command("cp")
+def recipes_cp(
+    name: Annotated[str, typer.Argument(help="A name that `recipes ls` prints.")],
+    to: Annotated[Path, typer.Argument(help="File or directory.")] = Path(),
+) -> None:
+    """Copy a recipe, to change it."""
+    print(copy_recipe(name, to))
+
+
+def main() -> None:
+    """Entry point: turns errors into one line and an exit code."""
+    try:
+        app()
+    except LlmpruneError as error:
+        error_console().print("[red]error:[/red]", escape(_one_line(error)), soft_wrap=True)
+        sys.exit(2)
+    except SystemExit as ended:
+        # typer catches Ctrl-C itself.
+        if ended.code == 130:
+            error_console().print("interrupted; the same command continues where this one stopped")
+        raise
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines())
+
+
+def _print_forecast(
+    path: Path, recipe: Recipe, until: Literal["search", "export"], storage: str | None, json: bool, quiet: bool
+) -> None:
+    from llmprune.pipeline.inspection import forecast_run
+    from llmprune.tables.reach import described, reach_from_json
+
+    result = forecast_run(path, recipe, until, shown(quiet=quiet), storage=storage)
+    reached = [described(reach_from_json(result["reach"]))] if result["reach"] else []
+    emit(result, json, lambda: [forecast_table(result), *reached, *result["warnings"]])

@@ -1,0 +1,231 @@
+"""What a person sees: progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as TimeLeft
+from rich.table import Table
+from rich.text import Text
+
+from llmprune.core.progress import Advance, Show, silent
+
+# Piped output has no width of its own; a table cut at 80 columns would lose figures.
+PIPED_WIDTH = 140
+SECONDS_BETWEEN_LINES = 30
+
+
+def console() -> Console:
+    """stdout, for results."""
+    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+
+
+def error_console() -> Console:
+    """stderr, for progress and errors."""
+    return Console(stderr=True, highlight=False)
+
+
+class _Rate(ProgressColumn):
+    """Steps a second, or seconds a step where one takes long."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="dim")
+
+
+def shown(*, quiet: bool) -> Show:
+    """How stages tell their progress: bars on stderr, lines where stderr is no terminal, nothing if quiet."""
+    if quiet:
+        return silent
+    target = error_console()
+    return _bars(target) if target.is_terminal else _lines(target)
+
+
+def _bars(target: Console) -> Show:
+    @contextmanager
+    def show(description: str) -> Iterator[Advance]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TimeLeft(),
+        )
+        with Progress(*columns, console=target) as progress:
+            task = progress.add_task(description, total=None)
+
+            def advance(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            yield advance
+            # A step without parts is one part.
+            if progress.tasks[0].total is None:
+                advance(1, 1)
+
+    return show
+
+
+def _lines(target: Console) -> Show:
+    """Where no bar can be drawn (a log, CI): a line at the start, every half minute, and at the end."""
+
+    @contextmanager
+    def show(description: str) -> Iterator[Advance]:
+        started = last = time.monotonic()
+        target.print(f"{description} ...", soft_wrap=True)
+
+        def advance(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= SECONDS_BETWEEN_LINES and 0 < done < total:
+                last = now
+                left = (now - started) / done * (total - done)
+                target.print(f"  {description}: {done}/{total}, about {left:.0f} s left", soft_wrap=True)
+
+        yield advance
+        target.print(f"  {description}: done in {time.monotonic() - started:.0f} s", soft_wrap=True)
+
+    return show
+
+
+def print_trial(target: Console) -> Callable[[int, Mapping[str, Any]], None]:
+    """A line a trial."""
+
+    def report(finished: int, record: Mapping[str, Any]) -> None:
+        target.print(
+            f"  trial {finished:>3}  {record['hash']}  decode {record['decode_speedup']['median']:.2f}x  "
+            f"prefill {record['prefill_speedup']['median']:.2f}x  "
+            f"{record['nats_per_token']:.3f} nats/token ({record['ppl_ratio']:.2f} x parent PPL)",
+            style="dim",
+            soft_wrap=True,
+        )
+
+    return report
+
+
+def print_json(data: Any) -> None:
+    """One object on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def spread_text(spread: Mapping[str, float]) -> str:
+    """A speed-up's median, 10th and 90th percentile."""
+    return f"{spread['median']:.2f}x ({spread['low']:.2f}-{spread['high']:.2f})"
+
+
+def bench_table(result: Mapping[str, Any]) -> Table:
+    """Speeds side by side; the first model is the reference."""
+    measured_on = result["measured_on"]["workload"]
+    how = "in llama.cpp, GGUF " + measured_on["gguf_type"] if "gguf_type" in measured_on else measured_on["dtype"]
+    table = Table(title=f"Speed, measured side by side ({how}{', compiled' if 'compile' in measured_on else ''})")
+    table.add_column("model", overflow="fold")
+    for column in ("params", "prefill tok/s", "speed-up", "decode tok/s", "speed-up"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in result["models"]:
+        table.add_row(
+            row["model"],
+            f"{row['params'] / 1e6:.1f}M",
+            f"{row['prefill_tokens_per_s']['median']:.0f}",
+            spread_text(row["prefill_speedup"]),
+            f"{row['decode_tokens_per_s']['median']:.1f}",
+            spread_text(row["decode_speedup"]),
+        )
+    return table
+
+
+def inspection_table(result: Mapping[str, Any]) -> Table:
+    """What every block holds, and what it takes of the time."""
+    shape, outside = result["shape"], result["outside_blocks"]
+    table = Table(
+        title=f"{result['model']} ({result['model_type']}): {result['params'] / 1e6:.1f}M parameters, "
+        f"{result['bytes'] / 1e6:.0f} MB in {result['stored_as']}, {result['kv_bytes_per_token']:,} KV bytes a token",
+        caption=f"hidden size {shape['hidden_size']}, {shape['queries_per_group']} query heads a KV group, "
+        f"head dim {shape['head_dim']}; shares are of one pass; {outside['prefill']:.0%} of prefill and "
+        f"{outside['decode']:.0%} of decode are outside of all blocks: embeddings, output, norms",
+        caption_justify="left",
+    )
+    table.add_column("layer", justify="right")
+    for kind, units in (("attention", "KV groups"), ("FFN", "width")):
+        for column in (units, f"{kind} params", "MB", "of prefill", "of decode"):
+            table.add_column(column, justify="right", no_wrap=True)
+    for layer in result["layers"]:
+        cells = [str(layer["layer"])]
+        for kind, units in (("attention", "kv_groups"), ("ffn", "ffn_width")):
+            block = layer[kind]
+            cells += [f"{block[units]:,}", f"{block['params']:,}", f"{block['bytes'] / 1e6:.1f}"]
+            cells += [f"{100 * block[share]:.1f}%" for share in ("prefill_share", "decode_share")]
+        table.add_row(*cells)
+    return table
+
+
+def formats_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What each format can hold."""
+    table = Table(title="Formats", show_lines=True)
+    for column in ("format", "holds", "served by"):
+        table.add_column(column, overflow="fold", no_wrap=column == "format")
+    for row in rows:
+        table.add_row(row["format"], row["holds"], row["served_by"])
+    return table
+
+
+def forecast_table(result: Mapping[str, Any]) -> Table:
+    """What every stage of a run will cost."""
+    rates = result["rates"]
+    table = Table(
+        title=f"Forecast for {result['model']} ({result['params'] / 1e6:.1f}M parameters), nothing is written",
+        caption=f"measured now: {1 / rates['forward_s_per_token']:.0f} tokens/s scored, {rates['prefill_s']:.3g} s a "
+        f"prompt, {rates['decode_step_s']:.3g} s a decode step, {rates['float64_flops_per_s'] / 1e9:.1f} GFLOP/s in "
+        "float64. Children are counted as large and as slow as the parent; memory is without Python and torch.",
+        caption_justify="left",
+    )
+    table.add_column("stage")
+    for column in ("scored tokens", "backward", "timed", "forward\nequivalents", "GFLOP\nfloat64", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("peak memory", "disk"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage in result["stages"]:
+        if stage["done"]:
+            table.add_row(stage["stage"], "done", *[""] * 7)
+            continue
+        counts = (f"{stage[f'{name}_tokens']:,}" for name in ("forward", "backward", "timed"))
+        sizes = (f"{stage[name] / 1e6:,.0f} MB" for name in ("peak_memory_bytes", "disk_bytes"))
+        flops = f"{stage['float64_flops'] / 1e9:,.1f}"
+        table.add_row(
+            stage["stage"], *counts, f"{stage['forward_equivalents']:,.0f}", flops, _duration(stage["seconds"]), *sizes
+        )
+    total = result["total"]
+    table.add_section()
+    sizes = (f"{total[name] / 1e6:,.0f} MB" for name in ("peak_memory_bytes", "disk_bytes"))
+    table.add_row("in all", *[""] * 3, f"{total['forward_equivalents']:,.0f}", "", _duration(total["seconds"]), *sizes)
+    return table
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def push_lines(result: Mapping[str, Any]) -> list[str]:
+    """What a push did; of a dry run, what it would do: the files, then the model card as it is."""
+    total = sum(file["bytes"] for file in result["files"])
+    told = f"{len(result['files'])} files, {total:,} bytes"
+    if "card" in result:
+        width = max(len(file["name"]) for file in result["files"])
+        listed = [f"{file['name']:<{width}}  {file['bytes']:>15,}" for file in result["files"]]
+        return [f"{told} would go to {result['repo']}", *listed, "", result["card"]]
+    visible = "private" if result["private"] else "public"
+    if not result["new_commit"]:
+        return [f"{result['url']} ({visible}) has these {told} already, in commit {result['commit']}"]
+    removed = f", {len(result['removed'])} files of an earlier push removed" if result["removed"] else ""
+    return [f"pushed {told} to {result['url']} ({visible}){removed}", f"commit {result['commit_url']}"]

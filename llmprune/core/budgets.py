@@ -1,0 +1,136 @@
+"""Limits that people state: `decode_speedup>=1.5`, `params<=1e8`, `ppl_ratio<=1.2`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmprune.core.errors import BudgetError, quoted
+
+QUALITY_METRICS = ("ppl_ratio", "ppl", "nats_per_token")
+SPEED_METRICS = ("decode_speedup", "prefill_speedup", "decode_tokens_per_s", "prefill_tokens_per_s")
+SIZE_METRICS = ("params", "bytes", "kv_bytes_per_token")
+METRICS = (*QUALITY_METRICS, *SPEED_METRICS, *SIZE_METRICS)
+
+_NUMBER = r"[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?(?:e[+-]?[0-9]{1,2})?"
+_BUDGET = re.compile(rf"\s*([a-z_]+)\s*(>=|<=)\s*({_NUMBER})\s*", re.IGNORECASE)
+_HASH = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`metric` is at least (`>=`) or at most (`<=`) `limit`; a speed means its median."""
+
+    metric: str
+    relation: str
+    limit: float
+
+    def violation(self, value: float) -> float:
+        """By how much `value` breaks the budget, relative to the limit; <= 0 holds it."""
+        gap = self.limit - value if self.relation == ">=" else value - self.limit
+        return gap / self.limit
+
+    def __str__(self) -> str:
+        return f"{self.metric}{self.relation}{self.limit:g}"
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What a person wants of a front: a hash, or budgets and what is best among those that hold them."""
+
+    text: str
+    hash: str | None
+    budgets: tuple[Budget, ...]
+    best: str
+
+    def stricter(self, factor: float) -> Pick:
+        """This pick with every limit moved by `factor` (above 1) to its strict side."""
+        moved = (replace(b, limit=b.limit * factor if b.relation == ">=" else b.limit / factor) for b in self.budgets)
+        return replace(self, budgets=tuple(moved))
+
+    def value_of(self, record: Mapping[str, Any]) -> float:
+        """How good a record is, higher is better."""
+        value = metric_value(record, self.best)
+        return -value if self.best in QUALITY_METRICS else value
+
+
+def parse_budget(text: str) -> Budget:
+    """Read one budget. Raises BudgetError naming what may stand there."""
+    match = _BUDGET.fullmatch(text)
+    if match is None:
+        raise BudgetError(
+            f"a budget is METRIC>=NUMBER or METRIC<=NUMBER, such as decode_speedup>=1.5; got {quoted(text)}"
+        )
+    metric, relation, number = match.groups()
+    if metric not in METRICS:
+        raise BudgetError(f"unknown metric {quoted(metric)} in {quoted(text)}; known are: {', '.join(METRICS)}")
+    limit = float(number)
+    if limit <= 0:
+        raise BudgetError(f"the limit of a budget is positive; got {quoted(text)}")
+    if math.isinf(limit):
+        raise BudgetError(f"the limit of a budget is finite; got {quoted(text)}")
+    return Budget(metric, relation, limit)
+
+
+def parse_pick(text: str) -> Pick:
+    """Read a pick: an architecture's hash, or budgets separated by commas, optionally with the word `prefill`.
+
+    With a speed or size budget the best is the least nats per token; with quality budgets alone it is the fastest,
+    in decode unless the pick says prefill. Raises BudgetError.
+    """
+    text = text.strip()
+    if _HASH.fullmatch(text):
+        return Pick(text, text, (), "nats_per_token")
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    budgets = tuple(parse_budget(part) for part in parts if part not in ("prefill", "decode"))
+    if not budgets:
+        raise BudgetError(
+            f"a pick is a hash of 16 hex digits or budgets such as decode_speedup>=1.5; got {quoted(text)}"
+        )
+    phases = [part for part in parts if part in ("prefill", "decode")]
+    best = "nats_per_token"
+    if all(budget.metric in QUALITY_METRICS for budget in budgets):
+        best = "prefill_speedup" if "prefill" in phases else "decode_speedup"
+    elif phases:
+        raise BudgetError(
+            f"prefill or decode says in what the fastest child is fastest; {quoted(text)} asks for the best quality: "
+            "leave the word out, or give quality limits only"
+        )
+    if len(phases) > 1:
+        raise BudgetError(f"a pick names prefill or decode, once; got {quoted(text)}")
+    return Pick(text, None, budgets, best)
+
+
+def metric_value(record: Mapping[str, Any], metric: str) -> float:
+    """A record's value of a metric; of a measured speed, its median."""
+    value = record[metric]
+    return float(value["median"] if isinstance(value, Mapping) else value)
+
+
+def pick_record(records: Iterable[Mapping[str, Any]], pick: Pick) -> Mapping[str, Any]:
+    """The best record that holds the pick. Raises BudgetError naming the nearest if none does."""
+    records = list(records)
+    if not records:
+        raise BudgetError("the front is empty; raise search.trials and run the search again")
+    if pick.hash is not None:
+        for record in records:
+            if record["hash"] == pick.hash:
+                return record
+        known = ", ".join(str(record["hash"]) for record in records)
+        raise BudgetError(f"no child has hash {pick.hash}; the front has: {known}")
+
+    def worst_violation(record: Mapping[str, Any]) -> float:
+        return max(budget.violation(metric_value(record, budget.metric)) for budget in pick.budgets)
+
+    holding = [record for record in records if worst_violation(record) <= 0]
+    if holding:
+        return max(holding, key=pick.value_of)
+    nearest = min(records, key=worst_violation)
+    values = ", ".join(f"{b.metric} {metric_value(nearest, b.metric):.4g}" for b in pick.budgets)
+    raise BudgetError(
+        f"no child on the front holds {quoted(pick.text)}; the nearest is {nearest['hash']} with {values}. "
+        "Loosen the pick, or search on with more trials"
+    )

@@ -1,0 +1,185 @@
+"""What a forecast speaks of: all that decides what a run costs, what is done of it, and what a stage takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from llmprune.blocks.statistics import statistics_bytes
+from llmprune.choices.architecture import BlockKind
+from llmprune.choices.space import Assignment, Space
+from llmprune.core.recipe import Recipe, SplitName
+from llmprune.data.tokens import divide_windows, first_windows
+from llmprune.forecast.rates import Rates
+from llmprune.forecast.work import (
+    SolverFlops,
+    gathered_choices,
+)
+from llmprune.measure.quality.prefix import STATES_BYTES
+from llmprune.measure.speed.throughput import Workload
+from llmprune.tables.exact import is_exact
+
+BACKWARD_FORWARDS = 1.5
+"""Time of a backward pass in forward passes: weights are frozen, so the products are as many as the forward's, but
+attention is computed again."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides what a run costs, but for the machine."""
+
+    recipe: Recipe
+    space: Space
+    workload: Workload
+    vocabulary: int
+    parent_bytes: int
+    """All parameters, tied ones once."""
+    dtype_bytes: int
+    biased: frozenset[BlockKind] = frozenset()
+    """Kinds of block whose output projection has a bias."""
+    gguf_bytes: int = 0
+    """Weights of the parent's GGUF file, where llama.cpp times models or children are exported as gguf."""
+
+    @property
+    def timed_file_bytes(self) -> int:
+        """What llama.cpp maps of one model that it times; 0 for torch, which times models where they are."""
+        return self.gguf_bytes if self.workload.engine == "llamacpp" else 0
+
+    def windows(self, split: SplitName) -> Mapping[str, int]:
+        """Windows of each source, as the token splits will have them."""
+        return divide_windows(self.recipe.data, split, self.recipe.data.weights_of(split))
+
+    def tokens(self, split: SplitName) -> int:
+        return sum(self.windows(split).values()) * self.recipe.data.seq_len_of(split)
+
+    def estimated_tokens(self, tokens: int) -> int:
+        """Tokens of a one-backward estimate that asks for `tokens`, in whole windows a source."""
+        seq_len, windows = self.recipe.data.seq_len, self.windows("estimate")
+        weights = self.recipe.data.weights_of("estimate")
+        wanted = {name: max(1, round(tokens * weight / seq_len)) for name, weight in weights.items()}
+        return sum(min(wanted[name], windows[name]) for name in windows) * seq_len
+
+    def first_tokens(self, split: SplitName, tokens: int | None) -> int:
+        """About so many of a split's tokens, in whole windows of each source; all without a number."""
+        share = 1.0 if tokens is None else min(1.0, tokens / self.tokens(split))
+        data = self.recipe.data
+        windows = first_windows(self.windows(split), data.weights_of(split), share)
+        return sum(windows.values()) * data.seq_len_of(split)
+
+    @property
+    def exact_tokens(self) -> int:
+        """Tokens of one exact score."""
+        return self.first_tokens("estimate", self.recipe.tables.tokens)
+
+    @cached_property
+    def exact_choices(self) -> list[Assignment]:
+        """The choices that are scored exactly."""
+        space, rules = self.space, self.recipe.tables
+        return [(i, c) for i, kind in space.blocks() for c in space.ladder(kind) if is_exact(c, space, rules)]
+
+    @property
+    def layers_a_pass(self) -> int:
+        """Layers whose statistics are gathered together."""
+        merged = gathered_choices(self.space, self.recipe.importance)
+        return max(1, self.recipe.importance.memory_bytes // statistics_bytes(self.space.shape, len(merged)))
+
+    def passes(self, layers: int) -> int:
+        """Passes over the calibration tokens that the statistics of so many layers take."""
+        return -(-layers // self.layers_a_pass)
+
+    def kept_states(self, tokens: int) -> int:
+        """How many layers' hidden states of so many tokens a scorer keeps of the parent."""
+        return min(self.space.shape.layers - 1, STATES_BYTES // self.state_bytes(tokens))
+
+    def state_bytes(self, tokens: int) -> int:
+        """Hidden states of one layer."""
+        return tokens * self.space.shape.hidden_size * self.dtype_bytes
+
+    def logits_bytes(self, windows: int) -> int:
+        """Logits of one pass in the model's dtype, and float32 copies of one window."""
+        one = self.recipe.data.seq_len * self.vocabulary
+        return windows * one * self.dtype_bytes + 3 * 4 * one
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a run directory holds already."""
+
+    tokens: bool = False
+    layers: int = 0
+    """Finished layers of the library."""
+    tables: bool = False
+    path: bool = False
+    trials: int = 0
+    baseline_layers: Mapping[str, int] = field(default_factory=dict)
+    """Finished layers of the baselines' own libraries, by importance."""
+    front: bool = False
+    checkpoints_left: int | None = None
+    """Of the front's and the export; None: all, as many as there can be."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Passes of the workload, of parent and children together, and their tokens, all rows of the batch."""
+
+    comparisons: int = 0
+    prefills: int = 0
+    decode_steps: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage. Tokens are of whole models, parent or child; `seconds` turns all counts into time."""
+
+    stage: str
+    forward_tokens: int = 0
+    """Outside of timing."""
+    backward_tokens: int = 0
+    timing: Timing = field(default_factory=Timing)
+    solver: SolverFlops = field(default_factory=SolverFlops)
+    float32_flops: int = 0
+    """Local products beside the model's own."""
+    children: int = 0
+    processes: int = 0
+    peak_memory_bytes: int = 0
+    disk_bytes: int = 0
+    done: bool = False
+    most_seconds: float | None = None
+
+    @property
+    def forward_equivalents(self) -> float:
+        """Tokens: every pass, a backward one as BACKWARD_FORWARDS."""
+        return self.forward_tokens + BACKWARD_FORWARDS * self.backward_tokens + self.timing.tokens
+
+    def seconds(self, rates: Rates) -> float:
+        """Time of the stage; children count as slow as the parent."""
+        total = (
+            (self.forward_tokens + BACKWARD_FORWARDS * self.backward_tokens) * rates.forward_s_per_token
+            + self.timing.comparisons * rates.comparison_s
+            + self.timing.prefills * rates.prefill_s
+            + self.timing.decode_steps * rates.decode_step_s
+            + (self.solver.inverses + self.solver.refits) / rates.float64_flops_per_s
+            + self.solver.eliminations / rates.elimination_flops_per_s
+            + self.float32_flops / rates.float32_flops_per_s
+            + self.children * rates.child_s
+            + self.processes * rates.process_s
+        )
+        return total if self.most_seconds is None else min(total, self.most_seconds)
+
+    def to_json(self, rates: Rates) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "done": self.done,
+            "forward_tokens": self.forward_tokens,
+            "backward_tokens": self.backward_tokens,
+            "timed_tokens": self.timing.tokens,
+            "forward_equivalents": self.forward_equivalents,
+            "float64_flops": self.solver.total,
+            "float32_flops": self.float32_flops,
+            "seconds": self.seconds(rates),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "disk_bytes": self.disk_bytes,
+        }

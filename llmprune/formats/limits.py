@@ -1,0 +1,203 @@
+"""The formats a child can be written in, and what each of them can hold: known before a search, not after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmprune.choices.architecture import BLOCK_KINDS, AttentionChoice, BlockChoice, LayerChoice
+from llmprune.choices.space import Space
+from llmprune.core.errors import ExportError, RecipeError, UnsupportedModelError
+from llmprune.core.recipe import DeployRecipe, EngineName, FormatName, SpaceSize
+from llmprune.formats.gguf import BLOCK, gguf_child_problem, gguf_choice_problem, gguf_problem
+from llmprune.formats.layers import layer_sizes, stock_type
+from llmprune.models.parent import Parent
+from llmprune.models.surgery import is_stock, stock_can_say
+
+Problem = str | None
+"""Why something cannot be held, as a clause that follows a colon; None if it can."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to write a child.
+
+    `parent_problem(config, rules)`: why no child of such a parent can be held. `choice_problem(parent, choice, rules)`:
+    why a choice cannot, in whatever layer; such choices are left out of the search. `child_problem(config, rules)`: why
+    this child cannot. `constant_heads`: all layers have the same number of query heads. `sizes`: the space sizes whose
+    children it holds.
+    """
+
+    name: FormatName
+    holds: str
+    served_by: str
+    parent_problem: Callable[[Any, DeployRecipe], Problem]
+    choice_problem: Callable[[Parent, BlockChoice, DeployRecipe], Problem]
+    child_problem: Callable[[Any, DeployRecipe], Problem]
+    constant_heads: bool = False
+    sizes: tuple[SpaceSize, ...] = ("small", "layer", "medium", "large")
+
+
+def check_parent(parent: Parent, rules: DeployRecipe, size: SpaceSize) -> None:
+    """Raises UnsupportedModelError or RecipeError if a format of the recipe can hold no child of this search."""
+    for form in (FORMATS[name] for name in rules.formats):
+        if problem := form.parent_problem(parent.model.config, rules):
+            raise UnsupportedModelError(
+                f"deploy.formats names {form.name}, which cannot hold {parent.source}: {problem}"
+            )
+        if size not in form.sizes:
+            raise RecipeError(
+                f"deploy.formats names {form.name}, which holds {form.holds}: space.size must be "
+                f"{' or '.join(form.sizes)}; got {size}"
+            )
+
+
+def merging_helps(parent: Parent, rules: DeployRecipe, size: SpaceSize) -> bool:
+    """Whether a format leaves attention nothing but merged KV groups to be pruned by, and the parent can have them."""
+    wanted = any(FORMATS[name].constant_heads for name in rules.formats)
+    return wanted and size != "layer" and parent.family.kv_heads is not None and bool(parent.shape.merged)
+
+
+def cut(space: Space, parent: Parent, rules: DeployRecipe, engine: EngineName = "torch") -> Space:
+    """The space without the choices that one of the recipe's formats cannot hold, nor the engine that times children:
+    llama.cpp reads them from GGUF files.
+
+    Raises RecipeError if nothing is left to choose.
+    """
+    timed: tuple[FormatName, ...] = ("gguf",) if engine == "llamacpp" else ()
+    forms = [FORMATS[name] for name in dict.fromkeys((*rules.formats, *timed))]
+    problems = {
+        choice: problem
+        for kind in BLOCK_KINDS
+        for choice in space.ladder(kind)[:-1]
+        for problem in [next(filter(None, (form.choice_problem(parent, choice, rules) for form in forms)), None)]
+        if problem
+    }
+    kept = replace(
+        space,
+        attention=tuple(choice for choice in space.attention if choice not in problems),
+        ffn=tuple(choice for choice in space.ffn if choice not in problems),
+    )
+    if all(len(decision.options) == 1 for decision in kept.decisions):
+        also = f" and workload.engine={engine}" if timed else ""
+        raise RecipeError(
+            f"deploy.formats={list(rules.formats)}{also} leave nothing of the space to choose: "
+            f"{'; '.join(dict.fromkeys(problems.values()))}"
+        )
+    return kept
+
+
+def check_child(config: Any, name: FormatName, rules: DeployRecipe) -> None:
+    """Raises ExportError, naming the layer, the value and the fix, if a format cannot hold the child of this config."""
+    form = FORMATS[name]
+    if problem := form.parent_problem(config, rules) or form.child_problem(config, rules):
+        raise ExportError(f"{name} cannot hold this child: {problem}")
+
+
+def described() -> list[dict[str, Any]]:
+    """Every format, for people and as JSON."""
+    return [{"format": form.name, "holds": form.holds, "served_by": form.served_by} for form in FORMATS.values()]
+
+
+def _never(*_: Any) -> Problem:
+    return None
+
+
+def _not_uniform(config: Any, rules: DeployRecipe) -> Problem:
+    if is_stock(config):
+        return None
+    sizes = layer_sizes(config)
+    # A pruned class is used where stock attributes cannot say it, even if all layers are alike.
+    i = next((i for i, layer in enumerate(sizes) if layer != sizes[0]), 0)
+    first = sizes[0]
+    return (
+        f"its stock class gives all layers the same sizes, with every block there; layer {i} has {sizes[i].heads} "
+        f"query heads, {sizes[i].kv_heads} KV heads and FFN width {sizes[i].ffn_width}, layer 0 {first.heads}, "
+        f"{first.kv_heads} and {first.ffn_width}; search with deploy.formats=[hf-uniform], or export to hf"
+    )
+
+
+def _no_stock_words(parent: Parent, choice: BlockChoice, rules: DeployRecipe) -> Problem:
+    """Of a choice made in every layer; a drop is part of a whole layer's, which is deleted."""
+    full = LayerChoice(*(parent.shape.full(kind) for kind in BLOCK_KINDS))  # type: ignore[arg-type]
+    if choice.units == 0 or stock_can_say(parent.family, parent.shape, [full.with_choice(choice)]):
+        return None
+    return f"the stock {parent.family.config} has no words for {choice.to_json()} in every layer"
+
+
+_DECILM_FAMILIES = ("llama",)
+
+
+def _not_decilm(config: Any, rules: DeployRecipe) -> Problem:
+    family = stock_type(config)
+    if family not in _DECILM_FAMILIES:
+        return f"the DeciLM schema is Llama's, and {family} computes something else; use hf or, where it fits, gguf"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"a DeciLM FFN is gated by silu, this model's by {config.hidden_act}; use hf"
+    return None
+
+
+def _other_heads(parent: Parent, choice: BlockChoice, rules: DeployRecipe) -> Problem:
+    if not isinstance(choice, AttentionChoice) or choice.units == 0:
+        return None
+    heads = parent.shape.kv_groups * parent.shape.queries_per_group
+    kept = choice.kv_groups * parent.shape.queries(choice)
+    if kept == heads:
+        return None
+    return f"vllm wants the parent's {heads} query heads in every layer, and {choice.to_json()} leaves {kept}"
+
+
+def _mixed_heads(config: Any, rules: DeployRecipe) -> Problem:
+    sizes = layer_sizes(config)
+    heads = next(layer.heads for layer in sizes if layer.heads)
+    for i, layer in enumerate(sizes):
+        if layer.heads not in (0, heads):
+            return (
+                f"it wants the same number of query heads in every layer; layer {i} has {layer.heads}, others {heads}; "
+                "search with deploy.formats=[vllm], or export to hf or gguf"
+            )
+    return None
+
+
+FORMATS: dict[FormatName, Format] = {
+    form.name: form
+    for form in (
+        Format(
+            "hf",
+            holds="every child of every supported family; one whose layers differ brings its modeling file along",
+            served_by="transformers (trust_remote_code=True where there is a modeling file)",
+            parent_problem=_never,
+            choice_problem=_never,
+            child_problem=_never,
+        ),
+        Format(
+            "hf-uniform",
+            holds="children whose layers are all alike, whole layers left out",
+            served_by="everything that serves the parent: it is a stock checkpoint",
+            parent_problem=_never,
+            choice_problem=_no_stock_words,
+            child_problem=_not_uniform,
+            sizes=("small", "layer"),
+        ),
+        Format(
+            "gguf",
+            holds="children of Llama-shaped families (llama, mistral without a sliding window, qwen2): any heads, any "
+            f"blocks; FFN widths are multiples of {BLOCK} in q8_0",
+            served_by="llama.cpp and what stands on it (architecture deci)",
+            parent_problem=lambda config, rules: gguf_problem(config, rules.gguf_type),
+            choice_problem=lambda parent, choice, rules: gguf_choice_problem(parent.shape, choice, rules.gguf_type),
+            child_problem=lambda config, rules: gguf_child_problem(config, rules.gguf_type),
+        ),
+        Format(
+            "vllm",
+            holds="Llama children with the parent's number of query heads in every layer: KV heads and FFN width vary, "
+            "blocks may be left out",
+            served_by="vLLM's DeciLMForCausalLM (written by its schema, not run here)",
+            parent_problem=_not_decilm,
+            choice_problem=_other_heads,
+            child_problem=_mixed_heads,
+            constant_heads=True,
+        ),
+    )
+}

@@ -1,0 +1,35 @@
+"""What a model weighs where it is served: the one place that decides which bytes tables, cards and budgets speak of."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from llmprune.choices.architecture import Architecture, ParentShape
+from llmprune.core.recipe import GgufType
+from llmprune.formats.gguf import cached_numbers, tensor_bytes
+from llmprune.models.sizes import Size, parameter_count, size_of
+
+_CACHE_ITEM_BYTES = 2
+"""llama.cpp keeps keys and values in f16 by default, whatever the weights are."""
+
+
+def served_size(
+    model: PreTrainedModel, shape: ParentShape, architecture: Architecture, gguf_type: GgufType | None
+) -> Size:
+    """Sizes of a parent (with its own architecture) or child as its engine holds them: in torch's memory (`gguf_type`
+    None), or in the GGUF file of that type that llama.cpp reads, whose tensors are counted without header and
+    tokenizer. Needs no weights. Raises ExportError if there can be no such file.
+    """
+    if gguf_type is None:
+        return size_of(model, shape, architecture)
+    tensors = tensor_bytes(model, gguf_type)
+    total = sum(tensors.values())
+    # With an output of its own, the embedding is a row lookup.
+    lookup = tensors["token_embd.weight"] if "output.weight" in tensors else 0
+    return Size(
+        params=parameter_count(model),
+        bytes=total,
+        stored_as=f"GGUF {gguf_type}",
+        kv_bytes_per_token=_CACHE_ITEM_BYTES * cached_numbers(model.config),
+        decode_bytes=total - lookup,
+    )

@@ -1,0 +1,74 @@
+"""What a scorer says of an architecture: figures of single windows, so that candidates can be compared in pairs.
+
+A scorer may be asked for some windows now and for more of the same later; windows are counted source by source, from
+the first on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from llmprune.choices.architecture import Architecture
+
+Counts = Mapping[str, int]
+"""Windows of each source, from its first on."""
+
+
+@dataclass(frozen=True, eq=False)
+class WindowScores:
+    """Figures of some windows of a split; for each source (n,) float64 on the CPU, in the order of its windows."""
+
+    nats: Mapping[str, torch.Tensor]
+    """Nats a window, as `quality.score_windows` gives them."""
+    kl: Mapping[str, torch.Tensor] | None = None
+    """KL(parent || child) a window in nats, over the parent's top K tokens; None if it was not asked for."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {name: len(values) for name, values in self.nats.items()}
+
+    def between(self, start: Counts, stop: Counts) -> WindowScores:
+        """The windows from `start[name]` up to `stop[name]` of each source."""
+
+        def cut(figures: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: values[start[name] : stop[name]] for name, values in figures.items()}
+
+        return WindowScores(cut(self.nats), None if self.kl is None else cut(self.kl))
+
+    def head(self, counts: Counts) -> WindowScores:
+        """The first `counts[name]` windows of each source."""
+        return self.between(dict.fromkeys(counts, 0), counts)
+
+    def joined(self, later: WindowScores) -> WindowScores:
+        """These windows, followed in each source by those of `later`, which must hold the same figures."""
+        assert (self.kl is None) == (later.kl is None), "one part has KL and the other has not"
+
+        def join(first: Mapping[str, torch.Tensor], rest: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            assert first.keys() == rest.keys(), f"sources {list(first)} and {list(rest)}"
+            return {name: torch.cat([values, rest[name]]) for name, values in first.items()}
+
+        kl = None if self.kl is None or later.kl is None else join(self.kl, later.kl)
+        return WindowScores(join(self.nats, later.nats), kl)
+
+
+class SplitScorer(Protocol):
+    """Scores a whole split."""
+
+    def score(self, architecture: Architecture) -> WindowScores: ...
+
+
+class WindowScorer(Protocol):
+    """Scores architectures on the windows of one split."""
+
+    @property
+    def batch_windows(self) -> int:
+        """Windows of one forward pass: ranges that end on a multiple of it cost nothing extra."""
+        ...
+
+    def score_range(self, architecture: Architecture, start: Counts, stop: Counts) -> WindowScores:
+        """The windows from `start[name]` up to `stop[name]` of each source. Raises ModelError if a logit is NaN."""
+        ...

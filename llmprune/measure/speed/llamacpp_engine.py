@@ -1,0 +1,93 @@
+"""llama.cpp as the engine that models are timed in: each is written as a GGUF file, loaded, and run in turns.
+
+Files go to the system's temporary directory and are unlinked as soon as llama.cpp has them mapped, so that nothing is
+left of a process that is killed. The parent is written once in the life of the process, however many children it is
+timed beside.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from llmprune.core.errors import RecipeError
+from llmprune.core.recipe import GgufType
+from llmprune.formats.gguf import gguf_problem, write_gguf
+from llmprune.measure.speed.llamacpp import GgufModel, Session
+from llmprune.measure.speed.llamacpp_library import library
+from llmprune.models.parent import Parent
+
+_kept: weakref.WeakKeyDictionary[PreTrainedModel, dict[GgufType, GgufModel]] = weakref.WeakKeyDictionary()
+"""References that were loaded, for as long as their model lives."""
+
+
+class LlamaCppRun:
+    """One model in llama.cpp, on its way through the workload."""
+
+    def __init__(self, session: Session, ids_BT: torch.Tensor, prompt_tokens: int) -> None:
+        self._session, self._ids_BT, self._prompt_tokens = session, ids_BT, prompt_tokens
+        self._position = 0
+
+    def prefill(self) -> float:
+        """Seconds to read the prompt into an empty cache."""
+        self._session.clear()
+        self._position = 0
+        return self._pass(self._prompt_tokens)
+
+    def decode_step(self) -> float:
+        """Seconds to read one token more."""
+        return self._pass(1)
+
+    def _pass(self, tokens: int) -> float:
+        ids_BT = self._ids_BT[:, self._position : self._position + tokens]
+        self._position += tokens
+        return self._session.read(ids_BT.tolist())
+
+
+@contextmanager
+def loaded_runs(
+    models: Sequence[PreTrainedModel], ids_BT: torch.Tensor, prompt_tokens: int, weights: GgufType, threads: int
+) -> Iterator[list[LlamaCppRun]]:
+    """A run of each model, the first of which stays loaded for the next call; the others are freed at the end.
+
+    Raises ExportError if one cannot be a GGUF file, ModelError if llama.cpp is not there or fails.
+    """
+    library()
+    reference = models[0]
+    with ExitStack() as stack:
+        loaded = {reference: _kept_file(reference, weights)}
+        for model in models:
+            if model not in loaded:
+                loaded[model] = stack.enter_context(_loaded(model, weights))
+        batch, tokens = ids_BT.shape
+        sessions = [stack.enter_context(loaded[model].session(batch, tokens, threads)) for model in models]
+        yield [LlamaCppRun(session, ids_BT, prompt_tokens) for session in sessions]
+
+
+def check_engine(parent: Parent, weights: GgufType) -> None:
+    """Raises ModelError unless llama.cpp is there, RecipeError unless it can run models of the parent's kind."""
+    library()
+    if problem := gguf_problem(parent.model.config, weights):
+        raise RecipeError(f"workload.engine=llamacpp times models from GGUF files; {parent.source} has none: {problem}")
+
+
+def _kept_file(model: PreTrainedModel, weights: GgufType) -> GgufModel:
+    files = _kept.setdefault(model, {})
+    if weights not in files:
+        files[weights] = _loaded(model, weights)
+        weakref.finalize(model, files[weights].close)
+    return files[weights]
+
+
+def _loaded(model: PreTrainedModel, weights: GgufType) -> GgufModel:
+    # llama.cpp has mapped the file when it returns, so it may lose its name.
+    with tempfile.TemporaryDirectory(prefix="llmprune-gguf-") as directory:
+        path = Path(directory) / "model.gguf"
+        write_gguf(model, None, path, weights)
+        return GgufModel(path)

@@ -1,0 +1,305 @@
+"""How fast a model is: prefill and decode in tokens per second, and both paired with a reference model.
+
+Prefill reads the whole prompt in one pass and is bound by arithmetic; decode reads every weight for each token and,
+at a small batch, is bound by memory. Pruning speeds them up differently, so they are never merged into one figure.
+
+On a machine that others use too, a pass may take ten times as long as the one before. So reference and candidate
+take turns pass by pass - decode token by token, each with a live cache of its own - and a speed-up is the median of
+the ratios of such pairs: both halves of a pair meet the same load, and a burst that hits one half spoils one ratio
+of many. Turns of several tokens gave the same median within 0.3%, and two to three times the scatter; sums and means
+of times are at the mercy of single bursts.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+from llmprune.core.errors import RecipeError
+from llmprune.core.recipe import EngineName, GgufType, WorkloadRecipe
+
+PREFILL_PAIRS = 2
+"""Prompts that each model reads in one repeat; the last one's cache is what decode continues."""
+
+_WARM_UP_STEPS = 2
+_ID_STRIDE = 7919
+"""A prime: token ids spread over the vocabulary, so that no row of the embeddings stays in a cache."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed."""
+
+    batch: int
+    prompt_tokens: int
+    generated_tokens: int
+    dtype: str
+    threads: int
+    device: str
+    compile: bool = False
+    engine: EngineName = "torch"
+    gguf_type: GgufType | None = None
+    """How llama.cpp's weights are stored, which then says more of the speed than the dtype; None for torch."""
+
+    @classmethod
+    def from_recipe(cls, recipe: WorkloadRecipe, dtype: str, device: str, gguf_type: GgufType = "f16") -> Workload:
+        """The recipe's workload on a device such as "cpu" or "cuda:1" (llama.cpp's is the CPU, always).
+
+        Threads default to torch's own choice.
+        """
+        threads = torch.get_num_threads() if recipe.threads is None else recipe.threads
+        lengths = recipe.batch, recipe.prompt_tokens, recipe.generated_tokens
+        if recipe.engine == "torch":
+            return cls(*lengths, dtype, threads, device, recipe.compile)
+        return cls(*lengths, dtype, threads, "cpu", engine=recipe.engine, gguf_type=gguf_type)
+
+    def to_json(self) -> dict[str, Any]:
+        """Without what is as it always was, so that hashes of plain workloads stay."""
+        plain = {"compile": False, "engine": "torch", "gguf_type": None}
+        return {key: value for key, value in asdict(self).items() if key not in plain or value != plain[key]}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, 10th and 90th percentile of single passes: how they scatter, not how well the median is known.
+
+    Not minimum and maximum, which on a shared machine tell of the worst burst alone.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        low, median, high = np.percentile(values, (10, 50, 90))
+        return cls(float(median), float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A measured speed. Speed-ups are medians of paired ratios, reference seconds by candidate seconds, and so need
+    not equal the quotient of two medians of tokens per second; those of the reference itself are 1."""
+
+    prefill_tokens_per_s: Spread
+    decode_tokens_per_s: Spread
+    prefill_speedup: Spread
+    decode_speedup: Spread
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Speed:
+        """Inverse of `to_json`."""
+        return cls(**{name: Spread(**spread) for name, spread in data.items()})
+
+
+Pair = tuple[float, float]
+"""Seconds of one pass of the reference, and of the same pass of a candidate."""
+
+
+def measure_paired(
+    reference: PreTrainedModel,
+    candidates: Sequence[PreTrainedModel],
+    workload: Workload,
+    repeats: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Speed, list[Speed]]:
+    """Time the reference against each candidate in turn, `repeats` times: the reference's speed and the candidates'.
+
+    A repeat is PREFILL_PAIRS prompts and then `generated_tokens` decode steps of one token (per row of the batch),
+    each a pass that waits for its result, as sampling does. The tokens fed are fixed, so all models do the same work.
+    `progress(done, total)` counts repeats of a candidate. Models must have the workload's dtype and device. A
+    compiled workload compiles them here: their graphs are dropped with the next call, or torch would run out of its
+    limit of graphs for one function and time the later ones uncompiled.
+    """
+    assert candidates and repeats >= 1, "there is something to time"
+    for model in (reference, *candidates):
+        _check(model, workload)
+    ids_BT = token_ids(reference, workload)
+    prefill: list[list[Pair]] = [[] for _ in candidates]
+    decode: list[list[Pair]] = [[] for _ in candidates]
+    compiled = _compiled(1 + len(candidates)) if workload.compile else nullcontext()
+    with (
+        running((reference, *candidates), ids_BT, workload) as (of_reference, *of_candidates),
+        torch.inference_mode(),
+        steady_process(workload.threads),
+        compiled,
+    ):
+        for run in (of_reference, *of_candidates):
+            _warm_up(run, workload)
+        for repeat in range(repeats):
+            for i, run in enumerate(of_candidates):
+                runs = (of_reference, run)
+                prefill[i] += _in_turns(*(run.prefill for run in runs), pairs=PREFILL_PAIRS)
+                decode[i] += _in_turns(*(run.decode_step for run in runs), pairs=workload.generated_tokens)
+                if progress is not None:
+                    progress(repeat * len(candidates) + i + 1, repeats * len(candidates))
+    speeds = [_speed(*pairs, workload) for pairs in zip(prefill, decode, strict=True)]
+    return _speed(_of_reference(prefill), _of_reference(decode), workload), speeds
+
+
+class Timed(Protocol):
+    """One model on its way through the workload, in whatever engine; every method returns seconds."""
+
+    def prefill(self) -> float:
+        """Read the prompt into an empty cache."""
+        ...
+
+    def decode_step(self) -> float:
+        """Read one token more."""
+        ...
+
+
+@contextmanager
+def running(models: Sequence[PreTrainedModel], ids_BT: torch.Tensor, workload: Workload) -> Iterator[list[Timed]]:
+    """Models in the workload's engine, each with a cache of its own; one model may stand there twice.
+
+    The first is the reference, which an engine may keep for the next call.
+    """
+    if workload.engine == "torch":
+        yield [Generation(model, ids_BT, workload) for model in models]
+        return
+    from llmprune.measure.speed.llamacpp_engine import loaded_runs  # imported late: it is not always there
+
+    assert workload.gguf_type is not None, "llama.cpp reads weights of some type"
+    with loaded_runs(models, ids_BT, workload.prompt_tokens, workload.gguf_type, workload.threads) as runs:
+        yield list(runs)
+
+
+class Generation:
+    """One model in torch, on its way through the workload, with its cache."""
+
+    def __init__(self, model: PreTrainedModel, ids_BT: torch.Tensor, workload: Workload) -> None:
+        self._config, self._ids_BT, self._workload = model.config, ids_BT, workload
+        self._model: Any = torch.compile(model, dynamic=False) if workload.compile else model
+
+    def prefill(self) -> float:
+        """Seconds to read the prompt into a new cache."""
+        self._cache: Any = (
+            StaticCache(config=self._config, max_cache_len=self._ids_BT.shape[1])
+            if self._workload.compile
+            else DynamicCache(config=self._config)
+        )
+        self._position = 0
+        return self._pass(self._workload.prompt_tokens)
+
+    def decode_step(self) -> float:
+        """Seconds to read one token more."""
+        return self._pass(1)
+
+    def _pass(self, tokens: int) -> float:
+        ids_BT = self._ids_BT[:, self._position : self._position + tokens]
+        self._position += tokens
+        started = time.perf_counter()
+        logits = self._model(input_ids=ids_BT, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
+        if logits.device.type != "cpu":
+            torch.accelerator.synchronize(logits.device)
+        return time.perf_counter() - started
+
+
+def _in_turns(reference: Callable[[], float], candidate: Callable[[], float], *, pairs: int) -> list[Pair]:
+    """Seconds of both; who goes first changes from pair to pair, lest a drift of the machine favours one."""
+    taken: list[Pair] = []
+    for pair in range(pairs):
+        if pair % 2 == 0:
+            reference_s = reference()
+            candidate_s = candidate()
+        else:
+            candidate_s = candidate()
+            reference_s = reference()
+        taken.append((reference_s, candidate_s))
+    return taken
+
+
+def _warm_up(run: Timed, workload: Workload) -> None:
+    run.prefill()
+    for _ in range(min(_WARM_UP_STEPS, workload.generated_tokens)):
+        run.decode_step()
+
+
+def passes_of(workload: Workload, repeats: int) -> tuple[int, int]:
+    """Prompts read and decode steps taken by `measure_paired` with one candidate: both models, warm-up included."""
+    warm_up = min(_WARM_UP_STEPS, workload.generated_tokens)
+    return 2 * (1 + repeats * PREFILL_PAIRS), 2 * (warm_up + repeats * workload.generated_tokens)
+
+
+def token_ids(model: PreTrainedModel, workload: Workload) -> torch.Tensor:
+    """(batch, prompt and generated tokens) int64: the same for every model, run and machine."""
+    shape = (workload.batch, workload.prompt_tokens + workload.generated_tokens)
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return (torch.arange(shape[0] * shape[1]) * _ID_STRIDE % vocabulary).reshape(shape).to(workload.device)
+
+
+def _speed(prefill: Sequence[Pair], decode: Sequence[Pair], workload: Workload) -> Speed:
+    """What pairs of seconds amount to, for the model that is second in them."""
+    prompt_tokens = workload.batch * workload.prompt_tokens
+    return Speed(
+        prefill_tokens_per_s=Spread.of([prompt_tokens / seconds for _, seconds in prefill]),
+        decode_tokens_per_s=Spread.of([workload.batch / seconds for _, seconds in decode]),
+        prefill_speedup=Spread.of([reference_s / seconds for reference_s, seconds in prefill]),
+        decode_speedup=Spread.of([reference_s / seconds for reference_s, seconds in decode]),
+    )
+
+
+def _of_reference(pairs_by_candidate: Sequence[Sequence[Pair]]) -> list[Pair]:
+    """All passes of the reference, each paired with itself."""
+    return [(reference_s, reference_s) for pairs in pairs_by_candidate for reference_s, _ in pairs]
+
+
+def _check(model: PreTrainedModel, workload: Workload) -> None:
+    assert not model.training, "dropout would be timed: call model.eval() first"
+    if workload.engine != "torch":
+        return
+    assert str(model.dtype) == f"torch.{workload.dtype}", f"a model in {model.dtype} for a workload in {workload.dtype}"
+    assert model.device.type == torch.device(workload.device).type, f"a model on {model.device} for {workload.device}"
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises RecipeError unless torch.compile can make code for a device of this kind."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler  # imported late: it takes seconds
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise RecipeError(
+            "workload.compile needs a C++ compiler on a CPU, and torch finds none; install g++ or clang, or set CXX"
+        ) from None
+
+
+@contextmanager
+def _compiled(models: int) -> Iterator[None]:
+    """As many compiled graphs of one function as there are models with two shapes each; one more is an error, since
+    torch would go on uncompiled and the figure would be another workload's."""
+    import torch._dynamo.config as dynamo  # imported late: it takes a second
+
+    torch.compiler.reset()
+    with dynamo.patch(recompile_limit=max(8, 2 * models), fail_on_recompile_limit_hit=True):
+        yield
+
+
+@contextmanager
+def steady_process(threads: int) -> Iterator[None]:
+    """As many torch threads as the workload says, and no garbage collection; both restored afterwards."""
+    threads_before, collected_before = torch.get_num_threads(), gc.isenabled()
+    gc.collect()
+    gc.disable()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads_before)
+        if collected_before:
+            gc.enable()

@@ -1,0 +1,232 @@
+"""Before anything is pruned: what a model holds and where its time goes, and what a run would cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from llmprune.baselines.methods import own_libraries
+from llmprune.blocks.library import load_library, stored_layers
+from llmprune.choices.architecture import BLOCK_KINDS, BlockKind
+from llmprune.choices.space import Space
+from llmprune.core.budgets import parse_budget, parse_pick, pick_record
+from llmprune.core.errors import LlmpruneError, RunDirectoryError
+from llmprune.core.progress import Show, silent
+from llmprune.core.recipe import Recipe
+from llmprune.forecast.forecast import Until, forecast
+from llmprune.forecast.plan import Done, Plan
+from llmprune.forecast.rates import measure_rates, process_seconds
+from llmprune.formats.gguf import tensor_bytes
+from llmprune.measure.speed.host import fingerprint
+from llmprune.measure.speed.profile import time_shares
+from llmprune.measure.speed.throughput import Workload
+from llmprune.models.checkpoint import check_destination
+from llmprune.models.parent import Parent
+from llmprune.models.sizes import size_of
+from llmprune.pipeline import stages
+from llmprune.pipeline.run_directory import RunDirectory, hash_of
+from llmprune.pipeline.workspace import Run
+from llmprune.search.study import finished_trials
+from llmprune.search.workers.storage import opened_storage
+from llmprune.tables.reach import check_reach, measure_reach, reach_to_json
+
+FFN_RUNGS = 16
+"""Widths that `inspect` assumes a search may choose among."""
+
+
+def inspect_parent(parent: Parent, workload: Workload, repeats: int) -> dict[str, Any]:
+    """Shape and sizes of the model, for every block its units, parameters, bytes and share of measured time; and what a
+    search that may drop and narrow every block could reach at all."""
+    shares = time_shares(parent, workload, repeats)
+    space = Space.of(parent.shape, 1, max(1, parent.shape.ffn_width // FFN_RUNGS))
+    reach = measure_reach(parent, space, workload)
+    layers = [
+        {
+            "layer": layer,
+            **{
+                kind: {
+                    "kv_groups" if kind == "attention" else "ffn_width": parent.shape.units(kind),
+                    **_block_size(parent, layer, kind),
+                    "prefill_share": shares.prefill[layer, kind],
+                    "decode_share": shares.decode[layer, kind],
+                }
+                for kind in BLOCK_KINDS
+            },
+        }
+        for layer in range(parent.shape.layers)
+    ]
+    return {
+        "model": parent.source,
+        "model_type": parent.model.config.model_type,
+        "shape": asdict(parent.shape),
+        **asdict(size_of(parent.model, parent.shape, parent.shape.architecture)),
+        "layers": layers,
+        "outside_blocks": {
+            phase: max(0.0, 1.0 - sum(getattr(shares, phase).values())) for phase in ("prefill", "decode")
+        },
+        "reach": reach_to_json(reach),
+        "measured_on": {"workload": workload.to_json(), "repeats": repeats, "host": fingerprint()},
+    }
+
+
+def _block_size(parent: Parent, layer: int, kind: BlockKind) -> dict[str, int]:
+    """Parameters and bytes of the projections that shrink with the block's units."""
+    block, names = parent.block(layer, kind), parent.names(kind)
+    modules = [block.get_submodule(name) for name in (*names.rows, names.output)]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    return {
+        "params": sum(parameter.numel() for parameter in parameters),
+        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in parameters),
+    }
+
+
+def forecast_run(
+    path: Path, recipe: Recipe, until: Until, show: Show = silent, *, storage: str | None = None
+) -> dict[str, Any]:
+    """What `llmprune search` (or, until "export", `compress`) would cost in this directory; writes nothing there, and
+    no trial into the storage.
+
+    Raises what the command itself would raise before its first stage.
+    """
+    parse_pick(recipe.export.pick)
+    for budget in recipe.search.budgets:
+        parse_budget(budget)
+    directory = _Looked(path)
+    if path.exists() and not path.is_dir():
+        raise RunDirectoryError(f"cannot use {path} as a run directory: it is a file")
+    directory.check_recipe(recipe)
+    if until == "export":
+        to = Path(recipe.export.to) if recipe.export.to else directory.export
+        check_destination(to, force=stages.exported_hash(to) is not None)
+    if storage is not None:
+        # As a search does: a storage that cannot be used is found out first.
+        with opened_storage(storage, directory.journal):
+            pass
+    run = Run(directory, recipe, show, storage)
+    parent, space = run.parent, run.space
+    size = size_of(parent.model, parent.shape, parent.shape.architecture)
+    biased = frozenset(kind for kind in BLOCK_KINDS if parent.output_bias(0, kind) is not None)
+    vocabulary = parent.model.config.get_text_config().vocab_size
+    gguf = sum(tensor_bytes(parent.model, recipe.deploy.gguf_type).values()) if _writes_gguf(recipe) else 0
+    plan = Plan(recipe, space, run.workload, vocabulary, size.bytes, parent.model.dtype.itemsize, biased, gguf)
+    with show("measuring what this machine does in a second"):
+        windows = max(plan.windows("search").values())
+        rates = measure_rates(parent, space, run.workload, windows, recipe.data.seq_len)
+        if until == "export":
+            rates = replace(rates, process_s=process_seconds())
+    reach = None
+    # Compiling its children would take longer than a forecast may.
+    if not run.workload.compile:
+        with show("timing what the space can reach"):
+            reach = measure_reach(parent, space, run.workload)
+    warnings = check_reach(reach, recipe) if reach else []
+    rows = [stage.to_json(rates) for stage in forecast(plan, _done(run), until=until)]
+    total = {name: sum(row[name] for row in rows) for name in ("forward_equivalents", "seconds", "disk_bytes")}
+    total["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in rows)
+    return {
+        "model": parent.source,
+        **asdict(size),
+        "workload": run.workload.to_json(),
+        "rates": rates.to_json(),
+        "reach": reach and reach_to_json(reach),
+        "warnings": warnings,
+        "stages": rows,
+        "total": total,
+    }
+
+
+def _writes_gguf(recipe: Recipe) -> bool:
+    return recipe.workload.engine == "llamacpp" or "gguf" in recipe.deploy.formats
+
+
+class _NotDone(Exception):
+    """A stage would have to run."""
+
+
+class _Looked(RunDirectory):
+    """A run directory that is only read: facts are not noted, and a stage that is not done is an exception."""
+
+    def is_done(self, stage: str, input_hash: str, *files: Path) -> bool:
+        if not super().is_done(stage, input_hash, *files):
+            raise _NotDone(stage)
+        return True
+
+    def read_provenance(self) -> dict[str, Any]:
+        return self.provenance_to_adopt()
+
+    def note(self, **facts: Any) -> None:
+        pass
+
+    def write_front(self, front: dict[str, Any]) -> None:
+        pass
+
+
+def _done(run: Run) -> Done:
+    """How far a run is, asked of its own stages one after the other."""
+    done = Done()
+    if not run.directory.recipe.is_file():
+        return done
+    try:
+        split = run.tokens["calibration"]
+        done = replace(done, tokens=True)
+        key = hash_of(run.parent_hash, split.hash)
+        where, rules = run.directory.library, run.recipe.importance
+        done = replace(done, layers=stored_layers(where, rules, run.space, input_hash=key))
+        if done.layers < run.space.shape.layers:
+            return done
+        # Otherwise the run would build what is missing.
+        run.library = load_library(where, rules, run.space, input_hash=key)
+        assert run.tables
+        done = replace(done, tables=True, trials=_trials(run), baseline_layers=_baseline_layers(run, key))
+        done = replace(done, path=run.path is not None)
+        if done.trials < run.recipe.search.trials:
+            return done
+        front = stages.front(run)
+        return replace(done, front=True, checkpoints_left=_checkpoints_left(run, front))
+    except (_NotDone, LlmpruneError):
+        # What is damaged, the run makes again or refuses; either way it is not done.
+        return done
+
+
+def _trials(run: Run) -> int:
+    """Finished trials, in the storage or in the run's journal.
+
+    The journal is read as it is: opening it for a search would mend its end.
+    """
+    journal = run.directory.journal
+    if run.storage is not None:
+        with opened_storage(run.storage, journal) as storage:
+            return _finished(run, storage)
+    if not journal.is_file() or not journal.read_bytes().endswith(b"\n"):
+        return 0
+    return _finished(run, JournalStorage(JournalFileBackend(str(journal))))
+
+
+def _finished(run: Run, storage: BaseStorage) -> int:
+    if run.study_name not in optuna.get_all_study_names(storage):
+        return 0
+    return len(finished_trials(optuna.load_study(storage=storage, study_name=run.study_name)))
+
+
+def _baseline_layers(run: Run, input_hash: str) -> dict[str, int]:
+    """Finished layers of the libraries that the baselines have of their own."""
+    rules = run.recipe.importance
+    return {
+        own.method: stored_layers(run.directory.library_of(own.method), own, run.space, input_hash=input_hash)
+        for own in own_libraries(run.recipe.front.baselines, rules).values()
+    }
+
+
+def _checkpoints_left(run: Run, front: dict[str, Any]) -> int:
+    left = 0
+    if run.recipe.front.checkpoints == "all":
+        usable = (record for record in front["children"] if record["usable"])
+        left += sum(not (run.directory.children / record["hash"]).exists() for record in usable)
+    to = Path(run.recipe.export.to) if run.recipe.export.to else run.directory.export
+    picked = pick_record(front["children"], parse_pick(run.recipe.export.pick))
+    return left + int(picked["usable"] and stages.exported_hash(to) != picked["hash"])

@@ -1,0 +1,198 @@
+"""A model card from a checkpoint's own files alone: what was pruned, what was measured, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import yaml
+from huggingface_hub import ModelCardData
+
+from llmprune.choices.architecture import Architecture, ParentShape
+from llmprune.core.errors import PushError
+from llmprune.models.checkpoint import METADATA_FILE
+from llmprune.models.licence import Licence
+from llmprune.publish.contents import EVALUATION_FILE, Contents
+from llmprune.publish.evaluations import Comparison, Evaluation, Metric, perplexity_result, read_evaluation
+
+BAR_WIDTH = 12
+
+
+def model_card(contents: Contents, repo: str, licence: Licence) -> str:
+    """README.md for `repo` ("user/name"): metadata and text. The same contents give the same text, byte for byte.
+
+    Raises PushError if an evaluation lies there that is not this checkpoint's, or `llmprune.json` lacks a figure.
+    """
+    evaluation_file = contents.file(EVALUATION_FILE)
+    evaluation = read_evaluation(evaluation_file, contents.metadata["hash"]) if evaluation_file else None
+    name = repo.partition("/")[2]
+    try:
+        text = _text(contents, repo, evaluation)
+        header = _card_data(contents, name, licence, evaluation).to_yaml(line_break="\n")
+    except (KeyError, TypeError, jinja2.UndefinedError) as error:
+        raise PushError(
+            f"{METADATA_FILE} is not as llmprune export wrote it ({type(error).__name__}: {error}); write it again"
+        ) from error
+    return f"---\n{header}\n---\n\n{text}"
+
+
+def _text(contents: Contents, repo: str, evaluation: Evaluation | None) -> str:
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(files(__package__).joinpath("card.md.jinja").read_text(encoding="utf-8"))
+    metadata = contents.metadata
+    architecture = Architecture.from_json(metadata["architecture"])
+    return template.render(
+        name=repo.partition("/")[2],
+        repo=repo,
+        parent_link=_parent_link(contents),
+        child=metadata["figures"],
+        quoted=_quoted(metadata["figures"]),
+        figure=_figure,
+        parent=metadata["parent"]["figures"],
+        host=_host(metadata["figures"]["measured_on"]["host"]),
+        evaluation=evaluation,
+        quality=list(evaluation.quality()) if evaluation else [],
+        rows=list(evaluation.rows()) if evaluation else [],
+        kept=_kept(architecture),
+        architecture_map=architecture_map(architecture, ParentShape(**metadata["parent"]["shape"])),
+        has_code=contents.has_code,
+        gguf_files=contents.gguf_files,
+        has_vllm=contents.has_vllm,
+        recipe=metadata["recipe"],
+        sources=list(_sources(metadata)),
+        provenance=list(_provenance(metadata)),
+        recipe_yaml=yaml.safe_dump(metadata["recipe"], sort_keys=False, allow_unicode=True).rstrip(),
+        number="{:,}".format,
+        percent="{:.1%}".format,
+        times=_times,
+        metric=_metric,
+        difference=_difference,
+    )
+
+
+def architecture_map(architecture: Architecture, shape: ParentShape) -> str:
+    """A line for each layer of the parent: KV groups, query heads and FFN width that stayed, drawn as bars."""
+    lines = [f"layer  {'KV groups':<{BAR_WIDTH + 10}}{'query heads':<14}FFN width"]
+    for index, layer in enumerate(architecture.layers):
+        groups, width = layer.attention.kv_groups, layer.ffn.ffn_width
+        queries = groups * shape.queries(layer.attention)
+        attention = f"{_bar(groups, shape.kv_groups)} {groups}/{shape.kv_groups}" if groups else "attention dropped"
+        heads = f"{queries}/{shape.kv_groups * shape.queries_per_group}" if groups else ""
+        ffn = f"{_bar(width, shape.ffn_width)} {width}/{shape.ffn_width}" if width else "FFN dropped"
+        line = f"{index:>5}  {attention:<{BAR_WIDTH + 10}}{heads:<14}{ffn}"
+        lines.append(f"{index:>5}  layer dropped" if layer.is_gone else line)
+    return "\n".join(lines)
+
+
+def _kept(architecture: Architecture) -> str:
+    stay = [architecture.layers[layer] for layer in architecture.kept_layers]
+    attention = sum(layer.attention.kv_groups == 0 for layer in stay)
+    ffn = sum(layer.ffn.ffn_width == 0 for layer in stay)
+    return (
+        f"Of {len(architecture.layers)} layers {len(stay)} stay, {attention} of them without attention and {ffn} "
+        "without FFN"
+    )
+
+
+def _bar(kept: int, of: int) -> str:
+    # What is kept at all is drawn, and what lacks anything is not drawn whole.
+    cells = kept * BAR_WIDTH // of
+    cells = max(cells, 1)
+    return "█" * cells + "░" * (BAR_WIDTH - cells)
+
+
+def _card_data(contents: Contents, name: str, licence: Licence, evaluation: Evaluation | None) -> ModelCardData:
+    figures, recipe = contents.metadata["figures"], contents.metadata["recipe"]
+    results = [
+        perplexity_result(figures[name]["ppl"], {**figures[name], "split": name})
+        for name in _quoted(figures)
+        if figures[name]["ppl"] is not None
+    ]
+    if evaluation:
+        results += evaluation.results()
+    tags = ["pruned", "llmprune", "structured-pruning", *(["gguf"] if contents.gguf_files else [])]
+    return ModelCardData(
+        license=licence.id,
+        license_name=licence.name,
+        license_link=licence.link,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*tags, *(["custom_code"] if contents.has_code else [])],
+        datasets=list(dict.fromkeys(source["dataset"] for source in recipe["data"]["sources"] if source["dataset"]))
+        or None,
+        model_name=name,
+        eval_results=results,
+        base_model=contents.parent_id,
+        # The Hub has no word for a pruned child; with none given it would take GGUF files for a sign of `quantized`.
+        base_model_relation="finetune" if contents.parent_id else None,
+    )
+
+
+def _parent_link(contents: Contents) -> str:
+    known = contents.parent_id
+    return f"[{known}](https://huggingface.co/{known})" if known else f"`{contents.parent_name}`"
+
+
+def _times(speedup: Mapping[str, float]) -> str:
+    return f"{speedup['median']:.2f} times as fast ({speedup['low']:.2f} to {speedup['high']:.2f})"
+
+
+def _quoted(figures: Mapping[str, Any]) -> list[str]:
+    """The splits that nothing was chosen on: the test split always, unseen text if the recipe named any."""
+    return ["test", *(["unseen"] if "unseen" in figures else [])]
+
+
+def _figure(value: float | None, digits: int) -> str:
+    """An infinite figure is None in JSON."""
+    return "inf" if value is None else f"{value:.{digits}f}"
+
+
+def _metric(metric: Metric | None) -> str:
+    if metric is None:
+        return ""
+    return f"{metric.value:.4f}" + ("" if metric.stderr is None else f" ± {metric.stderr:.4f}")
+
+
+def _difference(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return ""
+    bounded = comparison.low is not None and comparison.high is not None
+    interval = f" [{comparison.low:+.4f}, {comparison.high:+.4f}]" if bounded else ""
+    p = "" if comparison.p is None else f", p = {comparison.p:.3g}"
+    return f"{comparison.difference:+.4f}{interval} ({comparison.test}{p})"
+
+
+def _host(host: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in host.items())
+
+
+def _sources(metadata: Mapping[str, Any]) -> Iterator[str]:
+    identities = metadata["provenance"].get("data", {}).get("sources", {})
+    texts = metadata["recipe"]["data"]
+    for source in (*texts["sources"], *texts.get("unseen", ())):
+        known = identities.get(source["name"], {})
+        if source["dataset"]:
+            facts = {key: known.get(key, source[key]) for key in ("config", "split", "revision")}
+            where = f"[{source['dataset']}](https://huggingface.co/datasets/{source['dataset']})"
+        else:
+            facts = {"SHA-256": known.get("sha256")}
+            where = f"`{source['path']}`"
+        told = ", ".join(f"{key} `{value}`" for key, value in facts.items() if value)
+        role = "for figures only" if source in texts.get("unseen", ()) else f"weight {source['weight']:g}"
+        yield f"{source['name']}: {where}{', ' + told if told else ''}, {role}"
+
+
+def _provenance(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    known = metadata["provenance"]
+    yield "architecture", f"`{metadata['hash']}`"
+    yield "parent", f"`{known['parent']['model']}`"
+    if known["parent"].get("revision"):
+        yield "parent's revision", f"`{known['parent']['revision']}`"
+    yield "parent's weights", f"SHA-256 `{known['parent']['hash']}`"
+    yield "largest difference of a logit after a reload", f"{metadata['proof']['max_logit_difference']:.1e}"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in known.get("versions", {}).items())
+    yield "searched on", _host(known.get("host", {}))

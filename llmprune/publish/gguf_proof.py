@@ -1,0 +1,138 @@
+"""Hold a GGUF file to the child that it was made of, in a real llama.cpp.
+
+Rounding moves a child's logits as far as that child is sensitive, so no fixed distance tells a good file from a wrong
+one. What a file holds is exact, though: its numbers, expanded to float32, must compute what the child with weights
+rounded in the same way computes. As llama.cpp runs the file itself, it rounds the inputs of every product as well, and
+from there on no two computations round alike: that is held to what such rounding does to the same child.
+
+Shapes: B sequences, T tokens of each, V words of the vocabulary, D inputs of a projection.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from accelerate.hooks import remove_hook_from_module
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from llmprune.core.errors import ExportError
+from llmprune.core.recipe import GgufType
+from llmprune.formats.gguf import stored_type
+from llmprune.formats.gguf_expanded import write_expanded
+from llmprune.measure.speed.llamacpp import GgufModel, logits_of
+from llmprune.models.checkpoint import PROOF_SHAPE
+
+MAX_CONTENTS_KL = 1e-5
+"""Nats a token: float32 rounding alone was at most 6e-9, in children that have lost nearly everything."""
+
+ROUNDING_MARGIN = 8.0
+"""How many times what rounded inputs do to the child the file may be away: two such roundings differ, at most twofold
+where it was measured."""
+
+
+@dataclass(frozen=True)
+class GgufProof:
+    """Mean KL in nats a token on random tokens, of what llama.cpp predicts from the file.
+
+    `contents_kl`: its numbers in float32, to the child with equally rounded weights. `served_kl`: the file itself, to
+    the same. `child_kl`: the file itself, to the child as it is; what the type costs, and no part of the proof.
+    """
+
+    contents_kl: float
+    served_kl: float
+    child_kl: float
+
+
+@torch.inference_mode()
+def prove_gguf(child: PreTrainedModel, path: Path, weights: GgufType) -> GgufProof:
+    """Hold the file at `path` to `child`, which stays as it is; the child may be on any device and in any dtype.
+
+    A file that is not in f32 has an expanded copy beside it meanwhile: four bytes a parameter.
+    Raises ExportError if llama.cpp computes something else from it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(child.config.vocab_size, PROOF_SHAPE, generator=generator)
+    # One pass for both halves, since rounding the weights is the work.
+    exact_BTV, rounded_BTV = _rounded_like(child, weights)(torch.cat([ids_BT, ids_BT])).logits.chunk(2)
+    served_BTV = _logits(path, ids_BT)
+    contents_kl = _kl(exact_BTV, served_BTV if weights == "f32" else _expanded_logits(path, ids_BT))
+    _check(path, "its numbers are not the child's", contents_kl, MAX_CONTENTS_KL)
+    served_kl = _kl(exact_BTV, served_BTV)
+    limit = MAX_CONTENTS_KL + ROUNDING_MARGIN * _kl(exact_BTV, rounded_BTV)
+    _check(path, "rounding does not explain it", served_kl, limit)
+    return GgufProof(contents_kl, served_kl, _kl(child(ids_BT.to(child.device)).logits.cpu(), served_BTV))
+
+
+def _check(path: Path, reason: str, kl: float, limit: float) -> None:
+    if not kl <= limit:
+        raise ExportError(
+            f"llama.cpp computes something else from {path.name}: KL {kl:.2g} nats a token > {limit:.2g}, {reason}; it "
+            "is not written"
+        )
+
+
+def _kl(expected_BTV: torch.Tensor, found_BTV: torch.Tensor) -> float:
+    expected, found = (logits.double().log_softmax(-1) for logits in (expected_BTV, found_BTV))
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+def _logits(path: Path, ids_BT: torch.Tensor) -> torch.Tensor:
+    with GgufModel(path) as model:
+        return logits_of(model, ids_BT)
+
+
+def _expanded_logits(path: Path, ids_BT: torch.Tensor) -> torch.Tensor:
+    expanded = path.with_name(f"{path.stem}.expanded.gguf")
+    try:
+        write_expanded(path, expanded)
+        return _logits(expanded, ids_BT)
+    finally:
+        expanded.unlink(missing_ok=True)
+
+
+def _rounded_like(child: PreTrainedModel, weights: GgufType) -> PreTrainedModel:
+    """The child in float32 on the CPU, its matrices rounded as the file stores them, one at a time as they are used.
+
+    Of twice B sequences, the inputs of projections are rounded in the second half. Matrices are the child's own
+    storage; all else is copied.
+    """
+    type_ = stored_type(weights)
+    memo: dict[int, Any] = {id(buffer): buffer.detach().to("cpu", copy=True) for buffer in child.buffers()}
+    for parameter in child.parameters():
+        alone = nn.Parameter(parameter.detach().to("cpu", torch.float32, copy=True), requires_grad=False)
+        memo[id(parameter)] = parameter if parameter.ndim > 1 else alone
+    model: PreTrainedModel = copy.deepcopy(child, memo)
+    # A child spread over several devices has hooks that would move activations.
+    remove_hook_from_module(model, recurse=True)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.forward = partial(_project, module.weight, module.bias, type_)  # type: ignore[method-assign]
+        elif isinstance(module, nn.Embedding):
+            module.forward = partial(_embed, module.weight, type_)  # type: ignore[method-assign]
+    return model
+
+
+def _project(
+    weight: torch.Tensor, bias: torch.Tensor | None, type_: gguf.GGMLQuantizationType, inputs_BTD: torch.Tensor
+) -> torch.Tensor:
+    exact, rounded = inputs_BTD.chunk(2)
+    return functional.linear(torch.cat([exact, _rounded(rounded, type_)]), _rounded(weight, type_), bias)
+
+
+def _embed(weight: torch.Tensor, type_: gguf.GGMLQuantizationType, ids_BT: torch.Tensor) -> torch.Tensor:
+    return _rounded(functional.embedding(ids_BT.to(weight.device), weight), type_)
+
+
+def _rounded(values: torch.Tensor, type_: gguf.GGMLQuantizationType) -> torch.Tensor:
+    """What a file of this type holds of `values`, on the CPU in float32; each row is rounded for itself."""
+    numbers = values.detach().to("cpu", torch.float32).contiguous().numpy()
+    stored = gguf.quants.quantize(numbers, type_)
+    return torch.from_numpy(gguf.quants.dequantize(stored, type_).reshape(numbers.shape))

@@ -1,0 +1,173 @@
+"""Judge one architecture: prune a real child, score it, time it beside the parent, weigh it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from llmprune.blocks.library import BlockLibrary
+from llmprune.choices.architecture import Architecture
+from llmprune.core.recipe import SplitName
+from llmprune.data.tokens import Split
+from llmprune.formats.served_size import served_size
+from llmprune.measure.quality.perplexity import Quality, quality_from_windows, score_windows
+from llmprune.measure.quality.scores import SplitScorer
+from llmprune.measure.speed.host import fingerprint
+from llmprune.measure.speed.throughput import Speed, Workload, measure_paired
+from llmprune.measure.speed.turns import scoring, timing
+from llmprune.models.parent import Parent
+from llmprune.models.sizes import Size
+from llmprune.models.surgery import prune
+
+Record = dict[str, Any]
+
+QUOTED: tuple[SplitName, ...] = ("test", "unseen")
+"""The splits whose figures are quoted of what was chosen on others: nothing is ever chosen on them."""
+
+
+class Scorer(SplitScorer, Protocol):
+    """Scores whole splits (see `measure.prefix` and `measure.score_store`): faster, what begins like what it is told to
+    remember."""
+
+    def remember(self, architecture: Architecture) -> None: ...
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What every candidate of one stage is judged by; parent and children see the same tokens and workload."""
+
+    parent: Parent
+    library: BlockLibrary
+    split: Split
+    workload: Workload
+    repeats: int
+    scorer: Scorer
+    """Scores architectures of `library` on `split`, however cleverly."""
+    finish: Callable[[PreTrainedModel, Architecture], None] | None = None
+    """What is done to a pruned child before it is judged: what a checkpoint cannot hold, for comparison's sake."""
+
+    @cached_property
+    def parent_quality(self) -> Quality:
+        """The parent's own, on the same tokens."""
+        with scoring(self.workload.device):
+            return quality_from_windows(self.split, self._scored(self.parent.shape.architecture))
+
+    def child(self, architecture: Architecture) -> PreTrainedModel:
+        """The child that is judged."""
+        child = prune(self.parent, architecture, self.library)
+        if self.finish:
+            self.finish(child, architecture)
+        return child
+
+    def score(self, architecture: Architecture) -> Mapping[str, torch.Tensor]:
+        """Each source's (N,) nats a window: quality alone, for methods that score many children."""
+        with scoring(self.workload.device):
+            # A child that no checkpoint holds is no slice of the parent, so nothing of the parent's can be reused.
+            return score_windows(self.child(architecture), self.split) if self.finish else self._scored(architecture)
+
+    def _scored(self, architecture: Architecture) -> Mapping[str, torch.Tensor]:
+        return self.scorer.score(architecture).nats
+
+    def quality(self, architecture: Architecture) -> Quality:
+        """The figures of a child on all of the split."""
+        return quality_from_windows(self.split, self.score(architecture))
+
+    def quoted(self, architecture: Architecture) -> dict[str, Any]:
+        """A child's figures on the split beside the parent's, with what they must not be quoted without.
+
+        A figure that is infinite is None. Raises ModelError if a logit is NaN.
+        """
+        parent = self.parent_quality
+        quality = parent if architecture == self.parent.shape.architecture else self.quality(architecture)
+        nats_lost = quality.nats_per_token - parent.nats_per_token
+        finite = math.isfinite(quality.ppl)
+        return {
+            **{key: value for key, value in quality.to_json().items() if key != "split"},
+            "ppl_ratio": quality.ppl / parent.ppl if finite else None,
+            "nats_lost": nats_lost if math.isfinite(nats_lost) else None,
+        }
+
+    def judge(self, architecture: Architecture, name: str) -> Record:
+        """The whole record of a child: quality, speed paired with the parent, size."""
+        quality = self.quality(architecture)
+        with scoring(self.workload.device):
+            child = self.child(architecture)
+        with timing(self.workload.device):
+            _, (speed,) = measure_paired(self.parent.model, [child], self.workload, self.repeats)
+        return self._record(name, architecture, quality, speed, self._size(child, architecture))
+
+    def parent_record(self) -> Record:
+        """The parent's own record; its speed-ups are 1 by definition, its tokens per second measured."""
+        architecture = self.parent.shape.architecture
+        with timing(self.workload.device):
+            speed, _ = measure_paired(self.parent.model, [self.parent.model], self.workload, self.repeats)
+        size = self._size(self.parent.model, architecture)
+        return self._record("parent", architecture, self.parent_quality, speed, size)
+
+    def _size(self, model: PreTrainedModel, architecture: Architecture) -> Size:
+        return served_size(model, self.parent.shape, architecture, self.workload.gguf_type)
+
+    def _record(self, name: str, architecture: Architecture, quality: Quality, speed: Speed, size: Size) -> Record:
+        return {
+            "name": name,
+            "hash": architecture.hash,
+            "architecture": architecture.to_json(),
+            **asdict(size),
+            "nats_per_token": quality.nats_per_token,
+            "nats_per_byte": quality.nats_per_byte,
+            "ppl": quality.ppl,
+            "ppl_ratio": quality.ppl / self.parent_quality.ppl,
+            "per_source": {name: asdict(source) for name, source in quality.per_source.items()},
+            **speed.to_json(),
+            "measured_on": {
+                "dataset": quality.dataset,
+                "split": quality.split,
+                "seq_len": quality.seq_len,
+                "tokens": quality.tokens,
+                "bos": quality.bos,
+                "workload": self.workload.to_json(),
+                "repeats": self.repeats,
+                "host": fingerprint(),
+            },
+        }
+
+
+def quote(record: Record, judges: Iterable[Judge]) -> Record:
+    """The record with what is quoted of its child, under each judge's split; its own figures, which it was chosen by,
+    stay. What it has already is not measured again. Raises ModelError if a logit is NaN."""
+    architecture = Architecture.from_json(record["architecture"])
+    return record | {judge.split.name: judge.quoted(architecture) for judge in judges if judge.split.name not in record}
+
+
+SPEED_FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_speedup", "decode_speedup")
+
+RECORD_KEYS = frozenset(
+    {
+        *("name", "hash", "architecture", "params", "bytes", "stored_as", "kv_bytes_per_token"),
+        *("nats_per_token", "nats_per_byte", "ppl", "ppl_ratio", "per_source"),
+        *(*SPEED_FIGURES, "measured_on"),
+    }
+)
+"""What the record of a judged child holds at least: scripts rely on these names."""
+
+FRONT_KEYS = RECORD_KEYS | {"test", "usable"}
+"""What a record of `front.json` holds at least."""
+
+QUOTED_KEYS = frozenset(
+    {
+        *("nats_per_token", "nats_per_byte", "ppl", "ppl_ratio", "nats_lost", "per_source"),
+        *("dataset", "seq_len", "tokens", "bos"),
+    }
+)
+"""What the `test` and `unseen` of such a record hold."""
+
+
+def is_finite(record: Mapping[str, Any]) -> bool:
+    """Whether a child computes numbers at all: a broken one is no candidate."""
+    return math.isfinite(record["nats_per_token"]) and math.isfinite(record["ppl"])

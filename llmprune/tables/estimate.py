@@ -1,0 +1,257 @@
+"""What changing one block costs in quality, estimated for every choice of every block from one backward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmprune.blocks.library import BlockLibrary
+from llmprune.choices.architecture import Architecture, AttentionChoice, BlockChoice, BlockKind
+from llmprune.data.tokens import Split
+from llmprune.models.merging import merged_blocks, merged_inputs
+from llmprune.models.parent import Parent
+from llmprune.models.rows import input_columns
+
+WINDOWS_A_BATCH = 2
+
+DeltaNats = dict[tuple[int, BlockChoice], float]
+"""Nats a token that each choice of each layer costs."""
+_Merged = Mapping[AttentionChoice, Mapping[int, nn.Module]]
+"""By choice and layer, the attention blocks with merged KV groups."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One choice of one block: the inputs it keeps, its output projection and bias."""
+
+    choice: BlockChoice
+    columns_S: torch.Tensor
+    """Of the parent's inputs; where KV groups merge, of those that the merged block computes."""
+    weight_DS: torch.Tensor
+    bias_D: torch.Tensor
+
+    def output(self, inputs_BTI: torch.Tensor) -> torch.Tensor:
+        """The block's output for inputs of the output projection: (B, T, I) to (B, T, D)."""
+        if self.choice.units == 0:
+            # A leaf of its own, so that the gradient at a block that is not there is known as well.
+            shape = (*inputs_BTI.shape[:-1], len(self.bias_D))
+            return torch.zeros(shape, dtype=inputs_BTI.dtype, device=inputs_BTI.device, requires_grad=True)
+        return nn.functional.linear(inputs_BTI[..., self.columns_S], self.weight_DS, self.bias_D)
+
+
+def estimate_delta_nats(
+    parent: Parent,
+    split: Split,
+    library: BlockLibrary,
+    *,
+    tokens: int,
+    at: Architecture | None = None,
+    caution: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> DeltaNats:
+    """Estimated nats per token that each choice costs, put alone into the architecture `at` (default: the parent).
+
+    With `delta_t` the change at token t of what the block adds to the residual stream and `g_t` the gradient of the
+    summed NLL with respect to that: mean_t g_t.delta_t + 1/2 mean_t (g_t.delta_t)^2, the first-order term and the
+    Fisher form of the second. Where a norm stands between the block and the stream (Gemma 2 and 3, OLMo 2) the change
+    is taken behind it, by the norm itself: it does not see the scale of its input, so that in front of it the gradient
+    is orthogonal to the output, and a dropped block would seem to cost nothing. Products are in float32 at the least,
+    whatever the parent's dtype. It sees no interaction between the blocks that change: what is built on it is measured
+    as a whole model.
+
+    About `tokens` tokens of `split` are used, shared over its sources by weight. With `caution`, so many standard
+    deviations between the sources' own estimates are added to their mean (see `cautious`).
+
+    Cost: one forward and one backward pass over activations (the parent's weights are frozen), and local matrix
+    products. `at` is computed by the parent's modules with the output projections of `at` in place of its own, so that
+    blocks may grow back too. Choices that merge KV groups have inputs of their own: their attention is run beside the
+    parent's, on the same hidden states. What `at` has costs 0.
+    """
+    at = at or parent.shape.architecture
+    own = {(layer, choice.kind): choice for layer, choice in at.blocks()}
+    keys = [(i, c) for i, kind in library.space.blocks() for c in library.space.ladder(kind)]
+    per_source = {name: dict.fromkeys(keys, 0.0) for name in split.sources}
+    layers, choices = range(parent.shape.layers), library.space.attention
+    merged = {c: merged_blocks(parent, c, layers) for c in choices if parent.shape.merges(c) > 1}
+    plan = _batches(split, tokens)
+    for done, (name, windows, share) in enumerate(plan):
+        sums, count = _batch_scores(parent, library, own, merged, windows)
+        for key, value in sums.items():
+            per_source[name][key] += share * value / count
+        if progress:
+            progress(done + 1, len(plan))
+    return {
+        key: cautious({name: found[key] for name, found in per_source.items()}, split.weights, caution) for key in keys
+    }
+
+
+def cautious(nats: Mapping[str, float], weights: Mapping[str, float], caution: float) -> float:
+    """The mean of the sources' nats by weight, and `caution` standard deviations between them.
+
+    What one kind of text misses more than another is likely to be missed by text that nobody asked; and what few tokens
+    say too well of a choice, another source's tokens rarely say as well.
+    """
+    mean = sum(weights[name] * value for name, value in nats.items())
+    variance = sum(weights[name] * (value - mean) ** 2 for name, value in nats.items())
+    return mean + caution * math.sqrt(variance)
+
+
+def _batches(split: Split, tokens: int) -> list[tuple[str, torch.Tensor, float]]:
+    """Batches of windows: the source, the windows, and their share of what the source has of them."""
+    plan = []
+    for name, source in split.sources.items():
+        wanted = max(1, round(tokens * split.weights[name] / split.seq_len))
+        batches = torch.split(source.windows[:wanted], WINDOWS_A_BATCH)
+        rows = sum(len(batch) for batch in batches)
+        plan += [(name, batch, len(batch) / rows) for batch in batches]
+    return plan
+
+
+def _candidate(parent: Parent, library: BlockLibrary, layer: int, choice: BlockChoice) -> _Candidate:
+    weight_DI, bias = parent.output_weight(layer, choice.kind), parent.output_bias(layer, choice.kind)
+    own_bias = weight_DI.new_zeros(weight_DI.shape[0]) if bias is None else bias
+    if choice.units == 0:
+        nothing = torch.empty(0, dtype=torch.int64, device=weight_DI.device)
+        return _Candidate(choice, nothing, weight_DI[:, nothing], torch.zeros_like(own_bias))
+    if choice == parent.shape.full(choice.kind):
+        return _Candidate(choice, torch.arange(weight_DI.shape[1], device=weight_DI.device), weight_DI, own_bias)
+    kept_U, queries_UQ = library.kept_units(layer, choice), library.kept_queries(layer, choice)
+    columns_S = input_columns(kept_U, parent.shape, choice.kind, queries_UQ)
+    new_weight, new_bias = library.output(layer, choice)
+    bias_D = own_bias if new_bias is None else new_bias.to(own_bias)
+    return _Candidate(choice, columns_S.to(weight_DI.device), new_weight.to(weight_DI), bias_D)
+
+
+def _batch_scores(
+    parent: Parent,
+    library: BlockLibrary,
+    own: Mapping[tuple[int, BlockKind], BlockChoice],
+    merged: _Merged,
+    windows: torch.Tensor,
+) -> tuple[DeltaNats, int]:
+    """Sums over the batch's tokens of g.delta + (g.delta)^2 / 2 for every candidate, and the number of tokens."""
+    sums: DeltaNats = {}
+    entered: dict[tuple[int, BlockChoice], torch.Tensor] = {}
+    inputs: dict[tuple[int, BlockKind], torch.Tensor] = {}
+
+    def enter(layer: int) -> Any:
+        def pre_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for choice, blocks in merged.items():
+                # Gradients of earlier layers flow through what `at` has, and through nothing else.
+                with torch.set_grad_enabled(choice == own[layer, "attention"]):
+                    entered[layer, choice] = merged_inputs(blocks[layer], args, kwargs)
+
+        return pre_hook
+
+    def project(layer: int, kind: BlockKind) -> Any:
+        """Of an output projection: puts in what `at` has."""
+
+        def forward_hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            mine = own[layer, kind]
+            inputs[layer, kind] = args[0].detach()
+            if mine == parent.shape.full(kind):
+                return output
+            return _candidate(parent, library, layer, mine).output(entered.get((layer, mine), args[0]))
+
+        return forward_hook
+
+    def add(layer: int, kind: BlockKind) -> Any:
+        """Of what adds to the residual stream: scores the candidates as soon as its gradient is known."""
+
+        def forward_hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            mine, x_BTI = own[layer, kind], inputs.pop((layer, kind))
+            # A candidate's inputs are the parent's, but for those that compute their own.
+            beside: dict[BlockChoice, torch.Tensor] = {
+                choice: entered.pop((layer, choice)).detach() for choice in merged if choice.kind == kind
+            }
+
+            def backward_hook(gradient_BTD: torch.Tensor) -> None:
+                def along_gradient(choice: BlockChoice) -> torch.Tensor:
+                    candidate = _candidate(parent, library, layer, choice)
+                    norm = parent.output_norm(layer, kind)
+                    return _along_gradient(gradient_BTD.detach(), beside.get(choice, x_BTI), candidate, norm)
+
+                own_N = along_gradient(mine)
+                for choice in library.space.ladder(kind):
+                    if choice != mine:
+                        change_N = along_gradient(choice) - own_N
+                        sums[layer, choice] = float((change_N + 0.5 * change_N.square()).double().sum())
+
+            output.register_hook(backward_hook)  # type: ignore[no-untyped-call]
+
+        return forward_hook
+
+    handles = []
+    for layer, kind in own:
+        # In this order: where the projection itself adds to the stream, it puts in what `at` has first.
+        handles.append(parent.output_projection(layer, kind).register_forward_hook(project(layer, kind)))
+        handles.append(parent.adds_to_stream(layer, kind).register_forward_hook(add(layer, kind)))
+    if merged:
+        blocks = [(layer, parent.block(layer, "attention")) for layer in range(parent.shape.layers)]
+        handles += [b.register_forward_pre_hook(enter(layer), with_kwargs=True) for layer, b in blocks]
+    try:
+        with torch.enable_grad():
+            embedded = parent.model.get_input_embeddings()(windows.to(parent.device)).detach().requires_grad_()
+            logits = parent.model(inputs_embeds=embedded, use_cache=False).logits[:, :-1].float()
+            targets = windows[:, 1:].to(logits.device)
+            nats = nn.functional.cross_entropy(
+                logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="sum"
+            )
+            nats.backward()  # type: ignore[no-untyped-call]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums, int(targets.numel())
+
+
+def _along_gradient(
+    gradient_BTD: torch.Tensor, inputs_BTI: torch.Tensor, candidate: _Candidate, norm: nn.Module | None
+) -> torch.Tensor:
+    """g.f(W'x + b') at every token, f the norm behind the block if there is one: (N,)."""
+    # In half precision the difference of two outputs would be what rounding left of it.
+    dtype = torch.promote_types(gradient_BTD.dtype, torch.float32)
+    gradient_ND = gradient_BTD.reshape(-1, gradient_BTD.shape[-1]).to(dtype)
+    if candidate.choice.units == 0:
+        return gradient_ND.new_zeros(len(gradient_ND))
+    inputs_NS = inputs_BTI.reshape(-1, inputs_BTI.shape[-1])[:, candidate.columns_S].to(dtype)
+    weight_DS, bias_D = candidate.weight_DS.to(dtype), candidate.bias_D.to(dtype)
+    if norm is not None:
+        # Past its hooks: ours is one of them.
+        output_ND: torch.Tensor = norm.forward(nn.functional.linear(inputs_NS, weight_DS, bias_D))
+        return (gradient_ND * output_ND).sum(1)
+    # Without the norm W'x need not be formed: the gradient is projected instead, which is as long as what is kept.
+    return ((gradient_ND @ weight_DS) * inputs_NS).sum(1) + gradient_ND @ bias_D
+
+
+def block_influence(parent: Parent, split: Split, *, tokens: int) -> list[float]:
+    """Block influence of each layer: 1 - mean_t cos(h_l,t, h_{l+1},t) (ShortGPT, arXiv 2403.03853). Low: drop first."""
+    influence_L = torch.zeros(parent.shape.layers, dtype=torch.float64)
+    batch_L = torch.zeros_like(influence_L)
+
+    def watch(layer: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            similarity = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+            batch_L[layer] = 1.0 - similarity.double().mean().item()
+
+        return hook
+
+    handles = [
+        parent.layer(layer).register_forward_hook(watch(layer), with_kwargs=True)
+        for layer in range(parent.shape.layers)
+    ]
+    try:
+        with torch.inference_mode():
+            for name, windows, share in _batches(split, tokens):
+                parent.model.base_model(input_ids=windows.to(parent.device), use_cache=False)
+                influence_L += split.weights[name] * share * batch_L
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [float(value) for value in influence_L]
