@@ -17,7 +17,7 @@ from llmprune.core.recipe import GgufType, TablesRecipe
 from llmprune.data.tokens import Split
 from llmprune.formats.served_size import served_size
 from llmprune.measure.quality.prefix import PrefixScorer
-from llmprune.measure.speed.throughput import Workload, measure_paired
+from llmprune.measure.speed.throughput import Workload, measure_paired, standard_errors
 from llmprune.measure.speed.turns import timing
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import prune, skeleton
@@ -98,12 +98,13 @@ def build_tables(
             delta_nats |= exact_delta_nats(scorer, scored, library.space, wanted, advance, caution=rules.caution)
     probes = probe_architectures(library.space)
     measured: dict[BlockChoice, dict[str, float]] = {}
+    errors: dict[BlockChoice, dict[str, float]] = {}
     with show("measuring what each choice saves") as advance:
         total = len(probes) + len(CALIBRATE_AT)
         for choice, architecture in probes.items():
             advance(len(measured), total)
-            measured[choice] = speedups_of(parent, architecture, library, workload, repeats)
-        costs = cost_table(library.space, measured)
+            measured[choice], errors[choice] = _timed(parent, architecture, library, workload, repeats)
+        costs = cost_table(library.space, measured, errors)
         shares: list[dict[str, float]] = []
         for speedup in CALIBRATE_AT:
             advance(len(measured) + len(shares), total)
@@ -151,7 +152,15 @@ def speedups_of(
     parent: Parent, architecture: Architecture, library: BlockLibrary, workload: Workload, repeats: int
 ) -> dict[str, float]:
     """Measured speed-ups of a child, by phase."""
+    return _timed(parent, architecture, library, workload, repeats)[0]
+
+
+def _timed(
+    parent: Parent, architecture: Architecture, library: BlockLibrary, workload: Workload, repeats: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Measured speed-ups of a child, by phase, and their standard errors."""
     child = prune(parent, architecture, library)
     with timing(workload.device):
         _, (speed,) = measure_paired(parent.model, [child], workload, repeats)
-    return {"decode": speed.decode_speedup.median, "prefill": speed.prefill_speedup.median}
+    found = {"decode": speed.decode_speedup.median, "prefill": speed.prefill_speedup.median}
+    return found, standard_errors(speed, workload, repeats)

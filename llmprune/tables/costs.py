@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,24 +85,58 @@ def probe_architectures(space: Space) -> dict[BlockChoice, Architecture]:
     return probes
 
 
-def cost_table(space: Space, speedups: Mapping[BlockChoice, Mapping[str, float]]) -> CostTable:
-    """From the measured speed-ups (by phase) of the probes to savings a block. Savings are kept monotone in rows: those
-    of choices that merge KV groups among themselves, those of all others likewise."""
+def cost_table(
+    space: Space,
+    speedups: Mapping[BlockChoice, Mapping[str, float]],
+    errors: Mapping[BlockChoice, Mapping[str, float]] | None = None,
+) -> CostTable:
+    """From the measured speed-ups (by phase) of the probes, and their standard errors if they are known, to savings a
+    block.
+
+    Time is close to linear in rows, and a mild choice saves less than a timing may be off: so savings are shrunk
+    towards a line, the more the less sure they are (see `shrunk_to_line`). They are kept monotone in rows: those of
+    choices that merge KV groups among themselves, those of all others likewise.
+    """
     rows = space.shape.rows
     saving: dict[str, dict[BlockChoice, float]] = {}
     for phase in next(iter(speedups.values())):
         saving[phase] = {space.shape.full(kind): 0.0 for kind in BLOCK_KINDS}
         for ladder in (ladder for kind in BLOCK_KINDS for ladder in _ladders(space, kind) if ladder):
-            points = {rows(space.shape.full(ladder[0].kind)): 0.0}
-            for choice in speedups.keys() & set(ladder):
-                changed = space.shape.layers - _first_changed(choice)
-                points[rows(choice)] = (1.0 - 1.0 / speedups[choice][phase]) / changed
+            full = rows(space.shape.full(ladder[0].kind))
+            probes = [choice for choice in ladder if choice in speedups]
+            changed = [space.shape.layers - _first_changed(choice) for choice in probes]
+            times = [1.0 / speedups[choice][phase] for choice in probes]
+            savings = [(1.0 - time) / layers for time, layers in zip(times, changed, strict=True)]
+            if errors:
+                sure = [errors[c][phase] * time**2 / n for c, time, n in zip(probes, times, changed, strict=True)]
+                savings = shrunk_to_line([full - rows(choice) for choice in probes], savings, sure)
+            points = {full: 0.0} | dict(zip(map(rows, probes), savings, strict=True))
             sizes = sorted(points)
             # A timing slip must not make a smaller block look slower than a larger one.
             monotone = np.maximum.accumulate([points[size] for size in reversed(sizes)])[::-1]
             for choice in ladder:
                 saving[phase][choice] = float(np.interp(rows(choice), sizes, np.maximum(monotone, 0.0)))
     return CostTable(space, saving)
+
+
+def shrunk_to_line(x: Sequence[float], y: Sequence[float], errors: Sequence[float]) -> list[float]:
+    """Measured `y` at `x` > 0, with standard errors, each drawn to the line through the origin that fits them all.
+
+    Slopes `y_i / x_i ~ N(t_i, (errors_i / x_i)^2)`, `t_i ~ N(slope, spread^2)`: what the slopes scatter beyond their
+    errors is the spread, and each is drawn to their mean by its share of noise (a random-effects mean, DerSimonian and
+    Laird, 1986). So steps that are really there stay, and noise goes: a mild choice has most of it.
+    """
+    x_P, slopes_P = np.array(x, dtype=np.float64), np.array(y, dtype=np.float64) / np.array(x, dtype=np.float64)
+    noise_P = (np.array(errors, dtype=np.float64) / x_P) ** 2
+    # An error of 0 would leave nothing to weigh by.
+    noise_P = np.maximum(noise_P, (1e-6 * np.abs(slopes_P).max()) ** 2 + np.finfo(np.float64).tiny)
+    weights_P = 1.0 / noise_P
+    scatter = float((weights_P * (slopes_P - np.average(slopes_P, weights=weights_P)) ** 2).sum())
+    freedom = float(weights_P.sum() - (weights_P**2).sum() / weights_P.sum())
+    spread2 = max(0.0, (scatter - (len(slopes_P) - 1)) / freedom) if len(slopes_P) > 1 else 0.0
+    mean = np.average(slopes_P, weights=1.0 / (noise_P + spread2))
+    drawn_P = slopes_P + noise_P / (noise_P + spread2) * (mean - slopes_P)
+    return [float(found) for found in x_P * drawn_P]
 
 
 def _ladders(space: Space, kind: BlockKind) -> list[list[BlockChoice]]:
