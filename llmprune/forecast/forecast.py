@@ -26,18 +26,17 @@ from collections.abc import Mapping
 from typing import Literal
 
 from llmprune.baselines.methods import METHODS, own_libraries
+from llmprune.blocks.solve import gathered_choices, merged_choices
 from llmprune.blocks.statistics import BATCH_TOKENS, statistics_bytes
 from llmprune.core.recipe import SamplerName, SplitName
 from llmprune.forecast.plan import Done, Plan, StageCost, Timing
 from llmprune.forecast.work import (
     SolverFlops,
     estimate_flops_per_token,
-    gathered_choices,
     gram_flops_per_token,
     graph_bytes_per_token,
     layer_library_bytes,
     layer_solver_flops,
-    merged_choices,
     solving_bytes,
 )
 from llmprune.measure.quality.perplexity import LOGITS_BYTES

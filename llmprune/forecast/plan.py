@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from llmprune.blocks.solve import gathered_choices
 from llmprune.blocks.statistics import statistics_bytes
 from llmprune.choices.architecture import BlockKind
 from llmprune.choices.space import Assignment, Space
@@ -15,7 +16,6 @@ from llmprune.data.tokens import divide_windows, first_windows
 from llmprune.forecast.rates import Rates
 from llmprune.forecast.work import (
     SolverFlops,
-    gathered_choices,
 )
 from llmprune.measure.quality.prefix import STATES_BYTES
 from llmprune.measure.speed.throughput import Workload
