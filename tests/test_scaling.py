@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from llmprune.blocks.library import build_library
+from llmprune.blocks.solve import gathered_choices
 from llmprune.blocks.statistics import statistics_bytes
 from llmprune.choices.space import Space
 from llmprune.core.recipe import ImportanceRecipe
 from llmprune.forecast.work import (
     estimate_flops_per_token,
-    gathered_choices,
     gram_flops_per_token,
     graph_bytes_per_token,
     layer_library_bytes,
