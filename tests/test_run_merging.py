@@ -19,7 +19,7 @@ from llmprune.pipeline.run_directory import RunDirectory, hash_of
 from llmprune.pipeline.stages import export, front, search, write_children
 from llmprune.pipeline.workspace import Run
 from llmprune.search import judging
-from llmprune.tables import block_tables
+from llmprune.tables import block_tables, reach
 
 MERGED = AttentionChoice(1, 4)
 
@@ -28,7 +28,7 @@ MERGED = AttentionChoice(1, 4)
 def test_a_run_finds_scores_and_proves_merged_children(
     sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (judging, block_tables):
+    for module in (judging, block_tables, reach):
         monkeypatch.setattr(module, "measure_paired", paired_by_bytes)
     # FFNs stay whole, and nothing is dropped: all that can change is merged.
     recipe = changed(

@@ -143,7 +143,7 @@ def test_a_scaled_table_scales_the_savings_of_each_phase() -> None:
 
 def test_points_on_a_line_and_points_that_are_sure_stay() -> None:
     assert shrunk_to_line([1, 2, 4], [3, 6, 12], [1, 1, 1]) == pytest.approx([3, 6, 12])
-    assert shrunk_to_line([1, 2, 4], [1, 6, 12], [1e-9, 1e-9, 1e-9]) == pytest.approx([1, 6, 12])
+    assert shrunk_to_line([1, 2, 4], [1, 6, 12], [1e-9, 1e-9, 1e-9]) == pytest.approx([1, 6, 12], rel=1e-5)
     assert shrunk_to_line([2], [3], [1]) == pytest.approx([3])
     assert shrunk_to_line([1, 2], [0, 0], [0, 0]) == [0, 0]
 

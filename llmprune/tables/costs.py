@@ -12,6 +12,8 @@ from llmprune.choices.architecture import BLOCK_KINDS, Architecture, BlockChoice
 from llmprune.choices.space import Assignment, Space
 
 PROBES_PER_KIND = 6
+LEAST_ERROR = 1e-6
+"""Of a saving, as a share of the largest."""
 
 
 @dataclass(frozen=True)
@@ -126,17 +128,20 @@ def shrunk_to_line(x: Sequence[float], y: Sequence[float], errors: Sequence[floa
     errors is the spread, and each is drawn to their mean by its share of noise (a random-effects mean, DerSimonian and
     Laird, 1986). So steps that are really there stay, and noise goes: a mild choice has most of it.
     """
-    x_P, slopes_P = np.array(x, dtype=np.float64), np.array(y, dtype=np.float64) / np.array(x, dtype=np.float64)
-    noise_P = (np.array(errors, dtype=np.float64) / x_P) ** 2
+    x_P, y_P = np.array(x, dtype=np.float64), np.array(y, dtype=np.float64)
+    scale = float(np.abs(y_P / x_P).max())
+    if scale == 0:
+        return [0.0] * len(y)
+    slopes_P = y_P / x_P / scale
     # An error of 0 would leave nothing to weigh by.
-    noise_P = np.maximum(noise_P, (1e-6 * np.abs(slopes_P).max()) ** 2 + np.finfo(np.float64).tiny)
+    noise_P = np.maximum(np.array(errors, dtype=np.float64) / x_P / scale, LEAST_ERROR) ** 2
     weights_P = 1.0 / noise_P
     scatter = float((weights_P * (slopes_P - np.average(slopes_P, weights=weights_P)) ** 2).sum())
     freedom = float(weights_P.sum() - (weights_P**2).sum() / weights_P.sum())
     spread2 = max(0.0, (scatter - (len(slopes_P) - 1)) / freedom) if len(slopes_P) > 1 else 0.0
     mean = np.average(slopes_P, weights=1.0 / (noise_P + spread2))
     drawn_P = slopes_P + noise_P / (noise_P + spread2) * (mean - slopes_P)
-    return [float(found) for found in x_P * drawn_P]
+    return [float(found) for found in scale * x_P * drawn_P]
 
 
 def _ladders(space: Space, kind: BlockKind) -> list[list[BlockChoice]]:
