@@ -46,9 +46,12 @@ counting = script("counting")
 count_work = script("count_work")
 
 
+measure = count_work.measure
+
+
 @cache
 def measured(layers: int, choices: int) -> Any:
-    return count_work.measure(layers, choices)
+    return measure(layers, choices)
 
 
 def space_of(layers: int, choices: int) -> Space:

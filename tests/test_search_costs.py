@@ -158,7 +158,7 @@ def test_what_a_disturbed_timing_says_of_a_mild_choice_is_not_believed() -> None
     assert shrunk[2:] == pytest.approx(truth[2:], rel=0.03)
 
 
-@given(st.lists(st.tuples(st.floats(1, 9), st.floats(0, 9), st.floats(0, 1)), min_size=1, max_size=6))
+@given(st.lists(st.tuples(st.floats(1, 9), st.floats(1e-3, 9), st.floats(0, 1)), min_size=1, max_size=6))
 def test_a_point_is_drawn_between_itself_and_the_line(points: list[tuple[float, float, float]]) -> None:
     x, y, errors = zip(*points, strict=True)
     slopes = [b / a for a, b in zip(x, y, strict=True)]
