@@ -18,8 +18,8 @@ from llmprune.measure.speed.throughput import Speed, Workload, measure_paired
 from llmprune.models.checkpoint import write_checkpoint
 from llmprune.models.parent import Parent, load_parent, make_parent
 from llmprune.models.surgery import prune, register_pruned_classes
-from llmprune.pipeline.stages import compress
-from llmprune.pipeline.workspace import Run
+from llmprune.pipeline.commands import compress
+from llmprune.pipeline.run import Run
 
 __version__ = version("llmprune")
 

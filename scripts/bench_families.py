@@ -33,8 +33,8 @@ from llmprune.cli.terminal import console, print_json, shown
 from llmprune.core.errors import LlmpruneError
 from llmprune.core.files import read_json, write_json
 from llmprune.core.progress import Show
+from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
-from llmprune.pipeline.workspace import Run
 
 Found = Mapping[str, Mapping[str, Any]]
 """By family, then by section: its figures, or `failed` and why."""

@@ -23,10 +23,11 @@ from bench_sections import costs, evaluation, patience, samplers, scores
 
 from llmprune.cli.terminal import print_json, shown
 from llmprune.core.files import read_json, write_json
+from llmprune.pipeline.prepare import Prepared, prepare
+from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
-from llmprune.pipeline.workspace import Run
 
-SECTIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
+SECTIONS: dict[str, Callable[[Run, Prepared], dict[str, Any]]] = {
     "scores": scores,
     "costs": costs,
     "evaluation": evaluation,
@@ -92,10 +93,11 @@ def main() -> None:
     found: dict[str, Any] = {}
     with RunDirectory(arguments.run).locked():
         run = Run.open(arguments.run, shown(quiet=False))
+        prepared = prepare(run)
         for name in arguments.only or SECTIONS:
             path = arguments.run / f"bench-{name}.json"
             if not path.is_file():
-                write_json(path, SECTIONS[name](run))
+                write_json(path, SECTIONS[name](run, prepared))
             found[name] = read_json(path)
     if arguments.json:
         print_json(found)

@@ -21,8 +21,13 @@ from llmprune.measure.quality.prefix import PrefixScorer
 from llmprune.measure.quality.racing import mixture_samples, race, race_batch
 from llmprune.measure.quality.scores import WindowScores
 from llmprune.models.surgery import prune
-from llmprune.pipeline.workspace import Run
+from llmprune.pipeline.judges import Judges
+from llmprune.pipeline.prepare import Prepared
+from llmprune.pipeline.run import Run
+from llmprune.pipeline.searching import estimates_for, guide_for, walk_path
+from llmprune.search.guidance import Seed
 from llmprune.search.samplers.evopress import level_switch
+from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.ladders import as_indices
 from llmprune.search.study import open_study, run_study
 from llmprune.tables.allocate import Near
@@ -45,14 +50,22 @@ PATIENT: tuple[SamplerName, ...] = ("linas", "nsga2", "nsga3", "tpe", "random")
 """Not gp, which takes ten seconds and more to propose one of some sixty numbers."""
 
 
+def guided(run: Run, prepared: Prepared) -> tuple[list[Seed], Guide]:
+    """The path's seeds, and what guides the sampler."""
+    estimates = estimates_for(run, prepared)
+    guide = guide_for(run, prepared, Judges(run, prepared), estimates)
+    assert guide is not None, "the recipe's sampler is a guided one"
+    return walk_path(run, prepared, estimates), guide
+
+
 def head(split: Split, tokens: int) -> Split:
     return split.head(split.first_windows(min(1.0, tokens / split.tokens)))
 
 
-def scores(run: Run) -> dict[str, Any]:
+def scores(run: Run, prepared: Prepared) -> dict[str, Any]:
     """Spearman of the estimate with the exact replace-one-block score on the same tokens, as KL to the parent (which
     is Puzzle's score) and as nats lost (which for mild choices is mostly noise); and the cost of both."""
-    split, space, generator = head(run.tokens["search"], SCORED_TOKENS), run.space, random.Random(0)
+    split, space, generator = head(prepared.tokens["search"], SCORED_TOKENS), prepared.space, random.Random(0)
     layers = range(space.shape.layers)
     groups = {
         "ffn": [(i, c) for i in layers for c in space.ffn[:-1]],
@@ -60,12 +73,12 @@ def scores(run: Run) -> dict[str, Any]:
         "attention drops": [(i, space.attention[0]) for i in layers],
     }
     sampled = {name: generator.sample(keys, min(CHOICES_A_KIND, len(keys))) for name, keys in groups.items()}
-    forward_s = seconds_of(lambda: score(run.parent.model, split))
+    forward_s = seconds_of(lambda: score(prepared.parent.model, split))
     began = time.monotonic()
-    estimate = estimate_delta_nats(run.parent, split, run.library, tokens=split.tokens)
+    estimate = estimate_delta_nats(prepared.parent, split, prepared.library, tokens=split.tokens)
     estimate_s, began = time.monotonic() - began, time.monotonic()
     wanted = sorted((key for keys in sampled.values() for key in keys), key=lambda key: key[0])
-    scorer = PrefixScorer(run.parent, run.library, split, top_k=TOP_K)
+    scorer = PrefixScorer(prepared.parent, prepared.library, split, top_k=TOP_K)
     base = nats_of(split, scorer.score(space.shape.architecture))
     nats, kl = {}, {}
     with run.show("exact scores") as advance:
@@ -92,10 +105,10 @@ def scores(run: Run) -> dict[str, Any]:
     }
 
 
-def costs(run: Run) -> dict[str, Any]:
+def costs(run: Run, prepared: Prepared) -> dict[str, Any]:
     """Relative error of the table's time for mixed children that it was not made from, drawn at estimated speed-ups of
     the run's objective."""
-    table, generator = run.tables.costs, random.Random(1)
+    table, generator = prepared.tables.costs, random.Random(1)
     errors: dict[str, list[float]] = {"decode": [], "prefill": []}
     children = []
     with run.show("timing mixed children") as advance:
@@ -105,7 +118,8 @@ def costs(run: Run) -> dict[str, Any]:
             if mixed is None:
                 # Not every parent has so much to save.
                 continue
-            measured = speedups_of(run.parent, mixed, run.library, run.workload, run.recipe.workload.repeats)
+            repeats = run.recipe.workload.repeats
+            measured = speedups_of(prepared.parent, mixed, prepared.library, prepared.workload, repeats)
             for phase, found in errors.items():
                 found.append(table.relative_time(mixed, phase) * measured[phase] - 1)
             children.append({"estimated": {p: table.speedup(mixed, p) for p in errors}, "measured": measured})
@@ -120,7 +134,7 @@ def costs(run: Run) -> dict[str, Any]:
 class Plain:
     """Scores children by full passes, as if nothing were known of the parent."""
 
-    run: Run
+    prepared: Prepared
     split: Split
 
     @property
@@ -130,7 +144,7 @@ class Plain:
     def score_range(
         self, architecture: Architecture, start: Mapping[str, int], stop: Mapping[str, int]
     ) -> WindowScores:
-        child = prune(self.run.parent, architecture, self.run.library)
+        child = prune(self.prepared.parent, architecture, self.prepared.library)
         sources = {
             name: replace(s, windows=s.windows[start[name] : stop[name]], bytes=s.bytes[start[name] : stop[name]])
             for name, s in self.split.sources.items()
@@ -138,11 +152,10 @@ class Plain:
         return WindowScores(score_windows(child, replace(self.split, sources=sources)))
 
 
-def evaluation(run: Run) -> dict[str, Any]:
+def evaluation(run: Run, prepared: Prepared) -> dict[str, Any]:
     """Candidates decided per minute, kept or rejected against an incumbent, and how often the verdict is the same."""
-    split, guide = run.tokens["search"], run.guide
-    assert guide is not None, "the recipe's sampler is a guided one"
-    incumbent = dict(run.path)[f"path-{TARGET:g}x"]
+    split, (path, guide) = prepared.tokens["search"], guided(run, prepared)
+    incumbent = dict(path)[f"path-{TARGET:g}x"]
     start, generator = np.array(guide.space.indices(incumbent)), np.random.default_rng(0)
     needed = float(guide.ladders.saving(start))
     # Half from the knapsack at the incumbent, where the search looks, half level switches.
@@ -154,8 +167,9 @@ def evaluation(run: Run) -> dict[str, Any]:
         switched = level_switch(start, guide.ladders, needed, generator)
         if switched is not None:
             candidates[guide.space.architecture(as_indices(switched))] = None
-    of_incumbent = WindowScores(score_windows(prune(run.parent, incumbent, run.library), split))
-    plain, prefix, by_kl = Plain(run, split), *(prefix_scorer(run, split, incumbent, k) for k in (None, TOP_K))
+    of_incumbent = WindowScores(score_windows(prune(prepared.parent, incumbent, prepared.library), split))
+    plain = Plain(prepared, split)
+    prefix, by_kl = (prefix_scorer(prepared, split, incumbent, k) for k in (None, TOP_K))
     kl_of_incumbent = by_kl.score(incumbent)
     nats = nats_of(split, of_incumbent)
 
@@ -186,8 +200,9 @@ def evaluation(run: Run) -> dict[str, Any]:
                 verdicts[name] += way(group)
                 seconds[name] += time.monotonic() - began
     truth, base = verdicts["plain full passes"], seconds["plain full passes"]
-    child = prune(run.parent, incumbent, run.library)
-    sliced = seconds_of(lambda: score_windows(child, split)), seconds_of(lambda: score_windows(run.parent.model, split))
+    child = prune(prepared.parent, incumbent, prepared.library)
+    whole = prepared.parent.model
+    sliced = seconds_of(lambda: score_windows(child, split)), seconds_of(lambda: score_windows(whole, split))
     return {
         "tokens": split.tokens,
         "candidates": CANDIDATES,
@@ -207,10 +222,10 @@ def evaluation(run: Run) -> dict[str, Any]:
     }
 
 
-def prefix_scorer(run: Run, split: Split, incumbent: Architecture, top_k: int | None) -> PrefixScorer:
+def prefix_scorer(prepared: Prepared, split: Split, incumbent: Architecture, top_k: int | None) -> PrefixScorer:
     """Has the parent's and the incumbent's states already, as in a search that goes on."""
     batch = race_batch(split) * split.seq_len
-    scorer = PrefixScorer(run.parent, run.library, split, top_k=top_k, batch_tokens=batch)
+    scorer = PrefixScorer(prepared.parent, prepared.library, split, top_k=top_k, batch_tokens=batch)
     scorer.remember(incumbent)
     scorer.score(incumbent)
     return scorer
@@ -224,14 +239,14 @@ def nats_of(split: Split, found: WindowScores) -> float:
 class Untimed:
     """A judge that scores, and takes the table's word for speed: samplers differ in what they propose."""
 
-    run: Run
+    prepared: Prepared
     split: Split
     scorer: PrefixScorer
     seen: list[tuple[float, float, Architecture]]
 
     def judge(self, architecture: Architecture, name: str) -> dict[str, Any]:
         quality = quality_from_windows(self.split, self.scorer.score(architecture).nats)
-        speeds = {p: self.run.tables.costs.speedup(architecture, p) for p in ("decode", "prefill")}
+        speeds = {p: self.prepared.tables.costs.speedup(architecture, p) for p in ("decode", "prefill")}
         self.seen.append((speeds["decode"], quality.nats_per_token, architecture))
         return {
             "name": name,
@@ -252,27 +267,28 @@ class Contest:
     """Samplers on one slice of tokens, from the parent and the path's seed, or from chance alone."""
 
     run: Run
+    prepared: Prepared
 
     def __post_init__(self) -> None:
-        self.split = head(self.run.tokens["search"], SAMPLER_TOKENS)
-        self.held_out = head(self.run.tokens["validation"], 4 * SAMPLER_TOKENS)
-        self._scorer = PrefixScorer(self.run.parent, self.run.library, self.split)
-        self._check = PrefixScorer(self.run.parent, self.run.library, self.held_out)
-        whole = self.run.space.shape.architecture
+        self.path, self.guide = guided(self.run, self.prepared)
+        self.split = head(self.prepared.tokens["search"], SAMPLER_TOKENS)
+        self.held_out = head(self.prepared.tokens["validation"], 4 * SAMPLER_TOKENS)
+        self._scorer = PrefixScorer(self.prepared.parent, self.prepared.library, self.split)
+        self._check = PrefixScorer(self.prepared.parent, self.prepared.library, self.held_out)
+        whole = self.prepared.space.shape.architecture
         self.base, self._base_out = self._nats(self._scorer, whole), self._nats(self._check, whole)
 
     def searched(self, sampler: SamplerName, trials: int, *, seeded: bool = True) -> tuple[Untimed, float]:
         """What the judge saw, and minutes."""
         rules = self.run.recipe.search.model_copy(update={"sampler": sampler, "trials": trials, "targets": (TARGET,)})
-        assert self.run.guide is not None, "the recipe's sampler is a guided one"
-        guide = replace(self.run.guide, targets=(TARGET,), race=self._winner)
+        guide = replace(self.guide, targets=(TARGET,), race=self._winner)
         study = open_study(optuna.storages.InMemoryStorage(), sampler, rules, guide)
         labels = ("parent", f"path-{TARGET:g}x")
-        whole = self.run.space.shape.architecture
-        starts = [("parent", whole), *((n, a) for n, a in self.run.path if n in labels)] if seeded else []
-        judge, began = Untimed(self.run, self.split, self._scorer, []), time.monotonic()
+        whole = self.prepared.space.shape.architecture
+        starts = [("parent", whole), *((n, a) for n, a in self.path if n in labels)] if seeded else []
+        judge, began = Untimed(self.prepared, self.split, self._scorer, []), time.monotonic()
         with self.run.show(f"{trials} trials of {sampler}") as advance:
-            run_study(study, judge, rules, self.run.space, starts, lambda done, _: advance(done, trials))  # type: ignore[arg-type]
+            run_study(study, judge, rules, self.prepared.space, starts, lambda done, _: advance(done, trials))  # type: ignore[arg-type]
         return judge, (time.monotonic() - began) / 60
 
     def row(self, sampler: SamplerName, trials: int) -> tuple[dict[str, Any], Untimed]:
@@ -294,10 +310,10 @@ class Contest:
         return quality_from_windows(scorer.split, scorer.score(architecture).nats).nats_per_token
 
 
-def samplers(run: Run) -> dict[str, Any]:
+def samplers(run: Run, prepared: Prepared) -> dict[str, Any]:
     """For each sampler from the same seeds: nats lost at TARGET (estimated speed) after some trials, and minutes; and
     how many trials it takes to what NSGA-II has after COLD_TRIALS from random starts."""
-    contest = Contest(run)
+    contest = Contest(run, prepared)
     cold, cold_minutes = contest.searched("nsga2", COLD_TRIALS, seeded=False)
     goal = cold.best()[0]
     rows: dict[str, Any] = {}
@@ -313,10 +329,10 @@ def samplers(run: Run) -> dict[str, Any]:
     }
 
 
-def patience(run: Run) -> dict[str, Any]:
+def patience(run: Run, prepared: Prepared) -> dict[str, Any]:
     """Those samplers that score one child a trial, with so many trials that they have scored as many children, and
     taken about as long, as those that race several have in SAMPLER_TRIALS."""
-    contest = Contest(run)
+    contest = Contest(run, prepared)
     rows = {name: contest.row(name, PATIENT_TRIALS)[0] for name in PATIENT}
     return {**contest.tokens(), "trials": PATIENT_TRIALS, "samplers": rows}
 

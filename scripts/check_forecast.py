@@ -27,7 +27,7 @@ import psutil
 
 CLI = "import sys; sys.argv[0] = 'llmprune'; from llmprune.cli.main import main; main()"
 IMPORTS = (
-    "import resource, llmprune, llmprune.pipeline.stages; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    "import resource, llmprune, llmprune.pipeline.commands; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 )
 STAGES = {
     "cutting text": "tokens",

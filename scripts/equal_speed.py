@@ -39,13 +39,15 @@ from llmprune.data.tokens import Split
 from llmprune.evaluation.differences import differences_on_text
 from llmprune.measure.quality.perplexity import quality_from_windows, score_windows
 from llmprune.measure.speed.host import fingerprint
-from llmprune.measure.speed.throughput import Speed, Workload, measure_paired
+from llmprune.measure.speed.throughput import Speed, measure_paired
 from llmprune.measure.speed.turns import timing
 from llmprune.models.surgery import prune
-from llmprune.pipeline.comparison import entrant
+from llmprune.pipeline.comparison import Contest, contest_of
+from llmprune.pipeline.exports import exported_hash
+from llmprune.pipeline.judges import Judges
+from llmprune.pipeline.prepare import prepare
+from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory, read_front
-from llmprune.pipeline.stages import exported_hash
-from llmprune.pipeline.workspace import Run
 
 STEP = 1.02
 """From one offer of a method to the next, in estimated speed-up."""
@@ -104,30 +106,31 @@ def interpolated(slower: Nats, faster: Nats, share: float) -> dict[str, torch.Te
 
 
 def compare(
-    run: Run, child: Architecture, methods: Sequence[BaselineName], texts: Mapping[str, Split], repeats: int, show: Show
+    contest: Contest, child: Architecture, methods: Sequence[BaselineName], texts: Mapping[str, Split], repeats: int
 ) -> dict[str, Any]:
     """Find each method's children, time everything in one interleaved run, score it, and say who loses what."""
-    workload = run.workload
-    models = [prune(run.parent, child, run.library)]
+    run, prepared, show = contest.run, contest.prepared, contest.run.show
+    parent, workload = prepared.parent, prepared.workload
+    models = [prune(parent, child, prepared.library)]
     architectures = [child]
-    target = _quick(run, models[0], workload)
+    target = _quick(contest, models[0])
     brackets: list[Bracket] = []
     out_of_reach: list[str] = []
     for name in methods:
         with show(f"finding children of {name} about {target:.2f}x"):
-            found = _neighbours_of(run, name, target)
+            found = _neighbours_of(contest, name, target)
         if found is None:
             out_of_reach.append(name)
             continue
-        library = run.baseline_libraries([name])[name]
+        library = contest.judges.libraries([name])[name]
         brackets.append(Bracket(name, len(models), len(models) + 1))
         architectures += found
-        models += [prune(run.parent, architecture, library) for architecture in found]
+        models += [prune(parent, architecture, library) for architecture in found]
     with show("timing all in one run") as advance, timing(workload.device):
-        of_parent, speeds = measure_paired(run.parent.model, models, workload, repeats, advance)
+        of_parent, speeds = measure_paired(parent.model, models, workload, repeats, advance)
     figure = f"{run.recipe.search.objective}_speedup"
     speedups = [float(getattr(speed, figure).median) for speed in speeds]
-    rows = [_on_text(name, split, run.parent.model, models, brackets, speedups, show) for name, split in texts.items()]
+    rows = [_on_text(name, split, parent.model, models, brackets, speedups, show) for name, split in texts.items()]
     return {
         "run": run.directory.path.name,
         "child": child.hash,
@@ -145,21 +148,22 @@ def compare(
     }
 
 
-def _quick(run: Run, model: PreTrainedModel, workload: Workload) -> float:
+def _quick(contest: Contest, model: PreTrainedModel) -> float:
+    workload = contest.prepared.workload
     with timing(workload.device):
-        _, (speed,) = measure_paired(run.parent.model, [model], workload, QUICK_REPEATS)
-    return _median(run, speed)
+        _, (speed,) = measure_paired(contest.prepared.parent.model, [model], workload, QUICK_REPEATS)
+    return _median(contest.run, speed)
 
 
 def _median(run: Run, speed: Speed) -> float:
     return float(getattr(speed, f"{run.recipe.search.objective}_speedup").median)
 
 
-def _neighbours_of(run: Run, name: BaselineName, target: float) -> tuple[Architecture, Architecture] | None:
-    rival, library = entrant(run, name), run.baseline_libraries([name])[name]
+def _neighbours_of(contest: Contest, name: BaselineName, target: float) -> tuple[Architecture, Architecture] | None:
+    rival, library = contest.entrant(name), contest.judges.libraries([name])[name]
     ledger = Ledger(rival.chooser.score, rival.chooser.split)
     aim = rival.method.aim(rival.given(ledger.nats))
-    return neighbours(aim, lambda a: _quick(run, prune(run.parent, a, library), run.workload), target)
+    return neighbours(aim, lambda a: _quick(contest, prune(contest.prepared.parent, a, library)), target)
 
 
 def _placed(bracket: Bracket, architectures: Sequence[Architecture], speedups: Sequence[float]) -> dict[str, Any]:
@@ -276,15 +280,18 @@ def main() -> None:
         with RunDirectory(arguments.run).locked():
             run = Run.open(arguments.run, shown(quiet=False))
             child = child_of(run, arguments.pick)
-            limit = run.parent.model.config.get_text_config().max_position_embeddings
+            prepared = prepare(run)
+            parent, tokens = prepared.parent, prepared.tokens
+            limit = parent.model.config.get_text_config().max_position_embeddings
             if arguments.text and not 2 <= arguments.seq_len <= limit:
                 raise DataError(f"--seq-len must be from 2 to the model's {limit:,} positions, got {arguments.seq_len}")
-            assert run.parent.tokenizer is not None, "a parent that was loaded has a tokenizer"
+            assert parent.tokenizer is not None, "a parent that was loaded has a tokenizer"
             further = text_splits(
-                arguments.text, run.parent.tokenizer, arguments.seq_len, arguments.tokens, bos=run.tokens["test"].bos
+                arguments.text, parent.tokenizer, arguments.seq_len, arguments.tokens, bos=tokens["test"].bos
             )
-            texts = {"validation": run.tokens["validation"], "test": run.tokens["test"], **further}
-            result = compare(run, child, arguments.method, texts, arguments.repeats, run.show)
+            texts = {"validation": tokens["validation"], "test": tokens["test"], **further}
+            contest = contest_of(run, prepared, Judges(run, prepared))
+            result = compare(contest, child, arguments.method, texts, arguments.repeats)
     except LlmpruneError as error:
         raise SystemExit(f"error: {error}") from None
     if arguments.json:

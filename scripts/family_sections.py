@@ -21,9 +21,9 @@ from llmprune.choices.space import Space
 from llmprune.core.recipe import BaselinesRecipe, ModelRecipe, Recipe
 from llmprune.measure.quality.prefix import PrefixScorer
 from llmprune.measure.quality.scores import SplitScorer, WindowScores
-from llmprune.pipeline.comparison import baselines
-from llmprune.pipeline.stages import front, search
-from llmprune.pipeline.workspace import Run
+from llmprune.pipeline.commands import baselines, front, search
+from llmprune.pipeline.prepare import prepare, stock_up
+from llmprune.pipeline.run import Run
 from llmprune.tables.estimate import estimate_delta_nats
 from llmprune.tables.exact import BROKEN, exact_delta_nats
 
@@ -102,13 +102,14 @@ class Recording:
 
 def scores(run: Run, sizes: Sizes) -> dict[str, Any]:
     """Estimated against exact nats lost for widths, KV groups and drops, both on the same validation tokens."""
-    split, space = run.tokens["validation"], run.space
+    stock = stock_up(run)
+    split, space = stock.tokens["validation"], stock.space
     kinds = choices_by_kind(space, sizes.choices_a_kind)
     wanted = [key for keys in kinds.values() for key in keys]
     with run.show("estimated scores") as advance:
-        estimated = estimate_delta_nats(run.parent, split, run.library, tokens=split.tokens, progress=advance)
+        estimated = estimate_delta_nats(stock.parent, split, stock.library, tokens=split.tokens, progress=advance)
     recording, whole = (
-        Recording(PrefixScorer(run.parent, run.library, split, batch_tokens=BATCH_TOKENS)),
+        Recording(PrefixScorer(stock.parent, stock.library, split, batch_tokens=BATCH_TOKENS)),
         space.shape.architecture,
     )
     with run.show("exact scores") as advance:
@@ -195,7 +196,7 @@ def bootstrap_interval(
 
 def times(run: Run, sizes: Sizes) -> dict[str, Any]:
     """Predicted against measured time of mixed children, of prefill alone."""
-    found = costs(run)
+    found = costs(run, prepare(run))
     return {
         "children": [
             {"predicted_speedup": c["estimated"]["prefill"], "measured_speedup": c["measured"]["prefill"]}

@@ -42,9 +42,12 @@ from tiny import paired_by_bytes, tiny_recipe  # noqa: E402
 
 from llmprune.core.recipe import Recipe  # noqa: E402
 from llmprune.models.parent import load_parent  # noqa: E402
-from llmprune.pipeline import stages  # noqa: E402
+from llmprune.pipeline import commands  # noqa: E402
+from llmprune.pipeline.judges import Judges  # noqa: E402
+from llmprune.pipeline.prepare import prepare  # noqa: E402
+from llmprune.pipeline.run import Run  # noqa: E402
 from llmprune.pipeline.run_directory import RunDirectory  # noqa: E402
-from llmprune.pipeline.workspace import Run  # noqa: E402
+from llmprune.pipeline.searching import start_study  # noqa: E402
 from llmprune.search import judging, study  # noqa: E402
 from llmprune.search.workers.claims import known_trials  # noqa: E402
 from llmprune.search.workers.reaping import WORKER  # noqa: E402
@@ -130,7 +133,8 @@ def _start(path: Path, recipe: Recipe, url: str | None) -> None:
         run = Run.start(path, recipe)
         run.storage = url
         with opened_storage(url, run.directory.journal) as storage:
-            stages.start_study(run, storage)
+            prepared = prepare(run)
+            start_study(run, storage, prepared, Judges(run, prepared))
 
 
 def _worker(path: Path, url: str | None, log: Path, arguments: argparse.Namespace) -> int:
@@ -144,7 +148,7 @@ def _worker(path: Path, url: str | None, log: Path, arguments: argparse.Namespac
 
         judging.measure_paired = paired_by_bytes
         judging.Judge.judge = judge  # type: ignore[method-assign]
-        stages.worker(Run.join(path, storage=url))
+        commands.worker(Run.join(path, storage=url))
 
     return _fork(body)
 

@@ -27,15 +27,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["LLMPRUNE_TURNS"] = tempfile.mkdtemp(prefix="llmprune-turns-")
 
 import postgres
-from tiny import paired_by_bytes, tiny_recipe
+from tiny import paired_by_bytes, tiny_recipe, write_front
 
 from llmprune.cli.main import main
 from llmprune.core.budgets import parse_pick
 from llmprune.core.recipe import Recipe
 from llmprune.models import checkpoint
+from llmprune.pipeline.commands import export, front, search
+from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
-from llmprune.pipeline.stages import export, front, search, write_children
-from llmprune.pipeline.workspace import Run
 from llmprune.search import judging
 from llmprune.tables import block_tables, reach
 
@@ -73,7 +73,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         search(run)
         front(run)
         with patch.object(checkpoint, "prove", return_value=checkpoint.Proof(0.0, 0.0, 1, False)):
-            write_children(run)
+            write_front(run)
         export(run, parse_pick(finished.recipe.export.pick), finished.export)
     return finished
 

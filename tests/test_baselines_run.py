@@ -19,9 +19,10 @@ from llmprune.core.files import write_json
 from llmprune.core.recipe import BASELINE_NAMES
 from llmprune.measure.quality.perplexity import score
 from llmprune.models.checkpoint import Proof
-from llmprune.pipeline import stages
-from llmprune.pipeline.stages import export, front
-from llmprune.pipeline.workspace import Run
+from llmprune.pipeline import exports
+from llmprune.pipeline.commands import export, front
+from llmprune.pipeline.prepare import stock_up
+from llmprune.pipeline.run import Run
 from llmprune.search import judging
 
 
@@ -120,9 +121,9 @@ def test_a_front_has_the_baselines_that_its_recipe_names(
         export(run, parse_pick(flap["hash"]), tmp_path / "child")
     written: list[Any] = []
     monkeypatch.setattr(
-        stages, "write_checkpoint", lambda child, *_, **__: written.append(child) or Proof(0, 0, 1, True)
+        exports, "write_checkpoint", lambda child, *_, **__: written.append(child) or Proof(0, 0, 1, True)
     )
     write_json(copied / "front.json", {**measured, "children": [], "baselines": [magnitude]})
     assert export(run, parse_pick(magnitude["hash"]), tmp_path / "child")["hash"] == magnitude["hash"]
-    found = score(written[0], run.tokens["validation"]).nats_per_token
+    found = score(written[0], stock_up(run).tokens["validation"]).nats_per_token
     assert found == pytest.approx(magnitude["nats_per_token"], rel=tolerance(1.0))

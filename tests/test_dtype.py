@@ -22,7 +22,8 @@ from llmprune.evaluation.bench import bench
 from llmprune.models import loading
 from llmprune.models.loading import dtype_of, load_model
 from llmprune.models.parent import load_parent
-from llmprune.pipeline.workspace import Run
+from llmprune.pipeline.prepare import lay_ground
+from llmprune.pipeline.run import Run
 
 # No GPU is needed to see what would be loaded on another device than a CPU.
 ELSEWHERE = torch.device("meta")
@@ -78,7 +79,7 @@ def test_a_dtype_that_nothing_computes_in_is_refused(tmp_path: Path, monkeypatch
 def test_what_auto_came_to_holds_to_the_end_of_a_run(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     run = Run.start(tmp_path / "run", recipe)
-    assert run.workload.dtype == "float32"
+    assert lay_ground(run).workload.dtype == "float32"
     assert run.directory.read_provenance()["parent"]["dtype"] == "float32"
     # As if the run had begun on a GPU, and went on here.
     begun = Run.start(tmp_path / "begun", recipe)

@@ -10,7 +10,8 @@ from tiny import tiny_recipe
 from llmprune.blocks import statistics
 from llmprune.blocks.statistics import few_tokens_warning
 from llmprune.choices.architecture import ParentShape
-from llmprune.pipeline.workspace import Run
+from llmprune.pipeline.prepare import stock_up
+from llmprune.pipeline.run import Run
 
 
 def test_four_tokens_an_input_of_the_widest_projection_are_enough() -> None:
@@ -29,5 +30,5 @@ def test_a_run_says_it_when_it_builds_its_library_and_not_again(
         said: list[str] = []
         run = Run.start(tmp_path / "run", recipe)
         run.say = said.append
-        assert run.library.hash
+        assert stock_up(run).library.hash
         assert len(said) == told and all("data.calibration_tokens=512" in line for line in said)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import optuna
 import pytest
 import torch
 from counting import allocated
+from tiny import write_front
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -38,9 +39,20 @@ from llmprune.forecast.work import solving_bytes
 from llmprune.measure.quality.prefix import PrefixScorer
 from llmprune.measure.speed.throughput import Speed, Spread, Workload, measure_paired
 from llmprune.models.parent import load_parent
+from llmprune.pipeline.commands import export, front, search
+from llmprune.pipeline.prepare import (
+    Stock,
+    cut_text,
+    lay_ground,
+    prepare,
+    score_choices,
+    solve_blocks,
+    stock_up,
+    time_reach,
+)
+from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
-from llmprune.pipeline.stages import export, front, search, write_children
-from llmprune.pipeline.workspace import Run
+from llmprune.pipeline.searching import estimates_for, walk_path
 from llmprune.search import judging
 from llmprune.tables import block_tables
 from llmprune.tables.estimate import estimate_delta_nats
@@ -158,22 +170,26 @@ def counted_run(tmp_path_factory: pytest.TempPathFactory) -> Counted:
         patch.setattr(block_tables, "measure_paired", timed_but_by_size)
         patch.setattr(checkpoint, "prove", lambda *_: checkpoint.Proof(0.0, 0.0, 1, False))
         run = Run.start(path, recipe)
-        assert run.tokens and run.reach
-        for stage, work in (
-            ("library", lambda: run.library),
-            ("tables", lambda: run.tables),
-            ("path", lambda: run.path),
-            ("search", lambda: search(run)),
-            ("front", lambda: front(run)),
-        ):
+        ground = lay_ground(run)
+        time_reach(run, ground)
+        splits = cut_text(run, ground)
+
+        def counted(stage: str, work: Callable[[], Any]) -> Any:
             with tokens_counted() as counts:
                 made = work()
             tokens[stage], layers[stage] = counts["tokens"], counts["layers"]
-        write_children(run)
+            return made
+
+        library = counted("library", lambda: solve_blocks(run, ground, splits))
+        stock = Stock(**vars(ground), tokens=splits, library=library)
+        prepared = counted("tables", lambda: score_choices(run, stock))
+        counted("path", lambda: walk_path(run, prepared, estimates_for(run, prepared)))
+        counted("search", lambda: search(run))
+        made = counted("front", lambda: front(run))
+        write_front(run)
         export(run, parse_pick(recipe.export.pick), run.directory.export)
-        size = sum(parameter.numel() for parameter in run.parent.model.parameters()) * 4
-        plan = Plan(recipe, run.space, run.workload, 259, size, 4)
-    assert isinstance(made, dict)
+        size = sum(parameter.numel() for parameter in ground.parent.model.parameters()) * 4
+        plan = Plan(recipe, ground.space, ground.workload, 259, size, 4)
     return Counted(recipe, path, plan, tokens, layers, len(made["children"]), len(made["baselines"]))
 
 
@@ -209,12 +225,13 @@ def test_exact_scores_run_the_layers_that_were_forecast(counted_run: Counted) ->
     recipe = counted_run.recipe.model_copy(update={"tables": rules})
     plan = replace(counted_run.plan, recipe=recipe)
     run = Run.open(counted_run.path)
-    calibration = run.tokens["calibration"]
+    stock = stock_up(run)
+    calibration = stock.tokens["calibration"]
     split = calibration.head(calibration.first_windows(rules.tokens / calibration.tokens))
     assert split.tokens == plan.exact_tokens
     with tokens_counted() as counts:
-        scorer = PrefixScorer(run.parent, run.library, split)
-        exact_delta_nats(scorer, split, run.space, plan.exact_choices, lambda done, total: None)
+        scorer = PrefixScorer(stock.parent, stock.library, split)
+        exact_delta_nats(scorer, split, stock.space, plan.exact_choices, lambda done, total: None)
     said = by_name(forecast(plan))["exact"]
     assert len(plan.exact_choices) == said.children == LAYERS * (4 + 4)
     assert said.forward_tokens == -(-counts["layers"] // LAYERS)
@@ -229,7 +246,8 @@ def test_what_guided_samplers_race_is_an_upper_limit(sampler: str, counted_run: 
     rules = counted_run.recipe.search.model_copy(update={"sampler": sampler, "trials": 6})
     recipe = counted_run.recipe.model_copy(update={"search": rules})
     run = Run.start(tmp_path / "run", recipe)
-    assert run.library and run.tables and run.path is not None
+    prepared = prepare(run)
+    walk_path(run, prepared, estimates_for(run, prepared))
     with pytest.MonkeyPatch.context() as patch, tokens_counted() as counts:
         patch.setattr(judging, "measure_paired", timed_but_by_size)
         assert search(run).new_trials == 6
@@ -240,7 +258,7 @@ def test_what_guided_samplers_race_is_an_upper_limit(sampler: str, counted_run: 
 
 
 def test_no_baseline_scores_more_children_than_it_says(counted_run: Counted) -> None:
-    run = Run.open(counted_run.path)
+    prepared = prepare(Run.open(counted_run.path))
     for name, method in METHODS.items():
         scored: set[Architecture] = set()
 
@@ -249,9 +267,9 @@ def test_no_baseline_scores_more_children_than_it_says(counted_run: Counted) -> 
             return [1.0 for _ in architectures]
 
         if method.finish is None:
-            given = Given(run.parent, run.library, run.tables, "decode", 5, 0, nats)
+            given = Given(prepared.parent, prepared.library, prepared.tables, "decode", 5, 0, nats)
             choose(method, given, 3.0)
-            assert len(scored) <= method.most_scored(run.space, 5), name
+            assert len(scored) <= method.most_scored(prepared.space, 5), name
             assert bool(scored) or name not in ("sleb", "blockpruner")
 
 
@@ -273,7 +291,7 @@ def test_solving_a_layer_takes_the_memory_that_was_forecast(step: int, refit: bo
     parent = load_parent(counted_run.recipe.model)
     space = Space.of(parent.shape, 1, step)
     rules = ImportanceRecipe(refit=refit)
-    split = Run.open(counted_run.path).tokens["calibration"]
+    split = stock_up(Run.open(counted_run.path)).tokens["calibration"]
     statistics = collect_statistics(parent, split, layers=[0])
     blocks = {kind: statistics[0, kind] for kind in BLOCK_KINDS}
     with allocated() as memory:
@@ -285,8 +303,8 @@ def test_solving_a_layer_takes_the_memory_that_was_forecast(step: int, refit: bo
 
 
 def test_an_estimate_takes_about_the_memory_that_was_forecast(counted_run: Counted) -> None:
-    run = Run.open(counted_run.path)
-    parent, split, library = run.parent, run.tokens["calibration"], run.library
+    stock = stock_up(Run.open(counted_run.path))
+    parent, split, library = stock.parent, stock.tokens["calibration"], stock.library
     said = by_name(forecast(counted_run.plan))["path"].peak_memory_bytes - counted_run.plan.parent_bytes
     with allocated() as memory:
         estimate_delta_nats(parent, split, library, tokens=counted_run.recipe.tables.path_tokens)

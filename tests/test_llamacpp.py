@@ -31,9 +31,11 @@ from llmprune.measure.speed.llamacpp import GgufModel, greedy, logits_of, window
 from llmprune.measure.speed.llamacpp_engine import loaded_runs
 from llmprune.measure.speed.throughput import Workload, measure_paired, token_ids
 from llmprune.models.surgery import prune
+from llmprune.pipeline.commands import front, search
+from llmprune.pipeline.prepare import stock_up
+from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
-from llmprune.pipeline.stages import front, search
-from llmprune.pipeline.workspace import Run
+from llmprune.pipeline.searching import study_name
 
 LLAMA = Case("llama", "gqa", {**COMMON, **GROUPED, "tie_word_embeddings": True})
 
@@ -246,7 +248,7 @@ def test_a_search_is_timed_in_llama_cpp(tmp_path: Path) -> None:
         workload = record["measured_on"]["workload"]
         assert workload["engine"] == "llamacpp" and workload["gguf_type"] == "f16"
     assert "timed in llama.cpp from f16 GGUF files, scored in torch" in str(front_table(found).caption)
-    assert run.study_name != plain.study_name, "trials of two engines do not compare"
+    assert study_name(run, stock_up(run)) != study_name(plain, stock_up(plain)), "trials of two engines do not compare"
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ from llmprune.core.recipe import Recipe, SpaceSize
 from llmprune.core.recipe_text import apply_overrides, parse_recipe
 from llmprune.measure.speed.throughput import Speed, Workload
 from llmprune.models.parent import load_parent
+from llmprune.pipeline.commands import search
+from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
-from llmprune.pipeline.stages import search
-from llmprune.pipeline.workspace import Run
 from llmprune.tables import reach
 from llmprune.tables.reach import PhaseReach, check_reach, described, halved, measure_reach, smallest
 

@@ -23,7 +23,7 @@ import torch
 from conftest import Finished
 from rich.console import Console
 from safetensors.torch import load
-from tiny import contents, numbered_documents, paired_by_bytes, tiny_recipe, write_jsonl
+from tiny import contents, numbered_documents, paired_by_bytes, tiny_recipe, write_front, write_jsonl
 
 from llmprune.choices.architecture import Architecture
 from llmprune.cli.front_tables import baselines_table, front_table
@@ -38,10 +38,12 @@ from llmprune.models import checkpoint
 from llmprune.models.licence import Licence
 from llmprune.models.parent import load_parent
 from llmprune.models.surgery import prune
-from llmprune.pipeline.comparison import baselines as compare_baselines
+from llmprune.pipeline.commands import baselines, compress, export, front, search
+from llmprune.pipeline.judges import Judges
+from llmprune.pipeline.prepare import lay_ground, stock_up
+from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
-from llmprune.pipeline.stages import compress, export, front, search, write_children
-from llmprune.pipeline.workspace import Run
+from llmprune.pipeline.searching import study_name
 from llmprune.publish.card import model_card
 from llmprune.publish.contents import read_contents
 from llmprune.search import judging
@@ -92,7 +94,7 @@ def finished_hashes(run: Path) -> list[str]:
     """Of the trials in a run's journal; the journal itself is left as it is."""
     copy = run.parent / "journal-to-read"
     shutil.copyfile(run / "study.journal", copy)
-    study = optuna.load_study(storage=open_journal(copy), study_name=Run.open(run).study_name)
+    study = optuna.load_study(storage=open_journal(copy), study_name=study_name(Run.open(run), stock_up(Run.open(run))))
     return [str(trial.user_attrs["hash"]) for trial in finished_trials(study)]
 
 
@@ -136,10 +138,11 @@ def test_what_is_quoted_is_scored_on_the_test_split(finished_run: Finished) -> N
     run = Run.open(finished_run.path)
     measured = strict_json(finished_run.path / "front.json")
     child = measured["children"][0]
-    pruned = prune(run.parent, Architecture.from_json(child["architecture"]), run.library)
-    found = score(pruned, run.tokens["test"])
+    stock = stock_up(run)
+    pruned = prune(stock.parent, Architecture.from_json(child["architecture"]), stock.library)
+    found = score(pruned, stock.tokens["test"])
     assert child["test"]["nats_per_token"] == pytest.approx(found.nats_per_token, abs=1e-6)
-    scorer = run.scorer(run.tokens["test"])
+    scorer = Judges(run, stock).scorer(stock.tokens["test"])
     for record in (measured["parent"], *measured["children"]):
         scorer.score(Architecture.from_json(record["architecture"]))
     assert scorer.scored_windows == 0, "it is stored, so that a front that was stopped does not score it again"
@@ -207,7 +210,7 @@ def test_unseen_text_is_quoted_and_decides_nothing(
     export(run, parse_pick("ppl_ratio<=1000"), tmp_path / "child")
     card = model_card(read_contents(tmp_path / "child"), "user/tiny", Licence("mit"))
     assert "Unseen: cat, 124 tokens scored, in windows of 32" in card and "cat.jsonl" in card
-    result = compare_baselines(run, recipe.baselines.model_copy(update={"methods": ("shortgpt",), "at": (1.2,)}))
+    result = baselines(run, recipe.baselines.model_copy(update={"methods": ("shortgpt",), "at": (1.2,)}))
     assert all(entry["unseen"]["nats_lost"] is not None for entry in result["results"])
     assert "unseen (cat, 124 tokens in windows of 32" in " ".join(rendered(baselines_table(result)).split())
 
@@ -258,7 +261,7 @@ def test_a_run_notes_what_licence_its_parent_states(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     (Path(recipe.model.path) / "README.md").write_text("---\nlicense: llama3.2\n---\n")
     run = Run.start(tmp_path / "run", recipe)
-    assert run.parent
+    lay_ground(run)
     noted = run.directory.read_provenance()["parent"]
     assert noted["licence"] == {"id": "llama3.2", "name": None, "link": None} and not noted["on_hub"]
 
@@ -464,10 +467,10 @@ def test_a_baseline_is_exported_by_its_hash(copied: Path, judged: list[str], tmp
 
 def test_children_that_are_there_are_not_written_again(copied: Path, judged: list[str]) -> None:
     run = Run.open(copied)
-    paths = write_children(run)
+    paths = write_front(run)
     assert judged == [] and all(checkpoint_hash(path) == path.name for path in paths)
     shutil.rmtree(paths[0])
-    assert write_children(run) == paths
+    assert write_front(run) == paths
     assert judged == ["prove"] and checkpoint_hash(paths[0]) == paths[0].name
 
 

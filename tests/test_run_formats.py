@@ -10,9 +10,10 @@ from tiny import paired_by_bytes, tiny_recipe
 
 from llmprune.choices.architecture import AttentionChoice
 from llmprune.core.budgets import parse_pick
+from llmprune.pipeline.commands import export, front, search
+from llmprune.pipeline.prepare import lay_ground
+from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
-from llmprune.pipeline.stages import export, front, search
-from llmprune.pipeline.workspace import Run
 from llmprune.publish.contents import VLLM_DIRECTORY
 from llmprune.search import judging
 from llmprune.tables import block_tables
@@ -29,7 +30,7 @@ def test_a_run_for_gguf_and_vllm_exports_both(tmp_path: Path) -> None:
         search(run)
         front(run)
         written = export(run, parse_pick(recipe.export.pick), tmp_path / "child")
-        assert run.space.attention == (AttentionChoice(0), AttentionChoice(1, 4), AttentionChoice(2))
+        assert lay_ground(run).space.attention == (AttentionChoice(0), AttentionChoice(1, 4), AttentionChoice(2))
     assert [entry["format"] for entry in written["formats"]] == ["gguf", "vllm"]
     assert written["formats"][0]["proof"].startswith("run in llama.cpp")
     assert (tmp_path / "child" / "model-F32.gguf").is_file()

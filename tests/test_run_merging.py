@@ -9,15 +9,17 @@ import pytest
 from conftest import Finished
 from families import CASES, IDS, tiny_model
 from test_run import changed
-from tiny import paired_by_bytes, tiny_recipe, tiny_tokenizer
+from tiny import paired_by_bytes, tiny_recipe, tiny_tokenizer, write_front
 
 from llmprune.choices.architecture import Architecture, AttentionChoice
 from llmprune.core.budgets import parse_pick
 from llmprune.core.errors import RunDirectoryError, UnsupportedModelError
 from llmprune.models import checkpoint
+from llmprune.pipeline.commands import export, front, search
+from llmprune.pipeline.prepare import lay_ground, prepare, stock_up
+from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory, hash_of
-from llmprune.pipeline.stages import export, front, search, write_children
-from llmprune.pipeline.workspace import Run
+from llmprune.pipeline.searching import study_facts
 from llmprune.search import judging
 from llmprune.tables import block_tables, reach
 
@@ -44,14 +46,14 @@ def test_a_run_finds_scores_and_proves_merged_children(
     )
     with RunDirectory(tmp_path / "run").locked():
         run = Run.start(tmp_path / "run", recipe)
-        assert run.space.attention == (MERGED, AttentionChoice(2))
+        assert lay_ground(run).space.attention == (MERGED, AttentionChoice(2))
         search(run)
         measured = front(run)
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "prove", lambda *_: checkpoint.Proof(0.0, 0.0, 1, False))
-            write_children(run)
-        again = Run.open(tmp_path / "run")
-        assert again.tables == run.tables and again.library.hash == run.library.hash
+            write_front(run)
+        once, again = prepare(run), prepare(Run.open(tmp_path / "run"))
+        assert again.tables == once.tables and again.library.hash == once.library.hash
         # Proven in a fresh process.
         export(run, parse_pick(recipe.export.pick), tmp_path / "child")
     children = [Architecture.from_json(record["architecture"]) for record in measured["children"]]
@@ -77,9 +79,10 @@ def test_a_run_without_merging_is_the_run_it_was(finished_run: Finished, copied:
     run = Run.open(copied)
     before = run.recipe.space.model_dump(mode="json")
     del before["merge_kv"]
-    assert dict(run.study_inputs())["space"] == hash_of(before), "studies from before that word go on"
+    stock = stock_up(run)
+    assert study_facts(run, stock).hashes["space"] == hash_of(before), "studies from before that word go on"
     with pytest.raises(RunDirectoryError, match=r"made with another space\.merge_kv"):
         RunDirectory(copied).check_recipe(changed(finished_run.recipe, "space.merge_kv=true"))
     merging = Run.open(copied)
     merging.recipe = changed(merging.recipe, "space.merge_kv=true")
-    assert dict(merging.study_inputs())["space"] != dict(run.study_inputs())["space"]
+    assert study_facts(merging, stock).hashes["space"] != study_facts(run, stock).hashes["space"]

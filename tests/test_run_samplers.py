@@ -14,9 +14,11 @@ from tiny import paired_by_bytes
 
 from llmprune.choices.architecture import Architecture
 from llmprune.core.recipe import Recipe, SamplerName
+from llmprune.pipeline.commands import front, search
+from llmprune.pipeline.prepare import lay_ground, stock_up
+from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
-from llmprune.pipeline.stages import front, search
-from llmprune.pipeline.workspace import Run
+from llmprune.pipeline.searching import study_name
 from llmprune.search import guidance, judging
 from llmprune.search.judging import RECORD_KEYS, Judge
 from llmprune.search.reward import values_of
@@ -49,7 +51,7 @@ def unsearched(copied: Path) -> Path:
 
 
 def study_of(run: Run) -> optuna.Study:
-    return optuna.load_study(storage=open_journal(run.directory.journal), study_name=run.study_name)
+    return optuna.load_study(storage=open_journal(run.directory.journal), study_name=study_name(run, stock_up(run)))
 
 
 def refuse(*args: Any, **kwargs: Any) -> Any:
@@ -68,7 +70,7 @@ def two_sessions(recipe: Recipe, path: Path, judged: list[str]) -> optuna.Study:
     for trial in finished:
         record = trial.user_attrs["record"]
         architecture = Architecture.from_json(trial.user_attrs["architecture"])
-        assert record.keys() >= RECORD_KEYS and architecture in run.space
+        assert record.keys() >= RECORD_KEYS and architecture in lay_ground(run).space
         assert trial.user_attrs["hash"] == record["hash"] == architecture.hash
         assert trial.values == values_of(record, run.recipe.search)
     assert {trial.user_attrs["hash"] for trial in finished} == set(judged)

@@ -20,7 +20,7 @@ from llmprune.choices.architecture import Architecture
 from llmprune.core.errors import BudgetError, ModelError, SearchError
 from llmprune.core.recipe import SearchRecipe
 from llmprune.core.recipe_text import to_yaml
-from llmprune.pipeline import stages
+from llmprune.pipeline import commands
 from llmprune.search.failures import FAILURES_IN_A_ROW, counted_reasons, told
 from llmprune.search.judging import Judge
 from llmprune.search.study import finished_trials, open_study, work
@@ -196,11 +196,11 @@ def test_the_commands_say_what_failed(llmprune: Llmprune, tmp_path: Path, monkey
                 raise OutOfMemoryError("no room for 2 GiB")
         return judged(self, architecture, name)
 
-    def ends_here(run: Any) -> Any:
+    def ends_here(*_: Any) -> Any:
         raise BudgetError("far enough")
 
     monkeypatch.setattr(Judge, "judge", raises)
-    monkeypatch.setattr(stages, "front", ends_here)
+    monkeypatch.setattr(commands, "make_front", ends_here)
     lines = ["1 trial failed:", f"  1 x {OUT_OF_MEMORY}"]
     # Enough for every starting point, behind which the second try is queued.
     compressed = llmprune("compress", recipe, "--out", tmp_path / "run", "search.trials=6")

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from landscape import Landscape, space_of
 
-from llmprune.pipeline.workspace import Run
+from llmprune.pipeline.judges import Judges
+from llmprune.pipeline.prepare import prepare
+from llmprune.pipeline.run import Run
+from llmprune.pipeline.searching import estimates_for, guide_for
 from llmprune.tables.allocate import Allocator
 from llmprune.tables.shrinkage import Shrinkage
 
@@ -65,7 +68,9 @@ def test_a_run_searches_with_shrunk_scores_and_keeps_its_table_as_it_was(finishe
     run = Run.open(finished_run.path)
     share = run.recipe.tables.shrinkage
     assert share > 0
-    whole = run.space.shape.architecture
-    assert run.scores == Shrinkage.of(run.tables.delta_nats, share).apply(run.tables.delta_nats, whole)
-    assert run.scores != run.tables.delta_nats
-    assert run.guide is not None and run.guide.allocator.delta_nats == run.scores
+    prepared = prepare(run)
+    nats, whole = prepared.tables.delta_nats, prepared.space.shape.architecture
+    assert prepared.scores == Shrinkage.of(nats, share).apply(nats, whole)
+    assert prepared.scores != nats
+    guide = guide_for(run, prepared, Judges(run, prepared), estimates_for(run, prepared))
+    assert guide is not None and guide.allocator.delta_nats == prepared.scores

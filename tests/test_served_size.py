@@ -24,9 +24,9 @@ from llmprune.measure.speed.llamacpp import GgufModel
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import size_of
 from llmprune.models.surgery import prune, skeleton
+from llmprune.pipeline.commands import export, front, search
+from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
-from llmprune.pipeline.stages import export, front, search
-from llmprune.pipeline.workspace import Run
 from llmprune.tables.block_tables import count_savings
 from llmprune.tables.costs import CostTable
 

@@ -21,10 +21,12 @@ from llmprune.core.recipe import SplitName
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.measure.speed.host import fingerprint
 from llmprune.models.parent import Parent
-from llmprune.pipeline import stages, workspace
+from llmprune.pipeline import commands, prepare, searching
+from llmprune.pipeline.commands import search, worker
+from llmprune.pipeline.judges import Judges
+from llmprune.pipeline.prepare import stock_up
+from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
-from llmprune.pipeline.stages import search, worker
-from llmprune.pipeline.workspace import Run
 from llmprune.search.workers.storage import masked, open_storage, opened_storage
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -96,14 +98,14 @@ def test_another_parent_is_refused(copied: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_another_library_is_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = Run.join(copied).library
+    library = stock_up(Run.join(copied)).library
     monkeypatch.setattr(type(library), "hash", property(lambda self: "1" * 64))
     with pytest.raises(StorageError, match=r"the library of a worker must be the study's, got 1{12} .*copy library/"):
         worker(Run.join(copied))
 
 
 def test_other_hardware_is_refused_and_told_of(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (stages, workspace):
+    for module in (commands, prepare, searching):
         monkeypatch.setattr(module, "fingerprint", elsewhere)
     told: list[str] = []
     message = r"was measured on other hardware \(cpu '.*' there, 'another' here; ram_gib \d+ there, 3 here\)"
@@ -113,7 +115,8 @@ def test_other_hardware_is_refused_and_told_of(copied: Path, monkeypatch: pytest
     run = Run.open(copied)
     run.say = told.append
     storage = open_storage(None, run.directory.journal)
-    stages.start_study(run, storage)
+    prepared = prepare.prepare(run)
+    searching.start_study(run, storage, prepared, Judges(run, prepared))
     assert told == ["study.journal also holds 5 trials of this run from other hardware; they are not compared"]
     assert len(storage.get_all_studies()) == 2
 

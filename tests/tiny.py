@@ -18,6 +18,11 @@ from llmprune.choices.space import Space
 from llmprune.core.recipe import DataRecipe, Recipe, SourceRecipe, SpaceSize
 from llmprune.core.recipe_text import parse_recipe
 from llmprune.measure.speed.throughput import Speed, Spread
+from llmprune.pipeline.exports import write_children
+from llmprune.pipeline.judges import Judges
+from llmprune.pipeline.prepare import stock_up
+from llmprune.pipeline.run import Run
+from llmprune.pipeline.run_directory import read_front
 from llmprune.tables.costs import CostTable
 
 SMALL_SPLITS = {
@@ -203,3 +208,8 @@ def paired_by_bytes(
 
 def _numbers(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def write_front(run: Run) -> list[Path]:
+    """Write the checkpoints of a run's front."""
+    return write_children(run, Judges(run, stock_up(run)), read_front(run.directory))

@@ -62,14 +62,14 @@ def compress(
 ) -> None:
     """Run every stage: search, re-measure the front, write its checkpoints, export the recipe's pick."""
     from llmprune.cli.front_tables import front_table
-    from llmprune.pipeline import stages
+    from llmprune.pipeline import commands
 
     recipe = recipe_from(model_or_recipe, overrides)
     if dry_run:
         return _print_forecast(out, recipe, "export", storage, json, quiet)
     with opened_run(out, recipe, quiet, storage) as (run, report):
         to = Path(recipe.export.to) if recipe.export.to else run.directory.export
-        result = stages.compress(run, to, report=report)
+        result = commands.compress(run, to, report=report)
     emit(result, json, lambda: [front_table(result), *_told(result, to)])
 
 
@@ -94,25 +94,25 @@ def search(
     quiet: Quiet = False,
 ) -> None:
     """Search for architectures; continues the trials that are there, creates RUN (from --recipe) if there is none."""
-    from llmprune.pipeline import stages
+    from llmprune.pipeline import commands
 
     of_run = recipe_of_run(run_path, recipe, overrides)
     if dry_run:
         return _print_forecast(run_path, of_run, "search", storage, json, quiet)
     with opened_run(run_path, of_run, quiet, storage) as (run, report):
-        outcome = stages.search(run, report)
+        outcome = commands.search(run, report)
     _print_outcome(outcome, json)
 
 
 @app.command()
 def worker(run_path: RunPath, storage: Storage = None, json: Json = False, quiet: Quiet = False) -> None:
     """Help a search that `llmprune search` started: another process, on this machine or one like it."""
-    from llmprune.pipeline import stages
-    from llmprune.pipeline.workspace import Run
+    from llmprune.pipeline import commands
+    from llmprune.pipeline.run import Run
 
     run = Run.join(run_path, shown(quiet=quiet), storage=storage)
     run.say = speaker(quiet)
-    _print_outcome(stages.worker(run, None if quiet else print_trial(error_console())), json)
+    _print_outcome(commands.worker(run, None if quiet else print_trial(error_console())), json)
 
 
 @app.command("storage-proxy")
@@ -158,10 +158,10 @@ def front(
 ) -> None:
     """Choose among the best trials on validation tokens, measure the chosen on test tokens; prints the front."""
     from llmprune.cli.front_tables import front_table
-    from llmprune.pipeline import stages
+    from llmprune.pipeline import commands
 
     with opened_run(run_path, recipe_of_run(run_path, None, overrides), quiet, storage) as (run, _):
-        measured = stages.front(run)
+        measured = commands.front(run)
     emit(measured, json, lambda: [front_table(measured)])
 
 
@@ -176,13 +176,13 @@ def baselines(
     """Compare published methods, luck and the run's front at the same measured speed; continues where it stopped."""
     from llmprune.cli.front_tables import baselines_table
     from llmprune.core.recipe import BaselinesRecipe
-    from llmprune.pipeline.comparison import baselines as compared
+    from llmprune.pipeline import commands
 
     recipe = recipe_of_run(run_path, None, None)
     asked = {key: value for key, value in (("at", at), ("methods", method)) if value}
     rules = parse_section(BaselinesRecipe, recipe.baselines.model_dump() | asked)
     with opened_run(run_path, recipe, quiet) as (run, _):
-        result = compared(run, rules)
+        result = commands.baselines(run, rules)
     emit(result, json, lambda: [baselines_table(result)])
 
 
@@ -200,12 +200,12 @@ def export(
     """Write a child of the front as a checkpoint, proven in a fresh process."""
     from llmprune.cli.front_tables import quoted_lines
     from llmprune.core.budgets import parse_pick
-    from llmprune.pipeline import stages
+    from llmprune.pipeline import commands
 
     recipe = recipe_of_run(run_path, None, None)
     wanted = parse_pick(pick or recipe.export.pick)
     with opened_run(run_path, recipe, quiet) as (run, _):
-        written = stages.export(run, wanted, to or run.directory.export, force=force)
+        written = commands.export(run, wanted, to or run.directory.export, force=force)
     emit(
         written,
         json,

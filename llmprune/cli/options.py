@@ -94,8 +94,8 @@ def recipe_of_run(run: Path, recipe: str | None, overrides: list[str] | None) ->
 @contextmanager
 def opened_run(path: Path, recipe: Recipe, quiet: bool, storage: str | None = None) -> Iterator[tuple[Any, Any]]:
     """A locked run, and the callback that tells of its trials."""
+    from llmprune.pipeline.run import Run
     from llmprune.pipeline.run_directory import RunDirectory
-    from llmprune.pipeline.workspace import Run
 
     with RunDirectory(path).locked():
         run = Run.start(path, recipe, shown(quiet=quiet))

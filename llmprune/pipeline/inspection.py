@@ -6,8 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from llmprune.baselines.methods import own_libraries
@@ -28,10 +27,13 @@ from llmprune.measure.speed.throughput import Workload
 from llmprune.models.checkpoint import check_destination
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import size_of
-from llmprune.pipeline import stages
-from llmprune.pipeline.run_directory import RunDirectory, hash_of
-from llmprune.pipeline.workspace import Run
-from llmprune.search.study import finished_trials
+from llmprune.pipeline.exports import exported_hash
+from llmprune.pipeline.fronts import make_front
+from llmprune.pipeline.judges import Judges
+from llmprune.pipeline.prepare import Ground, Stock, cut_text, lay_ground, library_inputs, score_choices
+from llmprune.pipeline.run import Run
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.pipeline.searching import estimates_for, study_name, trials_of, walk_path
 from llmprune.search.workers.storage import opened_storage
 from llmprune.tables.reach import check_reach, measure_reach, reach_to_json
 
@@ -102,36 +104,37 @@ def forecast_run(
     directory.check_recipe(recipe)
     if until == "export":
         to = Path(recipe.export.to) if recipe.export.to else directory.export
-        check_destination(to, force=stages.exported_hash(to) is not None)
+        check_destination(to, force=exported_hash(to) is not None)
     if storage is not None:
         # As a search does: a storage that cannot be used is found out first.
         with opened_storage(storage, directory.journal):
             pass
     run = Run(directory, recipe, show, storage)
-    parent, space = run.parent, run.space
+    ground = lay_ground(run)
+    parent, space, workload = ground.parent, ground.space, ground.workload
     size = size_of(parent.model, parent.shape, parent.shape.architecture)
     biased = frozenset(kind for kind in BLOCK_KINDS if parent.output_bias(0, kind) is not None)
     vocabulary = parent.model.config.get_text_config().vocab_size
     gguf = sum(tensor_bytes(parent.model, recipe.deploy.gguf_type).values()) if _writes_gguf(recipe) else 0
-    plan = Plan(recipe, space, run.workload, vocabulary, size.bytes, parent.model.dtype.itemsize, biased, gguf)
+    plan = Plan(recipe, space, workload, vocabulary, size.bytes, parent.model.dtype.itemsize, biased, gguf)
     with show("measuring what this machine does in a second"):
         windows = max(plan.windows("search").values())
-        rates = measure_rates(parent, space, run.workload, windows, recipe.data.seq_len)
+        rates = measure_rates(parent, space, workload, windows, recipe.data.seq_len)
         if until == "export":
             rates = replace(rates, process_s=process_seconds())
     reach = None
     # Compiling its children would take longer than a forecast may.
-    if not run.workload.compile:
+    if not workload.compile:
         with show("timing what the space can reach"):
-            reach = measure_reach(parent, space, run.workload)
+            reach = measure_reach(parent, space, workload)
     warnings = check_reach(reach, recipe) if reach else []
-    rows = [stage.to_json(rates) for stage in forecast(plan, _done(run), until=until)]
+    rows = [stage.to_json(rates) for stage in forecast(plan, _done(run, ground), until=until)]
     total = {name: sum(row[name] for row in rows) for name in ("forward_equivalents", "seconds", "disk_bytes")}
     total["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in rows)
     return {
         "model": parent.source,
         **asdict(size),
-        "workload": run.workload.to_json(),
+        "workload": workload.to_json(),
         "rates": rates.to_json(),
         "reach": reach and reach_to_json(reach),
         "warnings": warnings,
@@ -166,34 +169,37 @@ class _Looked(RunDirectory):
         pass
 
 
-def _done(run: Run) -> Done:
+def _done(run: Run, ground: Ground) -> Done:
     """How far a run is, asked of its own stages one after the other."""
     done = Done()
     if not run.directory.recipe.is_file():
         return done
+    where, rules = run.directory.library, run.recipe.importance
     try:
-        split = run.tokens["calibration"]
-        done = replace(done, tokens=True)
-        key = hash_of(run.parent_hash, split.hash)
-        where, rules = run.directory.library, run.recipe.importance
-        done = replace(done, layers=stored_layers(where, rules, run.space, input_hash=key))
-        if done.layers < run.space.shape.layers:
+        tokens = cut_text(run, ground)
+        key = library_inputs(ground, tokens)
+        done = replace(done, tokens=True, layers=stored_layers(where, rules, ground.space, input_hash=key))
+        if done.layers < ground.space.shape.layers:
+            # The run would build what is missing.
             return done
-        # Otherwise the run would build what is missing.
-        run.library = load_library(where, rules, run.space, input_hash=key)
-        assert run.tables
-        done = replace(done, tables=True, trials=_trials(run), baseline_layers=_baseline_layers(run, key))
-        done = replace(done, path=run.path is not None)
+        library = load_library(where, rules, ground.space, input_hash=key)
+        prepared = score_choices(run, Stock(**vars(ground), tokens=tokens, library=library))
+        done = replace(
+            done, tables=True, trials=_trials(run, prepared), baseline_layers=_baseline_layers(run, ground, key)
+        )
+        walk_path(run, prepared, estimates_for(run, prepared))
+        done = replace(done, path=True)
         if done.trials < run.recipe.search.trials:
             return done
-        front = stages.front(run)
+        with opened_storage(run.storage, run.directory.journal) as storage:
+            front = make_front(run, storage, prepared, Judges(run, prepared))
         return replace(done, front=True, checkpoints_left=_checkpoints_left(run, front))
     except (_NotDone, LlmpruneError):
         # What is damaged, the run makes again or refuses; either way it is not done.
         return done
 
 
-def _trials(run: Run) -> int:
+def _trials(run: Run, stock: Stock) -> int:
     """Finished trials, in the storage or in the run's journal.
 
     The journal is read as it is: opening it for a search would mend its end.
@@ -201,23 +207,17 @@ def _trials(run: Run) -> int:
     journal = run.directory.journal
     if run.storage is not None:
         with opened_storage(run.storage, journal) as storage:
-            return _finished(run, storage)
+            return len(trials_of(storage, study_name(run, stock)))
     if not journal.is_file() or not journal.read_bytes().endswith(b"\n"):
         return 0
-    return _finished(run, JournalStorage(JournalFileBackend(str(journal))))
+    return len(trials_of(JournalStorage(JournalFileBackend(str(journal))), study_name(run, stock)))
 
 
-def _finished(run: Run, storage: BaseStorage) -> int:
-    if run.study_name not in optuna.get_all_study_names(storage):
-        return 0
-    return len(finished_trials(optuna.load_study(storage=storage, study_name=run.study_name)))
-
-
-def _baseline_layers(run: Run, input_hash: str) -> dict[str, int]:
+def _baseline_layers(run: Run, ground: Ground, input_hash: str) -> dict[str, int]:
     """Finished layers of the libraries that the baselines have of their own."""
     rules = run.recipe.importance
     return {
-        own.method: stored_layers(run.directory.library_of(own.method), own, run.space, input_hash=input_hash)
+        own.method: stored_layers(run.directory.library_of(own.method), own, ground.space, input_hash=input_hash)
         for own in own_libraries(run.recipe.front.baselines, rules).values()
     }
 
@@ -229,4 +229,4 @@ def _checkpoints_left(run: Run, front: dict[str, Any]) -> int:
         left += sum(not (run.directory.children / record["hash"]).exists() for record in usable)
     to = Path(run.recipe.export.to) if run.recipe.export.to else run.directory.export
     picked = pick_record(front["children"], parse_pick(run.recipe.export.pick))
-    return left + int(picked["usable"] and stages.exported_hash(to) != picked["hash"])
+    return left + int(picked["usable"] and exported_hash(to) != picked["hash"])

@@ -1,0 +1,107 @@
+"""The stage that makes the front: the best trials and the baselines measured again, on text they were not found on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from optuna.storages import BaseStorage
+
+from llmprune.baselines.contest import Entrant, choose_beside
+from llmprune.choices.architecture import Architecture
+from llmprune.core.budgets import parse_budget, parse_pick
+from llmprune.core.errors import ModelError, RunDirectoryError
+from llmprune.pipeline.comparison import Contest
+from llmprune.pipeline.judges import Judges
+from llmprune.pipeline.prepare import Prepared
+from llmprune.pipeline.run import Run
+from llmprune.pipeline.run_directory import hash_of, read_front
+from llmprune.pipeline.searching import study_facts, study_name, tell_of_other_hardware, trials_of
+from llmprune.search.front import candidates_for_front, holding_budgets, non_dominated, with_verdicts
+from llmprune.search.judging import Record, is_finite, quote
+from llmprune.search.samplers.guide import HOLDS_WITHIN
+from llmprune.search.warm_starts import MARGIN
+from llmprune.search.workers.studies import studies_of_run
+
+
+def make_front(run: Run, storage: BaseStorage, prepared: Prepared, judges: Judges) -> dict[str, Any]:
+    """Re-measure the best trials and the baselines on validation tokens, choose among them, and measure what is quoted
+    of the chosen on text that nothing was chosen on; writes and returns `front.json`.
+
+    Raises RunDirectoryError if no trial has finished, BudgetError if none holds the recipe's budgets.
+    """
+    rules = run.recipe.front
+    finished = trials_of(storage, study_name(run, prepared))
+    whole = prepared.space.shape.architecture.hash
+    trials = [record for trial in finished if (record := trial.user_attrs["record"])["hash"] != whole]
+    tell_of_other_hardware(run, studies_of_run(storage, study_facts(run, prepared).run))
+    if not trials:
+        raise RunDirectoryError(f"{run.directory.path} has no finished trial; {_where_trials_are(run)}")
+    chosen = _chosen(run, trials)
+    hashes = [sorted(record["hash"] for record in records) for records in (trials, chosen)]
+    split_hashes = [prepared.tokens["validation"].hash, *prepared.quoted_hashes]
+    key = hash_of(study_name(run, prepared), hashes, split_hashes, rules.decisive())
+    if not run.directory.is_done("front", key, run.directory.front):
+        judges.libraries(rules.baselines)
+        contest = Contest(run, prepared, judges, finished)
+        entrants = [contest.entrant(name) for name in dict.fromkeys(rules.baselines)]
+        beside = choose_beside(entrants, rules.baselines_at, run.show)
+        measured = _measured(run, judges, chosen, beside)
+        run.directory.write_front(with_verdicts(measured, rules.usable_ppl_ratio))
+        run.directory.mark_done("front", key)
+    measured = read_front(run.directory)
+    # What counts as usable may change without anything being measured again.
+    judged = with_verdicts(measured, rules.usable_ppl_ratio)
+    if judged != measured:
+        run.directory.write_front(judged)
+    return judged
+
+
+def _chosen(run: Run, trials: Sequence[Record]) -> list[Record]:
+    """The trials that are worth another measurement."""
+    recipe, speed = run.recipe, run.speed
+    holding = holding_budgets(trials, [parse_budget(text) for text in recipe.search.budgets])
+    # Every target was searched for, and held within what timing can tell; something has to stand beside the baselines;
+    # and what only just holds in the search may miss when it is timed again, so stricter ones follow.
+    pick, speeds = parse_pick(recipe.export.pick), dict.fromkeys((*recipe.search.targets, recipe.front.baselines_at))
+    aims = [parse_pick(f"{speed}>={at * (1 - HOLDS_WITHIN):.17g}") for at in speeds]
+    wanted = [pick, *aims, pick.stricter(MARGIN), *(aim.stricter(MARGIN) for aim in aims)]
+    return candidates_for_front(holding, speed, recipe.front.size, wanted)
+
+
+def _where_trials_are(run: Run) -> str:
+    searched = run.directory.read_provenance().get("study", {}).get("storage", run.place)
+    if searched == run.place:
+        return "run llmprune search first"
+    if searched == run.directory.journal.name:
+        return "its search was made without --storage"
+    return f"its search was made with --storage {searched}"
+
+
+def _measured(
+    run: Run, judges: Judges, chosen: Sequence[Record], beside: Mapping[Entrant, Architecture]
+) -> dict[str, Any]:
+    candidates = [(record["name"], Architecture.from_json(record["architecture"])) for record in chosen]
+    judge = judges.judge("validation", run.recipe.front.repeats)
+    with run.show("re-measuring on validation tokens") as advance:
+        parent = judge.parent_record()
+        children: list[Record] = []
+        for name, architecture in candidates:
+            advance(len(children), len(candidates) + len(beside))
+            children.append(judge.judge(architecture, name))
+        baselines: list[tuple[Record, Entrant]] = []
+        for rival, architecture in beside.items():
+            advance(len(children) + len(baselines), len(candidates) + len(beside))
+            # A child whose logits are NaN is no baseline.
+            with suppress(ModelError):
+                baselines.append((rival.measure(architecture), rival))
+        advance(len(candidates) + len(beside), len(candidates) + len(beside))
+    chosen_children = non_dominated(filter(is_finite, children), run.speed)
+    with run.show("measuring what is quoted, on text that nothing was chosen on"):
+        quoting = judges.quoting()
+        return {
+            "parent": quote(parent, quoting),
+            "children": [quote(record, quoting) for record in chosen_children],
+            "baselines": [quote(record, rival.quoting) for record, rival in baselines],
+        }

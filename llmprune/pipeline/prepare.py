@@ -1,0 +1,245 @@
+"""The stages before a search, in order. Each makes a typed value, or reads what is there for the same inputs: that is
+the whole resume mechanism."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+
+from llmprune.blocks.library import BlockLibrary, build_library, load_library, stored_layers
+from llmprune.blocks.statistics import few_tokens_warning
+from llmprune.choices.architecture import BLOCK_KINDS
+from llmprune.choices.space import Space
+from llmprune.core.errors import RunDirectoryError
+from llmprune.core.files import exists, read_json, write_json
+from llmprune.core.recipe import Recipe
+from llmprune.data.store import load_token_splits, save_token_splits
+from llmprune.data.tokens import TokenSplits, build_token_splits
+from llmprune.formats.limits import check_parent, cut, merging_helps
+from llmprune.measure.speed.host import fingerprint
+from llmprune.measure.speed.llamacpp_engine import check_engine
+from llmprune.measure.speed.throughput import Workload, check_compiler
+from llmprune.models.licence import stated_licence
+from llmprune.models.loading import dtype_of
+from llmprune.models.parent import Parent, check_lengths, check_merging, load_parent
+from llmprune.pipeline.run import Run
+from llmprune.pipeline.run_directory import hash_of
+from llmprune.search.judging import QUOTED
+from llmprune.tables.allocate import Scores
+from llmprune.tables.block_tables import BlockTables, build_tables
+from llmprune.tables.reach import Reach, check_reach, described, measure_reach, reach_from_json, reach_to_json
+from llmprune.tables.shrinkage import Shrinkage
+
+PACKAGES = ("llmprune", "torch", "transformers", "accelerate", "datasets", "optuna", "numpy")
+
+
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """What a run stands on: the parent, what may be made of it, and what it is timed at."""
+
+    parent: Parent
+    parent_hash: str
+    space: Space
+    workload: Workload
+
+
+@dataclass(frozen=True, eq=False)
+class Stock(Ground):
+    """And what children are cut from and judged on."""
+
+    tokens: TokenSplits
+    library: BlockLibrary
+
+    @property
+    def quoted_hashes(self) -> list[str]:
+        """Of the tokens that quoted figures are of."""
+        return [self.tokens[name].hash for name in QUOTED if name in self.tokens.splits]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared(Stock):
+    """And what every choice loses and saves."""
+
+    tables: BlockTables
+    shrinkage: Shrinkage
+
+    @cached_property
+    def scores(self) -> Scores:
+        """What a knapsack minimises: the tables' nats, shrunk."""
+        return self.shrinkage.apply(self.tables.delta_nats, self.space.shape.architecture)
+
+
+def prepare(run: Run, ground: Ground | None = None) -> Prepared:
+    """All stages before the search."""
+    return score_choices(run, stock_up(run, ground))
+
+
+def stock_up(run: Run, ground: Ground | None = None) -> Stock:
+    """The stages before the tables: all that an export needs."""
+    ground = ground or lay_ground(run)
+    tokens = cut_text(run, ground)
+    return Stock(**vars(ground), tokens=tokens, library=solve_blocks(run, ground, tokens))
+
+
+def lay_ground(run: Run) -> Ground:
+    """Load the parent and cut the space to what can be served. What cannot be served is refused here."""
+    parent, parent_hash = _parent(run)
+    workload = Workload.from_recipe(
+        run.recipe.workload, dtype_of(parent.model), str(parent.device), run.recipe.deploy.gguf_type
+    )
+    return Ground(parent, parent_hash, _space(parent, run.recipe), workload)
+
+
+def _parent(run: Run) -> tuple[Parent, str]:
+    """The parent and its hash, noted in the run's provenance."""
+    recipe = run.recipe
+    with run.show("loading the parent"):
+        known = run.directory.read_provenance().get("parent", {})
+        # What auto meant when the run began, it means to its end, on whatever device it goes on.
+        settled = known.get("dtype", "auto") if recipe.model.dtype == "auto" else recipe.model.dtype
+        parent = load_parent(recipe.model.model_copy(update={"dtype": settled}))
+        parent_hash = parent.hash
+    _check_parent(parent, recipe)
+    if run.joined:
+        return parent, parent_hash
+    if known.get("hash", parent_hash) != parent_hash:
+        raise RunDirectoryError(
+            f"{recipe.model.path} is not the model this run was made with (its weights have changed); use another --out"
+        )
+    if "licence" not in known:
+        # Once a run: the header of a GGUF file takes seconds.
+        licence = stated_licence(recipe.model.path)
+        known["licence"] = licence and licence.to_json()
+    run.directory.note(
+        parent={
+            "model": parent.source,
+            "revision": recipe.model.revision,
+            "hash": parent_hash,
+            "dtype": dtype_of(parent.model),
+            "on_hub": not exists(recipe.model.path),
+            "licence": known["licence"],
+        },
+        versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        host=fingerprint(),
+    )
+    return parent, parent_hash
+
+
+def _check_parent(parent: Parent, recipe: Recipe) -> None:
+    check_lengths(parent, recipe)
+    check_parent(parent, recipe.deploy, recipe.space.size)
+    if recipe.workload.compile:
+        check_compiler(parent.device)
+    if recipe.workload.engine == "llamacpp":
+        check_engine(parent, recipe.deploy.gguf_type)
+
+
+def _space(parent: Parent, recipe: Recipe) -> Space:
+    rules = recipe.space
+    if rules.merge_kv:
+        check_merging(parent)
+    whole = Space.of(
+        parent.shape,
+        rules.kv_groups_step,
+        rules.ffn_step,
+        drop=rules.drop,
+        size=rules.size,
+        merge_kv=rules.merge_kv or merging_helps(parent, recipe.deploy, rules.size),
+    )
+    return cut(whole, parent, recipe.deploy, recipe.workload.engine)
+
+
+def time_reach(run: Run, ground: Ground) -> Reach:
+    """What the space can reach at all, which takes seconds to know: no library is needed."""
+    file, space = run.directory.reach, ground.space
+    ladders = [[choice.to_json() for choice in space.ladder(kind)] for kind in BLOCK_KINDS]
+    key = hash_of(ground.parent_hash, space.size, ladders, ground.workload.to_json(), fingerprint())
+    if not run.directory.is_done("reach", key, file):
+        with run.show("timing what the space can reach"):
+            write_json(file, reach_to_json(measure_reach(ground.parent, space, ground.workload)))
+        run.directory.mark_done("reach", key)
+    try:
+        return reach_from_json(read_json(file))
+    except (KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{file} is damaged ({type(error).__name__}: {error}); delete it") from error
+
+
+def tell_reach(run: Run, ground: Ground) -> None:
+    """Say what the space can reach. Raises RecipeError on a target that is beyond it."""
+    reach = time_reach(run, ground)
+    warnings = check_reach(reach, run.recipe)
+    for line in (described(reach), *warnings):
+        run.say(line)
+
+
+def cut_text(run: Run, ground: Ground) -> TokenSplits:
+    """The recipe's text as token splits."""
+    path, tokenizer = run.directory.tokens, ground.parent.tokenizer
+    if run.joined:
+        if not path.is_file():
+            raise RunDirectoryError(f"a worker needs {path}; copy it from the run directory of llmprune search")
+        return load_token_splits(path)
+    assert tokenizer is not None, "a parent that was loaded has a tokenizer"
+    key = hash_of(run.recipe.data.identity(), ground.parent_hash)
+    if not run.directory.is_done("tokens", key, path):
+        with run.show("cutting text into token splits"):
+            splits = build_token_splits(run.recipe.data, tokenizer)
+            save_token_splits(splits, path)
+        run.directory.note(data=dict(splits.provenance))
+        run.directory.mark_done("tokens", key)
+    return load_token_splits(path)
+
+
+def library_inputs(ground: Ground, tokens: TokenSplits) -> str:
+    """Hash of what the run's libraries are made from, beside recipe and space."""
+    return hash_of(ground.parent_hash, tokens["calibration"].hash)
+
+
+def solve_blocks(run: Run, ground: Ground, tokens: TokenSplits) -> BlockLibrary:
+    """Order and refit every block for every choice."""
+    split, rules, where = tokens["calibration"], run.recipe.importance, run.directory.library
+    input_hash = library_inputs(ground, tokens)
+    if run.joined:
+        return load_library(where, rules, ground.space, input_hash=input_hash)
+    built = stored_layers(where, rules, ground.space, input_hash=input_hash)
+    few = few_tokens_warning(ground.parent.shape, split.tokens)
+    if few and rules.refit and built < ground.parent.shape.layers:
+        run.say(few)
+    with run.show("ordering and refitting blocks") as advance:
+        return build_library(
+            ground.parent,
+            split,
+            rules,
+            ground.space,
+            where,
+            input_hash=input_hash,
+            memory_bytes=rules.memory_bytes,
+            progress=advance,
+        )
+
+
+def score_choices(run: Run, stock: Stock) -> Prepared:
+    """What every choice loses and saves, in the tables."""
+    tables = _tables(run, stock)
+    return Prepared(
+        **vars(stock), tables=tables, shrinkage=Shrinkage.of(tables.delta_nats, run.recipe.tables.shrinkage)
+    )
+
+
+def _tables(run: Run, stock: Stock) -> BlockTables:
+    path, rules = run.directory.tables, run.recipe.tables
+    if run.joined:
+        # Whose tables a worker proposes from is the search's affair, also on another of several like GPUs.
+        if not path.is_file():
+            raise RunDirectoryError(f"a worker needs {path}; copy it from the run directory of llmprune search")
+        return BlockTables.from_json(stock.space, read_json(path))
+    estimated, repeats = stock.tokens["estimate"], run.recipe.workload.repeats
+    made_of = [stock.library.hash, estimated.hash, stock.workload.to_json(), fingerprint()]
+    key = hash_of(*made_of, rules.tokens, rules.exact, rules.caution)
+    if not run.directory.is_done("tables", key, path):
+        tables = build_tables(stock.parent, estimated, stock.library, stock.workload, repeats, rules, show=run.show)
+        write_json(path, tables.to_json())
+        run.directory.mark_done("tables", key)
+    return BlockTables.from_json(stock.space, read_json(path))
