@@ -74,7 +74,7 @@ def compare_methods(contest: Contest, rules: BaselinesRecipe) -> dict[str, Any]:
     and then measured on the splits that are quoted."""
     run, prepared, judges = contest.run, contest.prepared, contest.judges
     book = Book.open(run.directory.baselines, run.directory.baseline_scores)
-    same = [prepared.tables.to_json(), study_name(run, prepared), prepared.tokens["validation"].hash]
+    same: list[Any] = [prepared.tables.to_json(), study_name(run, prepared), prepared.tokens["validation"].hash]
     same += [run.recipe.front.repeats, *prepared.quoted_hashes]
     parent = book.parent(hash_of(*same))
     if parent is None:
