@@ -84,7 +84,8 @@ def test_what_auto_came_to_holds_to_the_end_of_a_run(tmp_path: Path) -> None:
     # As if the run had begun on a GPU, and went on here.
     begun = Run.start(tmp_path / "begun", recipe)
     begun.directory.note(parent={"dtype": "bfloat16", "licence": None})
-    assert dtype_of(begun.parent.model) == begun.workload.dtype == "bfloat16"
+    ground = lay_ground(begun)
+    assert dtype_of(ground.parent.model) == ground.workload.dtype == "bfloat16"
     assert begun.directory.read_provenance()["parent"]["dtype"] == "bfloat16"
 
 

@@ -15,10 +15,10 @@ from tiny import paired_by_bytes
 from llmprune.choices.architecture import Architecture
 from llmprune.core.recipe import Recipe, SamplerName
 from llmprune.pipeline.commands import front, search
-from llmprune.pipeline.prepare import lay_ground, stock_up
+from llmprune.pipeline.prepare import lay_ground, prepare, stock_up
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
-from llmprune.pipeline.searching import study_name
+from llmprune.pipeline.searching import estimates_for, study_name, walk_path
 from llmprune.search import guidance, judging
 from llmprune.search.judging import RECORD_KEYS, Judge
 from llmprune.search.reward import values_of
@@ -131,5 +131,11 @@ def test_a_path_is_walked_again_only_for_other_targets_or_if_it_is_gone(
     if change is None:
         RunDirectory(copied).seeds.unlink()
     recipe = changed(finished_run.recipe, change) if change else finished_run.recipe
-    first, second = Run.start(copied, recipe).path, Run.start(copied, recipe).path
+
+    def seeds() -> Any:
+        run = Run.start(copied, recipe)
+        prepared = prepare(run)
+        return walk_path(run, prepared, estimates_for(run, prepared))
+
+    first, second = seeds(), seeds()
     assert first == second and len(walked) == int(again)

@@ -15,7 +15,7 @@ from llmprune.pipeline.comparison import compare_methods, contest_of
 from llmprune.pipeline.exports import export_pick, exported_hash, write_children
 from llmprune.pipeline.fronts import make_front
 from llmprune.pipeline.judges import Judges
-from llmprune.pipeline.prepare import lay_ground, prepare, score_choices, stock_up, tell_reach
+from llmprune.pipeline.prepare import lay_ground, prepare, stock_up, tell_reach
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import read_front
 from llmprune.pipeline.searching import go_on_with_study, join_stock, run_trials, start_study, tell_of_other_hardware
@@ -42,7 +42,7 @@ def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = 
         prepared = prepare(run, ground)
         judges = Judges(run, prepared)
         study = start_study(run, storage, prepared, judges)
-        outcome = run_trials(run, study, prepared, judges, report)
+        outcome = run_trials(run, study, judges, report)
         for line in told(outcome.failed_because):
             run.say(line)
         measured = make_front(run, storage, prepared, judges)
@@ -72,7 +72,7 @@ def search(run: Run, report: Report | None = None) -> SearchOutcome:
         prepared = prepare(run, ground)
         judges = Judges(run, prepared)
         study = start_study(run, storage, prepared, judges)
-        return run_trials(run, study, prepared, judges, report)
+        return run_trials(run, study, judges, report)
 
 
 def worker(run: Run, report: Report | None = None) -> SearchOutcome:
@@ -93,10 +93,10 @@ def worker(run: Run, report: Report | None = None) -> SearchOutcome:
             raise missing
         tell_of_other_hardware(run, found)
         joined = on_this_hardware(found, fingerprint(), place)
-        prepared = score_choices(run, join_stock(run, joined))
-        judges = Judges(run, prepared)
-        study = go_on_with_study(run, storage, joined.name, prepared, judges)
-        return run_trials(run, study, prepared, judges, report)
+        stock = join_stock(run, joined)
+        judges = Judges(run, stock)
+        study = go_on_with_study(run, storage, joined.name, stock, judges)
+        return run_trials(run, study, judges, report)
 
 
 def front(run: Run) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from llmprune.data.tokens import TokenSplits
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.throughput import Workload
 from llmprune.pipeline.judges import Judges
-from llmprune.pipeline.prepare import Ground, Prepared, Stock, cut_text, lay_ground, solve_blocks
+from llmprune.pipeline.prepare import Ground, Prepared, Stock, cut_text, lay_ground, score_choices, solve_blocks
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of
 from llmprune.search.guidance import Estimates, Seed, seeds_from_json, seeds_to_json, walked_seeds, winner
@@ -100,15 +100,16 @@ def start_study(run: Run, storage: BaseStorage, prepared: Prepared, judges: Judg
     return study
 
 
-def go_on_with_study(run: Run, storage: BaseStorage, name: str, prepared: Prepared, judges: Judges) -> optuna.Study:
-    """The study that another process started, for a worker."""
-    guide = guide_for(run, prepared, judges, estimates_for(run, prepared))
+def go_on_with_study(run: Run, storage: BaseStorage, name: str, stock: Stock, judges: Judges) -> optuna.Study:
+    """The study that another process started, for a worker; only guided samplers need the tables."""
+    guide = None
+    if run.recipe.search.sampler in GUIDED:
+        prepared = score_choices(run, stock)
+        guide = guide_for(run, prepared, judges, estimates_for(run, prepared))
     return join_study(storage, name, run.recipe.search, guide)
 
 
-def run_trials(
-    run: Run, study: optuna.Study, prepared: Prepared, judges: Judges, report: Report | None
-) -> SearchOutcome:
+def run_trials(run: Run, study: optuna.Study, judges: Judges, report: Report | None) -> SearchOutcome:
     """Judge architectures until the study's trials or the recipe's minutes are used up."""
     rules = run.recipe.search
     judge = judges.judge("search", run.recipe.workload.repeats)
@@ -120,7 +121,7 @@ def run_trials(
                 report(finished, record)
 
         advance(0, rules.trials)
-        return work(study, judge, rules, prepared.space, on_trial)
+        return work(study, judge, rules, judges.stock.space, on_trial)
 
 
 def tell_of_other_hardware(run: Run, found: Sequence[Candidate]) -> None:
