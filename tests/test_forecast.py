@@ -36,6 +36,7 @@ from llmprune.forecast.plan import Done, Plan, StageCost
 from llmprune.forecast.rates import Rates
 from llmprune.forecast.work import solving_bytes
 from llmprune.measure.quality.prefix import PrefixScorer
+from llmprune.measure.record import Front
 from llmprune.measure.speed.throughput import Speed, Spread, Workload, measure_paired
 from llmprune.models.parent import load_parent
 from llmprune.pipeline.run_directory import RunDirectory
@@ -173,8 +174,8 @@ def counted_run(tmp_path_factory: pytest.TempPathFactory) -> Counted:
         export(run, parse_pick(recipe.export.pick), run.directory.export)
         size = sum(parameter.numel() for parameter in run.parent.model.parameters()) * 4
         plan = Plan(recipe, run.space, run.workload, 259, size, 4)
-    assert isinstance(made, dict)
-    return Counted(recipe, path, plan, tokens, layers, len(made["children"]), len(made["baselines"]))
+    assert isinstance(made, Front)
+    return Counted(recipe, path, plan, tokens, layers, len(made.children), len(made.baselines))
 
 
 def by_name(stages: Sequence[StageCost]) -> dict[str, StageCost]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from llmprune.baselines.ledger import effort_of
 from llmprune.baselines.methods import ALL_TABLES, METHODS
 from llmprune.core.errors import RunDirectoryError
 from llmprune.core.recipe import BaselineName, BaselinesRecipe
+from llmprune.measure.record import Record
 from llmprune.pipeline.run_directory import hash_of, read_front
 from llmprune.pipeline.workspace import Run
 from llmprune.search.judging import quote
@@ -27,7 +29,19 @@ from llmprune.search.workers.storage import opened_storage
 from llmprune.tables.walk import estimates_of
 
 
-def baselines(run: Run, rules: BaselinesRecipe) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Compared:
+    """The entries of every method, with the parent they lose to and the figure that is the same for all: a speed-up."""
+
+    parent: Record
+    speed: str
+    results: Sequence[Entry]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"parent": self.parent.to_json(), "speed": self.speed, "results": list(self.results)}
+
+
+def baselines(run: Run, rules: BaselinesRecipe) -> Compared:
     """What each method loses at the same measured speed-ups, on the tokens and at the workload of the front, beside
     the children of the front if there is one; kept in `baselines.json`. Children are settled on by validation tokens,
     and then measured on the splits that are quoted.
@@ -53,7 +67,7 @@ def baselines(run: Run, rules: BaselinesRecipe) -> dict[str, Any]:
     # All at once, so that what several methods need of the calibration tokens comes from one pass.
     run.baseline_libraries(name for name, key in keys.items() if book.missing(name, targets, key))
     found = compare(book, partial(entrant, run), keys, targets, parent, run.speed, run.show)
-    return {"parent": parent, "speed": run.speed, "results": [*_of_front(run, targets, book), *found]}
+    return Compared(parent, run.speed, [*_of_front(run, targets, book), *found])
 
 
 def _of_front(run: Run, targets: Sequence[float], book: Book) -> list[Entry]:

@@ -22,6 +22,7 @@ from llmprune.forecast.forecast import Until, forecast
 from llmprune.forecast.plan import Done, Plan
 from llmprune.forecast.rates import measure_rates, process_seconds
 from llmprune.formats.gguf import tensor_bytes
+from llmprune.measure.record import Front
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.profile import time_shares
 from llmprune.measure.speed.throughput import Workload
@@ -102,7 +103,7 @@ def forecast_run(
     directory.check_recipe(recipe)
     if until == "export":
         to = Path(recipe.export.to) if recipe.export.to else directory.export
-        check_destination(to, force=stages.exported_hash(to) is not None)
+        check_destination(to, force=stages.exported_id(to) is not None)
     if storage is not None:
         # As a search does: a storage that cannot be used is found out first.
         with opened_storage(storage, directory.journal):
@@ -162,7 +163,7 @@ class _Looked(RunDirectory):
     def note(self, **facts: Any) -> None:
         pass
 
-    def write_front(self, front: dict[str, Any]) -> None:
+    def write_front(self, front: Front) -> None:
         pass
 
 
@@ -222,11 +223,11 @@ def _baseline_layers(run: Run, input_hash: str) -> dict[str, int]:
     }
 
 
-def _checkpoints_left(run: Run, front: dict[str, Any]) -> int:
+def _checkpoints_left(run: Run, front: Front) -> int:
     left = 0
     if run.recipe.front.checkpoints == "all":
-        usable = (record for record in front["children"] if record["usable"])
-        left += sum(not (run.directory.children / record["hash"]).exists() for record in usable)
+        usable = (record for record in front.children if record.usable)
+        left += sum(not (run.directory.children / record.id).exists() for record in usable)
     to = Path(run.recipe.export.to) if run.recipe.export.to else run.directory.export
-    picked = pick_record(front["children"], parse_pick(run.recipe.export.pick))
-    return left + int(picked["usable"] and stages.exported_hash(to) != picked["hash"])
+    picked = pick_record(front.children, parse_pick(run.recipe.export.pick))
+    return left + int(bool(picked.usable) and stages.exported_id(to) != picked.id)

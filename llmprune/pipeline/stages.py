@@ -13,10 +13,12 @@ from optuna.storages import BaseStorage
 
 from llmprune.baselines.contest import Entrant, choose_beside
 from llmprune.baselines.methods import METHODS
+from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
 from llmprune.core.budgets import Pick, parse_budget, parse_pick, pick_record
 from llmprune.core.errors import ExportError, ModelError, RunDirectoryError, StorageError
 from llmprune.core.files import exists, read_json
+from llmprune.measure.record import Front, Record, child_id, newer_schema
 from llmprune.measure.speed.host import fingerprint
 from llmprune.models.checkpoint import METADATA_FILE, check_destination, write_checkpoint
 from llmprune.models.loading import dtype_of
@@ -33,17 +35,19 @@ from llmprune.search.front import (
     unusable,
     with_verdicts,
 )
-from llmprune.search.judging import Record, is_finite, quote
+from llmprune.search.judging import quote
 from llmprune.search.samplers.guide import HOLDS_WITHIN
 from llmprune.search.samplers.make import GUIDED
 from llmprune.search.study import (
     Report,
     SearchOutcome,
+    finished_trials,
     join_study,
     open_study,
     prepare_study,
     work,
 )
+from llmprune.search.trial_records import check_records, record_of
 from llmprune.search.warm_starts import MARGIN, warm_starts
 from llmprune.search.workers.storage import masked, opened_storage
 from llmprune.search.workers.studies import Candidate, check_inputs, elsewhere, on_this_hardware, studies_of_run
@@ -111,6 +115,7 @@ def worker(run: Run, report: Report | None = None) -> SearchOutcome:
 
 def _work(run: Run, study: optuna.Study, report: Report | None) -> SearchOutcome:
     rules = run.recipe.search
+    check_records(finished_trials(study), f"{_place(run)} of {run.directory.path}")
     judge = run.judge("search", run.recipe.workload.repeats)
     with run.show("searching") as advance:
 
@@ -133,7 +138,7 @@ def _tell_of_other_hardware(run: Run, found: Sequence[Candidate]) -> None:
         run.say(f"{_place(run)} also holds {others} trials of this run from other hardware; they are not compared")
 
 
-def front(run: Run) -> dict[str, Any]:
+def front(run: Run) -> Front:
     """Re-measure the best trials and the baselines on validation tokens, choose among them, and measure what is quoted
     of the chosen on text that nothing was chosen on; writes and returns `front.json`.
 
@@ -142,8 +147,9 @@ def front(run: Run) -> dict[str, Any]:
     rules, pick = run.recipe.front, parse_pick(run.recipe.export.pick)
     with opened_storage(run.storage, run.directory.journal) as storage:
         facts = run.study_facts()
-        found = [trial.user_attrs["record"] for trial in trials_of(storage, facts.name)]
-        trials = [record for record in found if record["hash"] != run.parent.shape.architecture.hash]
+        place = f"{_place(run)} of {run.directory.path}"
+        found = [record_of(trial, place) for trial in trials_of(storage, facts.name)]
+        trials = [record for record in found if record.architecture != run.parent.shape.architecture]
         _tell_of_other_hardware(run, studies_of_run(storage, facts.run))
     if not trials:
         raise RunDirectoryError(f"{run.directory.path} has no finished trial; {_where_trials_are(run)}")
@@ -154,9 +160,9 @@ def front(run: Run) -> dict[str, Any]:
     aims = [parse_pick(f"{run.speed}>={speed * (1 - HOLDS_WITHIN):.17g}") for speed in speeds]
     wanted = [pick, *aims, pick.stricter(MARGIN), *(aim.stricter(MARGIN) for aim in aims)]
     chosen = candidates_for_front(holding, run.speed, rules.size, wanted)
-    hashes = [sorted(record["hash"] for record in records) for records in (trials, chosen)]
+    ids = [sorted(record.id for record in records) for records in (trials, chosen)]
     split_hashes = [run.tokens["validation"].hash, *run.quoted_hashes]
-    key = hash_of(run.study_name, hashes, split_hashes, rules.decisive())
+    key = hash_of(run.study_name, ids, split_hashes, rules.decisive())
     if not run.directory.is_done("front", key, run.directory.front):
         run.baseline_libraries(rules.baselines)
         entrants = [entrant(run, name) for name in dict.fromkeys(rules.baselines)]
@@ -181,30 +187,29 @@ def _where_trials_are(run: Run) -> str:
     return f"its search was made with --storage {searched}"
 
 
-def _measure_front(run: Run, chosen: Sequence[Record], beside: Mapping[Entrant, Architecture]) -> dict[str, Any]:
-    candidates = [(record["name"], Architecture.from_json(record["architecture"])) for record in chosen]
+def _measure_front(run: Run, chosen: Sequence[Record], beside: Mapping[Entrant, Architecture]) -> Front:
     judge = run.judge("validation", run.recipe.front.repeats)
     with run.show("re-measuring on validation tokens") as advance:
         parent = judge.parent_record()
         children: list[Record] = []
-        for name, architecture in candidates:
-            advance(len(children), len(candidates) + len(beside))
-            children.append(judge.judge(architecture, name))
+        for record in chosen:
+            advance(len(children), len(chosen) + len(beside))
+            children.append(judge.judge(record.architecture, record.name))
         baselines: list[tuple[Record, Entrant]] = []
         for rival, architecture in beside.items():
-            advance(len(children) + len(baselines), len(candidates) + len(beside))
+            advance(len(children) + len(baselines), len(chosen) + len(beside))
             # A child whose logits are NaN is no baseline.
             with suppress(ModelError):
                 baselines.append((rival.measure(architecture), rival))
-        advance(len(candidates) + len(beside), len(candidates) + len(beside))
-    chosen_children = non_dominated(filter(is_finite, children), run.speed)
+        advance(len(chosen) + len(beside), len(chosen) + len(beside))
+    chosen_children = non_dominated((record for record in children if record.is_finite), run.speed)
     with run.show("measuring what is quoted, on text that nothing was chosen on"):
         quoting = run.quoting()
-        return {
-            "parent": quote(parent, quoting),
-            "children": [quote(record, quoting) for record in chosen_children],
-            "baselines": [quote(record, rival.quoting) for record, rival in baselines],
-        }
+        return Front(
+            parent=quote(parent, quoting),
+            children=tuple(quote(record, quoting) for record in chosen_children),
+            baselines=tuple(quote(record, rival.quoting) for record, rival in baselines),
+        )
 
 
 def export(run: Run, pick: Pick, to: Path, *, force: bool = False) -> dict[str, Any]:
@@ -215,22 +220,22 @@ def export(run: Run, pick: Pick, to: Path, *, force: bool = False) -> dict[str, 
     """
     check_destination(to, force=force)
     measured = read_front(run.directory)
-    record = pick_record([*measured["children"], *measured["baselines"]] if pick.hash else measured["children"], pick)
-    if not record.get("exportable", True):
+    record = pick_record([*measured.children, *measured.baselines] if pick.child else measured.children, pick)
+    if record.exportable is False:
         raise ExportError(
-            f"{record['hash']} is a {record['name']} child, whose biases no {run.parent.model.config.model_type} "
+            f"{record.id} is a {record.name} child, whose biases no {run.parent.model.config.model_type} "
             "checkpoint holds; it is there to compare, pick another"
         )
-    if not record["usable"] and not force:
+    if not record.usable and not force:
         raise ExportError(unusable(record, run.recipe.front.usable_ppl_ratio))
-    with run.show(f"exporting {record['hash']} and proving it"):
-        return _write(run, dict(record), to, force=force, formats=True)
+    with run.show(f"exporting {record.id} and proving it"):
+        return _write(run, record, to, force=force, formats=True)
 
 
 def write_children(run: Run) -> list[Path]:
-    """Write every usable child of the front to the run's `children/HASH`, unless it is there already."""
-    children = [record for record in read_front(run.directory)["children"] if record["usable"]]
-    paths = [run.directory.children / record["hash"] for record in children]
+    """Write every usable child of the front to the run's `children/ID`, unless it is there already."""
+    children = [record for record in read_front(run.directory).children if record.usable]
+    paths = [run.directory.children / record.id for record in children]
     with run.show("writing and proving the front's checkpoints") as advance:
         for done, (path, record) in enumerate(zip(paths, children, strict=True), start=1):
             if not path.exists():
@@ -240,10 +245,7 @@ def write_children(run: Run) -> list[Path]:
 
 
 def _write(run: Run, record: Record, to: Path, *, force: bool, formats: bool = False) -> dict[str, Any]:
-    architecture = Architecture.from_json(record["architecture"])
-    own = [name for name, method in METHODS.items() if name == record["name"] and method.importance]
-    library = run.baseline_libraries(own)[own[0]] if own else run.library
-    child = prune(run.parent, architecture, library)
+    child = prune(run.parent, record.architecture, _library_of(run, record))
     provenance = {key: value for key, value in run.directory.read_provenance().items() if key not in _LOCAL}
     recipe = run.recipe.model_dump(mode="json")
     # A checkpoint travels: it names files, not the places they had on this machine.
@@ -253,22 +255,43 @@ def _write(run: Run, record: Record, to: Path, *, force: bool, formats: bool = F
         recipe["model"]["tokenizer"] = Path(tokenizer).name
     for source in (*recipe["data"]["sources"], *recipe["data"]["unseen"]):
         source["path"] = source["path"] and Path(source["path"]).name
-    parent = {"shape": asdict(run.parent.shape), "figures": read_front(run.directory)["parent"]}
-    metadata = {"figures": record, "parent": parent, "provenance": provenance, "recipe": recipe}
+    parent = {"shape": asdict(run.parent.shape), "figures": read_front(run.directory).parent.to_json()}
+    metadata = {
+        "id": record.id,
+        "figures": record.stored(),
+        "parent": parent,
+        "provenance": provenance,
+        "recipe": recipe,
+    }
     written: list[dict[str, Any]] = []
 
     def further(staging: Path) -> None:
         if formats:
             written.extend(write_formats(child, run.parent.tokenizer, run.recipe.deploy, staging))
 
-    proof = write_checkpoint(child, run.parent.tokenizer, architecture, metadata, to, force=force, further=further)
+    proof = write_checkpoint(
+        child, run.parent.tokenizer, record.architecture, metadata, to, force=force, further=further
+    )
     return {
         "directory": str(to),
-        "hash": record["hash"],
+        "id": record.id,
+        "hash": record.hash,
         "proof": asdict(proof),
         "formats": written,
-        "figures": record,
+        "figures": record.to_json(),
     }
+
+
+def _library_of(run: Run, record: Record) -> BlockLibrary:
+    """The library that a measured child was cut from. Raises ExportError if it is not as it was."""
+    own = [name for name, m in METHODS.items() if m.importance and m.importance.method == record.library]
+    library = run.baseline_libraries(own)[own[0]] if own else run.library
+    if child_id(record.hash, library.hash, record.done) != record.id:
+        raise ExportError(
+            f"{record.id} was measured with another block library than the run has now; delete {run.directory.front} "
+            "and run llmprune front again"
+        )
+    return library
 
 
 def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = False) -> dict[str, Any]:
@@ -277,7 +300,7 @@ def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = 
     A checkpoint that is at `to` already and is the picked child is left as it is. An unusable one is not exported:
     then `exported` is None, and `not_exported` says why.
     """
-    written = exported_hash(to)
+    written = exported_id(to)
     replaces_own = written is not None and to == run.directory.export
     # Found out now rather than after the search; whether a checkpoint that is there is the pick, only then.
     check_destination(to, force=force or written is not None)
@@ -287,17 +310,27 @@ def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = 
     if run.recipe.front.checkpoints == "all":
         write_children(run)
     pick = parse_pick(run.recipe.export.pick)
-    picked = pick_record(measured["children"], pick)
-    if not picked["usable"]:
+    picked = pick_record(measured.children, pick)
+    if not picked.usable:
         why = unusable(picked, run.recipe.front.usable_ppl_ratio)
-        return {**measured, "exported": None, "not_exported": why}
-    exported = {"directory": str(to), "hash": written}
-    if written != picked["hash"]:
-        exported = export(run, pick, to, force=force or replaces_own)
-    return {**measured, "exported": exported}
+        return {**measured.stored(), "exported": None, "not_exported": why}
+    exported = {"directory": str(to), "id": picked.id, "hash": picked.hash}
+    if written != picked.id:
+        exported = export(run, parse_pick(picked.id), to, force=force or replaces_own)
+    return {**measured.stored(), "exported": exported}
 
 
-def exported_hash(directory: Path) -> str | None:
-    """Hash of the child in a checkpoint directory of ours, if it is one."""
-    metadata = directory / METADATA_FILE
-    return str(read_json(metadata).get("hash")) if metadata.is_file() else None
+def exported_id(directory: Path) -> str | None:
+    """Id of the child in a checkpoint directory of ours, "" if it is older than ids; None if it is no such directory.
+
+    Raises RunDirectoryError if a newer llmprune wrote it.
+    """
+    file = directory / METADATA_FILE
+    if not file.is_file():
+        return None
+    metadata = read_json(file)
+    if not isinstance(metadata, dict):
+        raise RunDirectoryError(f"{file} is not an object; take {directory} away, and export again")
+    if problem := newer_schema(metadata.get("figures")):
+        raise RunDirectoryError(f"{file} {problem}")
+    return str(metadata.get("id", ""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from llmprune.measure.quality.perplexity import batch_windows
 from llmprune.measure.quality.prefix import STATES_BYTES, PrefixScorer
 from llmprune.measure.quality.racing import race_batch
 from llmprune.measure.quality.score_store import ScoreStore, StoredScorer
+from llmprune.measure.record import QUOTED
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.llamacpp_engine import check_engine
 from llmprune.measure.speed.throughput import Workload, check_compiler
@@ -35,7 +36,7 @@ from llmprune.models.loading import dtype_of
 from llmprune.models.parent import Parent, check_lengths, check_merging, load_parent
 from llmprune.pipeline.run_directory import RunDirectory, hash_of
 from llmprune.search.guidance import Estimates, Seed, seeds_from_json, seeds_to_json, walked_seeds, winner
-from llmprune.search.judging import QUOTED, Judge
+from llmprune.search.judging import Judge
 from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.make import GUIDED
 from llmprune.search.warm_starts import MARGIN
@@ -390,8 +391,8 @@ class Run:
             split = split.head(split.first_windows(min(1.0, tokens / split.tokens)))
         library, finish = self.library, None
         if baseline is not None:
-            library, complete = self.baseline_libraries([baseline])[baseline], METHODS[baseline].finish
-            finish = partial(complete, self.parent, library) if complete else None
+            library, finishing = self.baseline_libraries([baseline])[baseline], METHODS[baseline].finish
+            finish = finishing(self.parent, library) if finishing else None
         scorer = self.scorer(split, library)
         return Judge(self.parent, library, split, self.workload, repeats, scorer, finish)
 
