@@ -43,7 +43,7 @@ from llmprune.measure.speed.throughput import Speed, measure_paired
 from llmprune.measure.speed.turns import timing
 from llmprune.models.surgery import prune
 from llmprune.pipeline.comparison import Contest, contest_of
-from llmprune.pipeline.exports import exported_hash
+from llmprune.pipeline.exports import exported_id
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import prepare
 from llmprune.pipeline.run import Run
@@ -259,16 +259,15 @@ def _cell(row: Mapping[str, Any], rival: Mapping[str, Any]) -> str:
 
 def child_of(run: Run, pick: str | None) -> Architecture:
     """The child that is compared: the run's export, or what is picked of its front."""
-    wanted = pick or exported_hash(run.directory.export) or run.recipe.export.pick
-    record = pick_record(read_front(run.directory)["children"], parse_pick(wanted))
-    return Architecture.from_json(record["architecture"])
+    wanted = pick or exported_id(run.directory.export) or run.recipe.export.pick
+    return pick_record(read_front(run.directory).children, parse_pick(wanted)).architecture
 
 
 def main() -> None:
     comparable = [name for name in get_args(BaselineName) if METHODS[name].finish is None]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run directory with a front")
-    parser.add_argument("--pick", help="another child of the front than the export: budgets or a hash")
+    parser.add_argument("--pick", help="another child of the front than the export: budgets or an id")
     parser.add_argument("--method", nargs="+", choices=comparable, default=["uniform", "shortgpt"])
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--seq-len", type=int, default=1024, help="tokens a window of the further texts")

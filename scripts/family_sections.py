@@ -212,12 +212,12 @@ def contest(run: Run, sizes: Sizes) -> dict[str, Any]:
     outcome = search(run)
     measured = front(run)
     rules = BaselinesRecipe(methods=("uniform", "random"), at=sizes.targets)
-    entries = baselines(run, rules)["results"]
+    entries = baselines(run, rules).results
     rows = [{key: entry[key] for key in ("method", "at", "nats_lost", "interpolated", "why")} for entry in entries]
     return {
         "trials": outcome.finished_trials,
-        "tokens": measured["parent"]["measured_on"]["tokens"],
-        "parent_nats_per_token": measured["parent"]["nats_per_token"],
+        "tokens": measured.parent.measured_on.tokens,
+        "parent_nats_per_token": measured.parent.nats_per_token,
         "results": rows,
         "never_worse": never_worse(rows),
     }

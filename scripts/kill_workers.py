@@ -41,6 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from tiny import paired_by_bytes, tiny_recipe  # noqa: E402
 
 from llmprune.core.recipe import Recipe  # noqa: E402
+from llmprune.measure.record import Record  # noqa: E402
 from llmprune.models.parent import load_parent  # noqa: E402
 from llmprune.pipeline import commands  # noqa: E402
 from llmprune.pipeline.judges import Judges  # noqa: E402
@@ -141,7 +142,7 @@ def _worker(path: Path, url: str | None, log: Path, arguments: argparse.Namespac
     def body() -> None:
         real = judging.Judge.judge
 
-        def judge(self: judging.Judge, architecture: Any, name: str) -> judging.Record:
+        def judge(self: judging.Judge, architecture: Any, name: str) -> Record:
             _append(log, BEGUN, architecture.hash, os.getpid())
             time.sleep(arguments.judge_seconds)
             return real(self, architecture, name)

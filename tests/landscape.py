@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler
+from tiny import record_of
 
 from llmprune.choices.architecture import BLOCK_KINDS, Architecture, ParentShape
 from llmprune.choices.space import Space
@@ -112,9 +113,7 @@ class Landscape:
         return 1.0 / (1.0 - self.measured * saving)
 
     def record(self, architecture: Architecture) -> dict[str, Any]:
-        nats = self.nats(architecture)
-        speedup = {"median": self.speedup(architecture)}
-        return {"nats_per_token": nats, "architecture": architecture.to_json(), "decode_speedup": speedup}
+        return record_of(architecture, self.nats(architecture), self.speedup(architecture)).stored()
 
     def study(self, *, seeds: bool = True, storage: optuna.storages.BaseStorage | None = None) -> optuna.Study:
         """A new study with the parent and the allocations of the tables queued."""

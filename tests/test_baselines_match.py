@@ -5,35 +5,38 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from baselines_tiny import FLAP, given_of, judge_of, library_of, paired_by_size, random_parent, space_of
+from contract import QUOTED_KEYS, RECORD_KEYS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import record_of
 
 from llmprune.baselines.book import Book
 from llmprune.baselines.contest import Entrant, choose_beside, compare, compete, front_entries
+from llmprune.baselines.flap import BIAS
 from llmprune.baselines.given import Aim, Nats, along
 from llmprune.baselines.ledger import Ledger
 from llmprune.baselines.match import AT, CLOSE, close_in, settle
 from llmprune.baselines.methods import METHODS
 from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
-from llmprune.core.budgets import metric_value
 from llmprune.core.errors import ModelError, RunDirectoryError
 from llmprune.core.progress import silent
 from llmprune.core.recipe import BaselineName, SplitName
+from llmprune.measure.record import SCHEMA, Front, Record
 from llmprune.models.parent import Parent
 from llmprune.search import judging
 
 SPEED = "decode_speedup"
 
 
-def record(speedup: float, nats: float) -> Any:
-    return {"nats_per_token": nats, SPEED: {"median": speedup}, "hash": f"{speedup}"}
+def record(speedup: float, nats: float) -> Record:
+    return record_of(Architecture.of([(1, round(1000 * speedup))]), nats, speedup)
 
 
 PARENT = record(1.0, 3.0)
@@ -46,7 +49,7 @@ def test_nats_are_linear_in_the_logarithm_of_the_speed_up() -> None:
         assert found is not None and found.is_interpolated
         assert found.nats_lost == pytest.approx(0.7 * math.log2(target))
         low, high = found.children
-        assert low[SPEED]["median"] < target < high[SPEED]["median"]
+        assert low.value(SPEED) < target < high.value(SPEED)
 
 
 def test_a_child_within_1_percent_is_not_interpolated() -> None:
@@ -143,7 +146,7 @@ def library_named(name: BaselineName) -> BlockLibrary:
 
 def entrant_of(name: BaselineName) -> Entrant:
     parent, method, library = parent_of(), METHODS[name], library_named(name)
-    finish = partial(method.finish, parent, library) if method.finish else None
+    finish = method.finish(parent, library) if method.finish else None
 
     def given_to(nats: Nats) -> Any:
         return given_of(parent, library, nats)
@@ -171,17 +174,19 @@ def open_book(directory: Path) -> Book:
 def test_what_is_there_is_not_measured_or_scored_again(tmp_path: Path, timed: list[str], name: BaselineName) -> None:
     first = contest(open_book(tmp_path), name, [1.15, 1.3])
     count = len(timed)
-    assert 0 < count == len({child["hash"] for entry in first for child in entry["measured"]})
-    stored = json.loads((tmp_path / "baselines.json").read_text())["results"]
+    assert 0 < count == len({child["id"] for entry in first for child in entry["measured"]})
+    whole = json.loads((tmp_path / "baselines.json").read_text())
+    stored = whole["results"]
+    assert list(whole) == ["schema", "parent", "results"] and whole["schema"] == SCHEMA
     assert [(e["method"], e["at"]) for e in stored] == [(name, 1.15), (name, 1.3)]
     book = open_book(tmp_path)
     assert book.missing(name, [1.15, 1.3, 1.5], "k") == [1.5] and book.missing(name, [1.15], "other") == [1.15]
     # A target is lost: what was scored for it is not, nor are the children that another target has.
-    lost = {**json.loads((tmp_path / "baselines.json").read_text()), "results": stored[:1]}
+    lost = {**whole, "results": stored[:1]}
     (tmp_path / "baselines.json").write_text(json.dumps(lost))
     again = contest(open_book(tmp_path), name, [1.3])[0]
     assert len(timed) - count == len(
-        {child["hash"] for child in first[1]["measured"]} - {child["hash"] for child in first[0]["measured"]}
+        {child["id"] for child in first[1]["measured"]} - {child["id"] for child in first[0]["measured"]}
     )
     assert steady(again) == steady(first[1])
     count = len(timed)
@@ -204,7 +209,7 @@ def test_a_target_that_is_there_asks_no_entrant(tmp_path: Path, timed: list[str]
     def refuse(name: BaselineName) -> Entrant:
         raise AssertionError(f"{name} is there")
 
-    parent = found[0]["children"][0]
+    parent = Record.from_json(found[0]["children"][0])
     again = compare(open_book(tmp_path), refuse, {"shortgpt": "k"}, [1.2, 1.4], parent, SPEED, silent)
     assert json.dumps(again) == json.dumps(found)
     with pytest.raises(AssertionError, match="shortgpt is there"):
@@ -225,9 +230,10 @@ def test_an_entry_holds_its_children_whole(tmp_path: Path, timed: list[str]) -> 
     (entry,) = contest(open_book(tmp_path), "flap", [1.3])
     assert entry["nats_lost"] is not None and entry["why"] is None and entry["input_hash"] == "k"
     for child in entry["children"]:
-        assert child.keys() >= judging.RECORD_KEYS
-        assert child["test"].keys() == judging.QUOTED_KEYS
-        assert child["name"] == "parent" or (child["exportable"], child["library"]) == (False, "flap")
+        assert child.keys() >= RECORD_KEYS
+        assert child["test"].keys() == QUOTED_KEYS
+        if child["name"] != "parent":
+            assert (child["exportable"], child["library"], child["done"]) == (False, "flap", [BIAS])
 
 
 @pytest.mark.parametrize("name", ["flap", "milp", "uniform"])
@@ -235,7 +241,7 @@ def test_what_is_quoted_of_an_entry_mixes_its_children_in_the_same_shares(
     tmp_path: Path, timed: list[str], name: BaselineName
 ) -> None:
     for entry in contest(open_book(tmp_path), name, [1.1, 1.22]):
-        speeds = [metric_value(child, SPEED) for child in entry["children"]]
+        speeds = [child[SPEED]["median"] for child in entry["children"]]
         shares = [1.0]
         if entry["interpolated"]:
             share = math.log(entry["at"] / speeds[0]) / math.log(speeds[1] / speeds[0])
@@ -276,7 +282,14 @@ def test_scores_that_are_no_numbers_are_kept(tmp_path: Path) -> None:
     assert known.nats([parent.shape.architecture]) == [math.inf] and known.effort(0)["evaluations"] == 1
 
 
-@pytest.mark.parametrize("text", ['{"results": []}', "[]", '{"parent": {}, "results": [{"at": 2}]}', "{"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"results": []}', "[]", "{", '{"schema": 2, "results": []}', '{"schema": 2, "parent": {"record": 3}}'),
+        '{"schema": 2, "parent": {}, "results": [{"at": 2}]}',
+        '{"schema": 2, "parent": {}, "results": [{"method": "milp", "at": 2, "measured": [{"name": "milp"}]}]}',
+    ],
+)
 def test_a_damaged_book_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "baselines.json").write_text(text)
     with pytest.raises(RunDirectoryError, match=r"baselines\.json .*delete"):
@@ -294,7 +307,8 @@ def test_beside_a_front_stands_what_reaches_its_speed() -> None:
 
 def test_the_front_stands_in_the_same_table() -> None:
     children = [record(1.2, 3.1), record(1.5, 3.3), record(1.9, 3.8)]
-    entries = front_entries({"parent": PARENT, "children": children}, SPEED, [1.2, 1.7, 2.5], {"minutes": 1.0})
+    front = Front(parent=PARENT, children=tuple(children), baselines=())
+    entries = front_entries(front, SPEED, [1.2, 1.7, 2.5], {"minutes": 1.0})
     assert [entry["method"] for entry in entries] == ["llmprune"] * 3
     share = math.log(1.7 / 1.5) / math.log(1.9 / 1.5)
     assert [entry["nats_lost"] for entry in entries[:2]] == pytest.approx([0.1, 0.3 + 0.5 * share])

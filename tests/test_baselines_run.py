@@ -12,10 +12,10 @@ import yaml
 from closeness import tolerance
 from tiny import paired_by_bytes
 
+from llmprune.baselines.flap import BIAS
 from llmprune.cli.main import main
 from llmprune.core.budgets import parse_pick
 from llmprune.core.errors import ExportError
-from llmprune.core.files import write_json
 from llmprune.core.recipe import BASELINE_NAMES
 from llmprune.measure.quality.perplexity import score
 from llmprune.models.checkpoint import Proof
@@ -110,20 +110,18 @@ def test_a_front_has_the_baselines_that_its_recipe_names(
     (copied / "recipe.yaml").write_text(yaml.safe_dump(data))
     run = Run.open(copied)
     measured = front(run)
-    assert [record["name"] for record in measured["baselines"]] == ["milp", "flap", "magnitude"]
-    milp, flap, magnitude = measured["baselines"]
-    assert [record["exportable"] for record in measured["baselines"]] == [True, False, True]
-    assert [record["library"] for record in measured["baselines"]] == [None, "flap", "magnitude"]
-    assert milp["nats_per_token"] > 0
-    # A child of the front may have the same architecture, and then is what a hash means.
-    write_json(copied / "front.json", {**measured, "children": [], "baselines": [flap]})
-    with pytest.raises(ExportError, match=f"{flap['hash']} is a flap child, whose biases no llama checkpoint holds"):
-        export(run, parse_pick(flap["hash"]), tmp_path / "child")
+    assert [record.name for record in measured.baselines] == ["milp", "flap", "magnitude"]
+    milp, flap, magnitude = measured.baselines
+    assert [record.exportable for record in measured.baselines] == [True, False, True]
+    assert [record.library for record in measured.baselines] == [None, "flap", "magnitude"]
+    assert [record.done for record in measured.baselines] == [(), (BIAS,), ()]
+    assert milp.nats_per_token > 0
+    with pytest.raises(ExportError, match=f"{flap.id} is a flap child, whose biases no llama checkpoint holds"):
+        export(run, parse_pick(flap.id), tmp_path / "child")
     written: list[Any] = []
     monkeypatch.setattr(
         exports, "write_checkpoint", lambda child, *_, **__: written.append(child) or Proof(0, 0, 1, True)
     )
-    write_json(copied / "front.json", {**measured, "children": [], "baselines": [magnitude]})
-    assert export(run, parse_pick(magnitude["hash"]), tmp_path / "child")["hash"] == magnitude["hash"]
+    assert export(run, parse_pick(magnitude.id), tmp_path / "child")["id"] == magnitude.id
     found = score(written[0], stock_up(run).tokens["validation"]).nats_per_token
-    assert found == pytest.approx(magnitude["nats_per_token"], rel=tolerance(1.0))
+    assert found == pytest.approx(magnitude.nats_per_token, rel=tolerance(1.0))

@@ -42,19 +42,19 @@ def header_of(card: str) -> Any:
     return yaml.safe_load(card.split("---\n")[1])
 
 
-def evaluation(own_hash: str) -> dict[str, Any]:
-    def model(name: str, role: str, hash_: str | None, acc: float, ppl: float) -> dict[str, Any]:
+def evaluation(own_id: str) -> dict[str, Any]:
+    def model(name: str, role: str, id_: str | None, acc: float, ppl: float) -> dict[str, Any]:
         metrics = {"acc": {"value": acc, "stderr": 0.0125}}
         task = {"metrics": metrics, "samples": 400, "limit": 400, "num_fewshot": 0, "version": 1.0}
         quality = {"ppl": ppl, "dataset": "stories", "split": "test", "seq_len": 16, "tokens": 64}
-        return {"model": name, "role": role, "hash": hash_, "quality": quality, "tasks": {"piqa": task}}
+        return {"model": name, "role": role, "id": id_, "hash": "5" * 16, "quality": quality, "tasks": {"piqa": task}}
 
     compared = {"task": "piqa", "metric": "acc", "test": "McNemar", "samples": 400}
     return {
         "format": 1,
         "models": [
             model("parent", "parent", None, 0.6825, 3.25),
-            model("one", "child", own_hash, 0.6575, 3.5),
+            model("one", "child", own_id, 0.6575, 3.5),
             model("other", "child", "0" * 16, 0.1111, 9.0),
         ],
         "comparisons": [
@@ -89,7 +89,7 @@ def test_a_card_holds_the_figures_of_the_files(child: Path, finished_run: Finish
     assert yaml.safe_load(recipe) == known["recipe"]
     for source in ("ant", "bee"):
         assert f"`{source}.jsonl`, SHA-256 `{known['provenance']['data']['sources'][source]['sha256']}`" in card
-    assert known["provenance"]["parent"]["hash"] in card and known["hash"] in card
+    assert known["provenance"]["parent"]["hash"] in card and known["hash"] in card and known["id"] in card
     for place in (finished_run.path.parent, Path.home(), Path.cwd()):
         assert str(place) + os.sep not in card
     header = header_of(card)
@@ -147,7 +147,7 @@ def test_a_card_tells_how_to_load_what_lies_there(child: Path) -> None:
 
 
 def test_an_evaluation_is_in_the_card_and_its_metadata(child: Path) -> None:
-    (child / EVALUATION_FILE).write_text(json.dumps(evaluation(metadata_of(child)["hash"])))
+    (child / EVALUATION_FILE).write_text(json.dumps(evaluation(metadata_of(child)["id"])))
     card = model_card(read_contents(child), "user/tiny", MIT)
     compared = "-0.0250 [-0.0500, +0.0100] (McNemar, p = 0.0625)"
     assert f"| piqa | acc | 0.6825 ± 0.0125 | 0.6575 ± 0.0125 | {compared} | 400 | 0 |" in card.splitlines()

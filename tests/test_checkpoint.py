@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.choices.architecture import Architecture, AttentionChoice, ParentShape
 from llmprune.core.errors import ExportError, LlmpruneError, PushError
+from llmprune.measure.record import SCHEMA
 from llmprune.models import checkpoint
 from llmprune.models.checkpoint import METADATA_FILE, Proof, write_checkpoint
 from llmprune.models.parent import Parent, make_parent
@@ -306,7 +307,7 @@ def test_a_directory_of_chat_templates_is_part_of_the_proof(tmp_path: Path, monk
     child, architecture, _ = child_of("llama-gqa")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}  # type: ignore[assignment]
-    facts = {"figures": {"a": 1}, "parent": {"a": 1}, "provenance": {"a": 1}, "recipe": {"a": 1}}
+    facts = {"figures": {"schema": SCHEMA}, "parent": {"a": 1}, "provenance": {"a": 1}, "recipe": {"a": 1}}
     write_checkpoint(child, tokenizer, architecture, facts, tmp_path / "child")
     name = "additional_chat_templates/tool_use.jinja"
     assert name in json.loads((tmp_path / "child" / METADATA_FILE).read_text())["files"]

@@ -53,7 +53,7 @@ def assert_one_error(result: Result, message: str) -> None:
         ("front {tmp}/run", "is not a run directory yet"),
         ("export {tmp}/run", "is not a run directory yet"),
         ("export {run} --pick decode_speedup>=99 --to {tmp}/child --quiet", "no child on the front holds"),
-        ("export {run} --pick 0123456789abcdef --to {tmp}/child --quiet", "no child has hash 0123456789abcdef"),
+        ("export {run} --pick 0123456789abcdef --to {tmp}/child --quiet", "no child has id or hash 0123456789abcdef"),
         ("export {run} --pick fast --to {tmp}/child --quiet", "a budget is METRIC>=NUMBER"),
         ("export {run} --to {child} --quiet", "exists and is not empty; use --force"),
         ("export {run} --to {tmp} --force --quiet", "does not look like a checkpoint"),
@@ -244,13 +244,13 @@ def test_every_stage_of_a_run_reports(
     assert found["compress"].json == {**measured, "exported": found["compress"].json["exported"]}
     printed = {name: llmprune(name, copied) for name in ("search", "front")}
     last = llmprune("compress", recipe_file, "--out", copied).out.splitlines()[-2:]
-    exported = found["compress"].json["exported"]["hash"]
-    lost = next(child["test"]["nats_lost"] for child in measured["children"] if child["hash"] == exported)
+    exported = found["compress"].json["exported"]["id"]
+    lost = next(child["test"]["nats_lost"] for child in measured["children"] if child["id"] == exported)
     assert last[0] == f"exported {exported} to {copied / 'export'}"
     assert last[1].startswith(f"  test (ant+bee, 60 tokens in windows of 16, no BOS): {lost:+.3f} nats a token lost")
     assert "5 trials (0 new)" in printed["search"].out and "stopped by trials" in printed["search"].out
     for record in (measured["parent"], *measured["children"], *measured["baselines"]):
-        assert record["hash"] in printed["front"].out
+        assert record["id"] in printed["front"].out
         assert f"{record['test']['ppl']:.2f}" in printed["front"].out, "no figure is cut off"
     assert "loading the parent" in printed["front"].err
 

@@ -67,9 +67,10 @@ def test_a_run_is_its_export_beside_its_parent(
     assert (result.code, result.err) == (0, "")
     parent, child = result.json["models"]
     assert (parent["role"], child["role"]) == ("parent", "child")
-    assert parent["model"] == finished_run.recipe.model.path and parent["hash"] is None
+    assert parent["model"] == finished_run.recipe.model.path and parent["hash"] is None and parent["id"] is None
     metadata = json.loads((run / "export" / "llmprune.json").read_text())
-    assert child["hash"] == metadata["hash"] and child["params"] == metadata["proof"]["params"] < parent["params"]
+    assert (child["id"], child["hash"]) == (metadata["id"], metadata["hash"])
+    assert child["params"] == metadata["proof"]["params"] < parent["params"]
     assert parent["speed"]["decode_speedup"]["median"] == 1.0
     rows = {(row["task"], row["metric"]): row for row in result.json["comparisons"]}
     assert rows.keys() == {

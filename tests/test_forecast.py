@@ -190,7 +190,7 @@ def counted_run(tmp_path_factory: pytest.TempPathFactory) -> Counted:
         export(run, parse_pick(recipe.export.pick), run.directory.export)
         size = sum(parameter.numel() for parameter in ground.parent.model.parameters()) * 4
         plan = Plan(recipe, ground.space, ground.workload, 259, size, 4)
-    return Counted(recipe, path, plan, tokens, layers, len(made["children"]), len(made["baselines"]))
+    return Counted(recipe, path, plan, tokens, layers, len(made.children), len(made.baselines))
 
 
 def by_name(stages: Sequence[StageCost]) -> dict[str, StageCost]:

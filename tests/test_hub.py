@@ -163,7 +163,7 @@ def test_a_pushed_child_loads_from_the_hub(
     first = pushed(push(child, REPO, "--json", "--quiet"))
     repo = hub.repos[REPO]
     assert repo.private and first["private"] and first["new_commit"]
-    assert [commit.message for commit in repo.branches["main"][1:]] == [f"parent pruned to {_hash(child)} by llmprune"]
+    assert [commit.message for commit in repo.branches["main"][1:]] == [f"parent pruned to {_id(child)} by llmprune"]
     there = repo.at("main")
     assert there is not None and first["commit"] == there.oid and there.oid in first["commit_url"]
     local = contents(child)
@@ -239,8 +239,8 @@ def test_a_push_from_before_pushes_left_a_list(hub: Hub, push: Push, child: Path
     assert pushed(push(child, REPO, "--json", "--quiet"))["removed"] == ["old.jinja"]
 
 
-def _hash(directory: Path) -> str:
-    return str(json.loads((directory / METADATA_FILE).read_text())["hash"])
+def _id(directory: Path) -> str:
+    return str(json.loads((directory / METADATA_FILE).read_text())["id"])
 
 
 @pytest.mark.parametrize("failure", ["drop", "500"])

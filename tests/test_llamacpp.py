@@ -244,8 +244,8 @@ def test_a_search_is_timed_in_llama_cpp(tmp_path: Path) -> None:
         search(run)
         found = front(run)
     assert len(written) > recipe.search.trials, "every child has a file"
-    for record in (found["parent"], *found["children"]):
-        workload = record["measured_on"]["workload"]
+    for record in (found.parent, *found.children):
+        workload = record.measured_on.workload
         assert workload["engine"] == "llamacpp" and workload["gguf_type"] == "f16"
     assert "timed in llama.cpp from f16 GGUF files, scored in torch" in str(front_table(found).caption)
     assert study_name(run, stock_up(run)) != study_name(plain, stock_up(plain)), "trials of two engines do not compare"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from llmprune.choices.space import Space
 from llmprune.core.errors import RecipeError
 from llmprune.core.recipe import Recipe, SpaceSize
 from llmprune.core.recipe_text import apply_overrides, parse_recipe
-from llmprune.measure.speed.throughput import Speed, Workload
+from llmprune.measure.speed.throughput import Workload
 from llmprune.models.parent import load_parent
 from llmprune.pipeline.commands import search
 from llmprune.pipeline.run import Run
@@ -100,8 +101,7 @@ def test_what_timing_cannot_tell_is_a_warning(recipe: Recipe) -> None:
 def slow_outside(reference: PreTrainedModel, candidates: Sequence[PreTrainedModel], *rest: Any) -> Any:
     """As of a model whose embedding and head take most of the time."""
     own, others = paired_by_bytes(reference, candidates)
-    slow = {"decode_speedup": spread(1.3), "prefill_speedup": spread(1.4)}
-    return own, [Speed.from_json({**other.to_json(), **slow}) for other in others]
+    return own, [replace(other, decode_speedup=spread(1.3), prefill_speedup=spread(1.4)) for other in others]
 
 
 def test_a_search_ends_before_its_library_and_says_what_would_do(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
+from tiny import record_of
 
+from llmprune.choices.architecture import Architecture
+from llmprune.measure.record import Record
 from llmprune.search.reward import HARD, SOFT, Exponents, reward
 
 
-def record(delta_nats: float, decode: float, prefill: float = 1.0) -> dict[str, Any]:
-    return {
-        "ppl_ratio": math.exp(delta_nats),
-        "decode_speedup": {"median": decode},
-        "prefill_speedup": {"median": prefill},
-    }
+def record(delta_nats: float, decode: float, prefill: float = 1.0) -> Record:
+    return record_of(Architecture.of([(1, 1)]), 3.0 + delta_nats, decode, prefill, ppl_ratio=math.exp(delta_nats))
 
 
 def of(delta_nats: float, speedup: float, w: Exponents, target: float = 1.5) -> float:

@@ -21,6 +21,7 @@ import optuna
 import pytest
 import torch
 from conftest import Finished
+from contract import FRONT_KEYS, MEASURED_ON_KEYS, QUOTED_KEYS
 from rich.console import Console
 from safetensors.torch import load
 from tiny import contents, numbered_documents, paired_by_bytes, tiny_recipe, write_front, write_jsonl
@@ -34,6 +35,7 @@ from llmprune.core.files import write_json
 from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_text import apply_overrides, parse_recipe
 from llmprune.measure.quality.perplexity import score
+from llmprune.measure.record import SCHEMA, Front, Quoted, child_id
 from llmprune.models import checkpoint
 from llmprune.models.licence import Licence
 from llmprune.models.parent import load_parent
@@ -47,16 +49,11 @@ from llmprune.pipeline.searching import study_name
 from llmprune.publish.card import model_card
 from llmprune.publish.contents import read_contents
 from llmprune.search import judging
-from llmprune.search.judging import QUOTED_KEYS, Judge
+from llmprune.search.judging import Judge
 from llmprune.search.study import finished_trials
 from llmprune.search.workers.storage import open_journal
 from llmprune.tables import block_tables, reach
 
-CONTRACT = {
-    *("name", "hash", "architecture", "params", "bytes", "kv_bytes_per_token", "measured_on"),
-    *("nats_per_token", "nats_per_byte", "ppl", "ppl_ratio", "per_source"),
-    *("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_speedup", "decode_speedup"),
-}
 # A test run in the background of a script ignores Ctrl-C, and so would its processes.
 SEARCH = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv[0] = 'llmprune'; "
@@ -107,12 +104,14 @@ def strict_json(path: Path) -> Any:
 
 def test_the_front_is_what_scripts_rely_on(finished_run: Finished) -> None:
     measured = strict_json(finished_run.path / "front.json")
-    assert list(measured) == ["parent", "children", "baselines"]
+    assert list(measured) == ["schema", "parent", "children", "baselines"] and measured["schema"] == SCHEMA
+    library = Run.open(finished_run.path).library
     assert 1 <= len(measured["children"]) <= finished_run.recipe.front.size
     assert {record["name"] for record in measured["baselines"]} <= {"uniform", "shortgpt", "random"}
     for record in (measured["parent"], *measured["children"], *measured["baselines"]):
-        assert record.keys() >= CONTRACT
+        assert record.keys() - {"exportable"} == FRONT_KEYS
         assert Architecture.from_json(record["architecture"]).hash == record["hash"]
+        assert record["id"] == child_id(record["hash"], library.hash), "these baselines have no library of their own"
         assert record["ppl"] == pytest.approx(math.exp(record["nats_per_token"]))
         assert record["ppl_ratio"] == pytest.approx(record["ppl"] / measured["parent"]["ppl"])
         assert set(record["per_source"]) == {"ant", "bee"}
@@ -121,6 +120,7 @@ def test_the_front_is_what_scripts_rely_on(finished_run: Finished) -> None:
             assert speed.keys() == {"median", "low", "high"}
             assert 0 < speed["low"] <= speed["median"] <= speed["high"]
         on = record["measured_on"]
+        assert on.keys() == MEASURED_ON_KEYS
         assert (on["dataset"], on["split"], on["seq_len"], on["tokens"]) == ("ant+bee", "validation", 16, 60)
         quoted, parents = record["test"], measured["parent"]["test"]
         assert quoted.keys() == QUOTED_KEYS and "unseen" not in record, "its recipe names no unseen text"
@@ -149,8 +149,11 @@ def test_what_is_quoted_is_scored_on_the_test_split(finished_run: Finished) -> N
 
 
 def test_no_figure_of_the_test_split_decides_the_front(finished_run: Finished, copied: Path) -> None:
-    def lying(self: Judge, architecture: Architecture) -> dict[str, Any]:
-        return {"nats_lost": -float(architecture.hash[:4].encode()[0]), "ppl_ratio": 1e9}
+    honest = Judge.quoted
+
+    def lying(self: Judge, architecture: Architecture) -> Quoted:
+        told = {"nats_lost": -float(architecture.hash[:4].encode()[0]), "ppl_ratio": 1e9}
+        return honest(self, architecture).model_copy(update=told)
 
     before = strict_json(copied / "front.json")
     (copied / "front.json").unlink()
@@ -159,8 +162,8 @@ def test_no_figure_of_the_test_split_decides_the_front(finished_run: Finished, c
         patch.object(judging, "measure_paired", paired_by_bytes),
     ):
         after = front(Run.open(copied))
-    assert [child["hash"] for child in after["children"]] == [child["hash"] for child in before["children"]]
-    assert all(child["test"]["ppl_ratio"] == 1e9 and child["usable"] for child in after["children"])
+    assert [child.id for child in after.children] == [child["id"] for child in before["children"]]
+    assert all(child.quoted["test"].ppl_ratio == 1e9 and child.usable for child in after.children)
 
 
 def test_an_unusable_child_is_marked_and_exported_by_force_alone(
@@ -176,13 +179,13 @@ def test_an_unusable_child_is_marked_and_exported_by_force_alone(
     assert result["exported"] is None and "unusable beyond front.usable_ppl_ratio=10;" in result["not_exported"]
     stored = strict_json(copied / "front.json")
     assert [child["usable"] for child in stored["children"]] == [False] * len(stored["children"])
-    assert stored["parent"]["usable"] and "unusable" in rendered(front_table(stored))
-    for pick in ("ppl_ratio<=1000", stored["children"][0]["hash"]):
+    assert stored["parent"]["usable"] and "unusable" in rendered(front_table(Front.from_json(stored)))
+    for pick in ("ppl_ratio<=1000", stored["children"][0]["id"]):
         with pytest.raises(ExportError, match=r"times its parent's perplexity.* --force"):
             export(Run.open(copied), parse_pick(pick), tmp_path / "child")
     assert not (tmp_path / "child").exists()
     recipe = changed(finished_run.recipe, "front.usable_ppl_ratio=21")
-    assert all(child["usable"] for child in front(Run.start(copied, recipe))["children"])
+    assert all(child.usable for child in front(Run.start(copied, recipe)).children)
     front(Run.start(copied, finished_run.recipe))
     export(Run.open(copied), parse_pick("ppl_ratio<=1000"), tmp_path / "child", force=True)
     assert strict_json(tmp_path / "child" / "llmprune.json")["figures"]["usable"] is False
@@ -201,17 +204,17 @@ def test_unseen_text_is_quoted_and_decides_nothing(
     search(run)
     measured = front(run)
     before = strict_json(finished_run.path / "front.json")
-    assert [child["hash"] for child in measured["children"]] == [child["hash"] for child in before["children"]]
-    for record in (measured["parent"], *measured["children"], *measured["baselines"]):
-        unseen = record["unseen"]
-        assert unseen.keys() == QUOTED_KEYS and set(unseen["per_source"]) == {"cat"}
-        assert (unseen["dataset"], unseen["seq_len"], unseen["tokens"]) == ("cat", 32, 4 * 31)
-        assert record["test"]["dataset"] == "ant+bee"
+    assert [child.id for child in measured.children] == [child["id"] for child in before["children"]]
+    for record in measured.every:
+        unseen = record.quoted["unseen"]
+        assert unseen.to_json().keys() == QUOTED_KEYS and set(unseen.per_source) == {"cat"}
+        assert (unseen.dataset, unseen.seq_len, unseen.tokens) == ("cat", 32, 4 * 31)
+        assert record.quoted["test"].dataset == "ant+bee"
     export(run, parse_pick("ppl_ratio<=1000"), tmp_path / "child")
     card = model_card(read_contents(tmp_path / "child"), "user/tiny", Licence("mit"))
     assert "Unseen: cat, 124 tokens scored, in windows of 32" in card and "cat.jsonl" in card
     result = baselines(run, recipe.baselines.model_copy(update={"methods": ("shortgpt",), "at": (1.2,)}))
-    assert all(entry["unseen"]["nats_lost"] is not None for entry in result["results"])
+    assert all(entry["unseen"]["nats_lost"] is not None for entry in result.results)
     assert "unseen (cat, 124 tokens in windows of 32" in " ".join(rendered(baselines_table(result)).split())
 
 
@@ -226,7 +229,7 @@ def test_the_table_of_a_front_quotes_test_and_unseen_text(finished_run: Finished
     measured = strict_json(finished_run.path / "front.json")
     for record in (measured["parent"], *measured["children"], *measured["baselines"]):
         record["unseen"] = {**record["test"], "dataset": "code", "seq_len": 1024, "nats_per_token": 7.125}
-    text = rendered(front_table(measured))
+    text = rendered(front_table(Front.from_json(measured)))
     own = measured["children"][0]
     assert f"{own['test']['nats_per_token']:.3f} ({own['test']['nats_lost']:+.3f})" in text and "7.125 (" in text
     assert f"{own['nats_per_token']:.3f} " not in text and "…" not in text
@@ -240,17 +243,18 @@ def test_a_run_directory_holds_what_the_design_says(finished_run: Finished) -> N
     inputs = {"recipe.yaml", "provenance.json", "tokens.safetensors", "library", "tables.json", "seeds.json"}
     assert names == {*inputs, "reach.json", "study.journal", "front.json", "children", "scores", ".lock"}
     children = strict_json(finished_run.path / "front.json")["children"]
-    assert {path.name for path in (finished_run.path / "children").iterdir()} == {child["hash"] for child in children}
+    assert {path.name for path in (finished_run.path / "children").iterdir()} == {child["id"] for child in children}
     assert len(finished_hashes(finished_run.path)) == finished_run.recipe.search.trials
 
 
 def test_an_exported_checkpoint_says_what_it_is_and_not_where_it_was_made(finished_run: Finished) -> None:
     metadata = strict_json(finished_run.export / "llmprune.json")
-    told = {"format", "hash", "architecture", "proof", "files", "figures", "parent", "provenance", "recipe"}
+    told = {"format", "id", "hash", "architecture", "proof", "files", "figures", "parent", "provenance", "recipe"}
     assert metadata.keys() == told
     measured = strict_json(finished_run.path / "front.json")
     assert metadata["parent"]["figures"] == measured["parent"] and metadata["parent"]["shape"]["ffn_width"] == 32
     assert Architecture.from_json(metadata["architecture"]).hash == metadata["hash"] == metadata["figures"]["hash"]
+    assert metadata["id"] == metadata["figures"]["id"] and metadata["figures"]["schema"] == SCHEMA
     assert metadata["proof"]["params"] == metadata["figures"]["params"]
     assert metadata["provenance"]["parent"]["hash"] and metadata["provenance"]["versions"]["torch"]
     for path in finished_run.export.rglob("*.json"):
@@ -290,7 +294,9 @@ def test_a_second_compress_does_nothing_new(finished_run: Finished, copied: Path
     assert contents(copied) == before
     rewritten = {name for name, then in times.items() if (copied / name).stat().st_mtime_ns != then}
     assert rewritten <= {"recipe.yaml", "provenance.json"}
-    assert result["exported"] == {"directory": str(copied / "export"), "hash": checkpoint_hash(finished_run.export)}
+    metadata = strict_json(finished_run.export / "llmprune.json")
+    told = {"directory": str(copied / "export"), "id": metadata["id"], "hash": metadata["hash"]}
+    assert result["exported"] == told
 
 
 def test_raising_the_trials_goes_on(finished_run: Finished, copied: Path, judged: list[str]) -> None:
@@ -461,24 +467,25 @@ def test_what_cannot_be_exported_is_said_before_anything_is_loaded(
     assert not (tmp_path / "child").exists() and "parent" not in run.__dict__
 
 
-def test_a_baseline_is_exported_by_its_hash(copied: Path, judged: list[str], tmp_path: Path) -> None:
+def test_a_baseline_is_exported_by_its_name(copied: Path, judged: list[str], tmp_path: Path) -> None:
     baseline = strict_json(copied / "front.json")["baselines"][0]
-    written = export(Run.open(copied), parse_pick(baseline["hash"]), tmp_path / "child")
-    assert written["hash"] == baseline["hash"] and written["directory"] == str(tmp_path / "child")
-    assert checkpoint_hash(tmp_path / "child") == baseline["hash"]
+    for name in ("id", "hash"):
+        written = export(Run.open(copied), parse_pick(baseline[name]), tmp_path / name)
+        assert written["id"] == baseline["id"] and written["directory"] == str(tmp_path / name)
+        assert checkpoint_id(tmp_path / name) == baseline["id"]
 
 
 def test_children_that_are_there_are_not_written_again(copied: Path, judged: list[str]) -> None:
     run = Run.open(copied)
     paths = write_front(run)
-    assert judged == [] and all(checkpoint_hash(path) == path.name for path in paths)
+    assert judged == [] and all(checkpoint_id(path) == path.name for path in paths)
     shutil.rmtree(paths[0])
     assert write_front(run) == paths
-    assert judged == ["prove"] and checkpoint_hash(paths[0]) == paths[0].name
+    assert judged == ["prove"] and checkpoint_id(paths[0]) == paths[0].name
 
 
-def checkpoint_hash(directory: Path) -> str:
-    return str(strict_json(directory / "llmprune.json")["hash"])
+def checkpoint_id(directory: Path) -> str:
+    return str(strict_json(directory / "llmprune.json")["id"])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from families import CASES, IDS, tiny_model
 from test_run import changed
 from tiny import paired_by_bytes, tiny_recipe, tiny_tokenizer, write_front
 
-from llmprune.choices.architecture import Architecture, AttentionChoice
+from llmprune.choices.architecture import AttentionChoice
 from llmprune.core.budgets import parse_pick
 from llmprune.core.errors import RunDirectoryError, UnsupportedModelError
 from llmprune.models import checkpoint
@@ -56,11 +56,10 @@ def test_a_run_finds_scores_and_proves_merged_children(
         assert again.tables == once.tables and again.library.hash == once.library.hash
         # Proven in a fresh process.
         export(run, parse_pick(recipe.export.pick), tmp_path / "child")
-    children = [Architecture.from_json(record["architecture"]) for record in measured["children"]]
-    assert any(layer.attention == MERGED for child in children for layer in child.layers)
-    for record, child in zip(measured["children"], children, strict=True):
-        heads = sum(layer.attention.kv_groups for layer in child.layers)
-        assert record["kv_bytes_per_token"] == heads * 2 * 6 * 4
+    assert any(layer.attention == MERGED for record in measured.children for layer in record.architecture.layers)
+    for record in measured.children:
+        heads = sum(layer.attention.kv_groups for layer in record.architecture.layers)
+        assert record.kv_bytes_per_token == heads * 2 * 6 * 4
     metadata = json.loads((tmp_path / "child" / checkpoint.METADATA_FILE).read_text())
     assert "queries_per_group" in json.dumps(metadata["architecture"])
 

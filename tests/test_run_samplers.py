@@ -9,21 +9,24 @@ from typing import Any, get_args
 import optuna
 import pytest
 from conftest import Finished
+from contract import RECORD_KEYS
 from test_run import changed, strict_json
 from tiny import paired_by_bytes
 
 from llmprune.choices.architecture import Architecture
 from llmprune.core.recipe import Recipe, SamplerName
+from llmprune.measure.record import child_id
 from llmprune.pipeline.commands import front, search
-from llmprune.pipeline.prepare import lay_ground, prepare, stock_up
+from llmprune.pipeline.prepare import prepare, stock_up
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
 from llmprune.pipeline.searching import estimates_for, study_name, walk_path
 from llmprune.search import guidance, judging
-from llmprune.search.judging import RECORD_KEYS, Judge
+from llmprune.search.judging import Judge
 from llmprune.search.reward import values_of
 from llmprune.search.samplers.make import GUIDED
 from llmprune.search.study import finished_trials
+from llmprune.search.trial_records import record_of
 from llmprune.search.workers.storage import open_journal
 
 
@@ -64,14 +67,15 @@ def two_sessions(recipe: Recipe, path: Path, judged: list[str]) -> optuna.Study:
         run = Run.start(path, changed(recipe, f"search.trials={trials}"))
         outcome = search(run)
         assert (outcome.finished_trials, outcome.new_trials, outcome.stopped_by) == (trials, new, "trials")
-    study = study_of(run)
+    study, stock = study_of(run), stock_up(run)
     finished = finished_trials(study)
     assert len(finished) == len(judged) == len(set(judged)) == 9
     for trial in finished:
-        record = trial.user_attrs["record"]
+        record = record_of(trial)
         architecture = Architecture.from_json(trial.user_attrs["architecture"])
-        assert record.keys() >= RECORD_KEYS and architecture in lay_ground(run).space
-        assert trial.user_attrs["hash"] == record["hash"] == architecture.hash
+        assert trial.user_attrs["record"].keys() == RECORD_KEYS | {"schema"} and architecture in stock.space
+        assert trial.user_attrs["hash"] == record.hash == architecture.hash and record.architecture == architecture
+        assert record.id == child_id(record.hash, stock.library.hash)
         assert trial.values == values_of(record, run.recipe.search)
     assert {trial.user_attrs["hash"] for trial in finished} == set(judged)
     return study
@@ -98,7 +102,7 @@ def test_a_search_for_a_reward_goes_on_and_has_a_front(
     recipe = changed(finished_run.recipe, f"search.reward={reward}", "search.sampler=tpe")
     study = two_sessions(recipe, unsearched, judged)
     assert len(study.directions) == 1
-    assert front(Run.open(unsearched))["children"]
+    assert front(Run.open(unsearched)).children
 
 
 def test_the_default_sampler_leaves_its_seeds_and_does_not_walk_again(

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import record_of
 
 from llmprune.choices.architecture import Architecture
-from llmprune.core.budgets import METRICS, Budget, metric_value, parse_budget, parse_pick, pick_record
+from llmprune.core.budgets import METRICS, Budget, parse_budget, parse_pick, pick_record
 from llmprune.core.errors import BudgetError
+from llmprune.measure.record import Record
 
 ANY = Architecture.of([(1, 1)])
 
 
-def child(name: str, nats: float, decode: float, prefill: float, params: int) -> dict[str, Any]:
-    return {**record_of(ANY, nats, decode, prefill), "hash": name * 16, "params": params}
+def child(name: str, nats: float, decode: float, prefill: float, params: int) -> Record:
+    return record_of(ANY, nats, decode, prefill, id=name * 16, params=params)
 
 
 FRONT = [child("a", 1.1, 1.2, 1.9, 90), child("b", 1.2, 1.5, 1.4, 80), child("c", 1.6, 2.0, 1.7, 50)]
@@ -75,8 +74,8 @@ def test_a_violation_is_the_gap_as_a_share_of_the_limit(limit: float, value: flo
 
 
 def test_a_measured_speed_means_its_median() -> None:
-    assert metric_value(FRONT[0], "decode_speedup") == 1.2
-    assert metric_value(FRONT[0], "params") == 90
+    assert FRONT[0].value("decode_speedup") == 1.2
+    assert FRONT[0].value("params") == 90
 
 
 @pytest.mark.parametrize(
@@ -103,7 +102,7 @@ def test_a_measured_speed_means_its_median() -> None:
 )
 def test_a_pick_chooses(pick: str, chosen: str) -> None:
     for front in (FRONT, FRONT[::-1]):
-        assert pick_record(front, parse_pick(pick))["hash"] == chosen * 16
+        assert pick_record(front, parse_pick(pick)).id == chosen * 16
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def test_a_pick_chooses(pick: str, chosen: str) -> None:
         ("decode_speedup>=2.1", "no child on the front holds 'decode_speedup>=2.1'; the nearest is cccccccccccccccc"),
         ("ppl_ratio<=1.05", "the nearest is aaaaaaaaaaaaaaaa with ppl_ratio 1.1"),
         ("decode_speedup>=1.9,ppl_ratio<=1.3", "with decode_speedup 1.5, ppl_ratio 1.2"),
-        ("0" * 16, "no child has hash 0000000000000000; the front has: aaaaaaaaaaaaaaaa, bbbb"),
+        ("0" * 16, "no child has id or hash 0000000000000000; the front has: aaaaaaaaaaaaaaaa, bbbb"),
     ],
 )
 def test_a_pick_that_nothing_holds_names_the_nearest(pick: str, message: str) -> None:
@@ -142,4 +141,4 @@ def test_a_word_that_would_not_count_is_refused(text: str) -> None:
 def test_a_stricter_pick_moves_every_limit_to_its_strict_side() -> None:
     stricter = parse_pick("decode_speedup>=1.5,params<=100").stricter(1.25)
     assert stricter.budgets == (Budget("decode_speedup", ">=", 1.875), Budget("params", "<=", 80))
-    assert parse_pick("0" * 16).stricter(2).hash == "0" * 16
+    assert parse_pick("0" * 16).stricter(2).child == "0" * 16

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -13,6 +12,7 @@ from tiny import record_of
 from llmprune.choices.architecture import Architecture
 from llmprune.core.budgets import parse_budget, parse_pick, pick_record
 from llmprune.core.errors import BudgetError
+from llmprune.measure.record import Record
 from llmprune.search.front import candidates_for_front, holding_budgets, non_dominated
 
 SPEED = "decode_speedup"
@@ -20,12 +20,12 @@ SPEED = "decode_speedup"
 POINTS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=14)
 
 
-def records(points: list[tuple[int, int]]) -> list[Any]:
+def records(points: list[tuple[int, int]]) -> list[Record]:
     return [record_of(Architecture.of([(1, i + 1)]), nats / 2, speed / 3) for i, (nats, speed) in enumerate(points)]
 
 
-def point(record: Any) -> tuple[float, float]:
-    return record["nats_per_token"], record[SPEED]["median"]
+def point(record: Record) -> tuple[float, float]:
+    return record.nats_per_token, record.value(SPEED)
 
 
 def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
@@ -53,15 +53,15 @@ def test_candidates_are_few_and_hold_what_the_picks_would_choose(
 ) -> None:
     front = non_dominated(records(points), SPEED)
     chosen = candidates_for_front(records(points), SPEED, size, [parse_pick(pick) for pick in picks])
-    hashes = [record["hash"] for record in chosen]
-    assert len(chosen) == len(set(hashes)) == min(size, len(front))
-    assert set(hashes) <= {record["hash"] for record in front}
+    ids = [record.id for record in chosen]
+    assert len(chosen) == len(set(ids)) == min(size, len(front))
+    assert set(ids) <= {record.id for record in front}
     assert [point(record) for record in chosen] == sorted(point(record) for record in chosen)
     wanted: dict[str, None] = {}
     for pick in picks:
         with suppress(BudgetError):
-            wanted[pick_record(front, parse_pick(pick))["hash"]] = None
-    assert set(list(wanted)[:size]) <= set(hashes), "earlier picks come first"
+            wanted[pick_record(front, parse_pick(pick)).id] = None
+    assert set(list(wanted)[:size]) <= set(ids), "earlier picks come first"
 
 
 @pytest.mark.parametrize(("size", "speeds"), [(1, [8.0]), (2, [1.0, 8.0]), (3, [1.0, 2.8, 8.0])])
@@ -70,13 +70,14 @@ def test_candidates_spread_over_the_speeds_on_a_log_scale(size: int, speeds: lis
         record_of(Architecture.of([(1, i)]), 1 + i, speed)
         for i, speed in enumerate((1.0, 1.1, 1.2, 2.8, 6.5, 7.0, 8.0), start=1)
     ]
-    assert [record[SPEED]["median"] for record in candidates_for_front(front, SPEED, size, [])] == speeds
+    assert [record.value(SPEED) for record in candidates_for_front(front, SPEED, size, [])] == speeds
 
 
-def test_a_child_that_is_named_by_hash_is_re_measured_though_another_beats_it() -> None:
+def test_a_child_that_is_named_is_re_measured_though_another_beats_it() -> None:
     beaten, best = records([(4, 3), (2, 6)])
-    chosen = candidates_for_front([beaten, best], SPEED, 2, [parse_pick(beaten["hash"])])
-    assert {record["hash"] for record in chosen} == {beaten["hash"], best["hash"]}
+    for name in (beaten.id, beaten.hash):
+        chosen = candidates_for_front([beaten, best], SPEED, 2, [parse_pick(name)])
+        assert {record.id for record in chosen} == {beaten.id, best.id}
 
 
 def test_only_trials_that_hold_the_budgets_reach_the_front() -> None:

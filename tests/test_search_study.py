@@ -25,10 +25,12 @@ from llmprune.choices.space import Space
 from llmprune.core.errors import RecipeError
 from llmprune.core.recipe import OPTUNA_SAMPLERS, SearchRecipe
 from llmprune.core.recipe_text import parse_section
+from llmprune.measure.record import SCHEMA
 from llmprune.search.reward import HARD, SOFT
 from llmprune.search.reward import reward as mnas_reward
 from llmprune.search.samplers.make import OneRung, make_sampler
 from llmprune.search.study import SearchOutcome, finished_trials, open_study, records, run_study
+from llmprune.search.trial_records import record_of as record_in
 from llmprune.search.workers.storage import open_journal
 
 SPACE = tiny_space(layers=3)
@@ -99,12 +101,13 @@ def test_a_trial_keeps_its_record_and_is_told_both_objectives(journal: Path) -> 
     assert [count for count, _ in reported] == list(range(1, 9))
     assert [record for _, record in reported] == records(study)
     for trial in finished_trials(study):
-        record = trial.user_attrs["record"]
+        record = record_in(trial)
         architecture = SPACE.architecture([trial.params[decision.name] for decision in SPACE.decisions])
-        assert trial.values == [record["nats_per_token"], record["decode_speedup"]["median"]]
-        assert trial.user_attrs["hash"] == record["hash"] == architecture.hash
+        assert trial.values == [record.nats_per_token, record.decode_speedup.median]
+        assert trial.user_attrs["hash"] == record.hash == architecture.hash
         assert trial.user_attrs["architecture"] == architecture.to_json()
-        assert record["name"] == f"trial-{trial.number}"
+        assert trial.user_attrs["record"]["schema"] == SCHEMA
+        assert record.name == f"trial-{trial.number}"
 
 
 def test_the_second_objective_is_the_recipes(journal: Path) -> None:
@@ -124,7 +127,7 @@ def test_a_reward_is_the_only_objective_and_is_maximised(reward: str, sampler: s
     w = SOFT if reward == "mnas-soft" else HARD
     worth = {}
     for trial in finished_trials(study):
-        worth[trial.number] = mnas_reward(trial.user_attrs["record"], phase="decode", target=1.3, w=w)
+        worth[trial.number] = mnas_reward(record_in(trial), phase="decode", target=1.3, w=w)
         assert trial.values == [worth[trial.number]]
     assert worth[study.best_trial.number] == max(worth.values())
 
@@ -196,10 +199,10 @@ def test_a_child_without_a_finite_loss_is_a_failed_trial(nats: float, journal: P
 def test_budgets_are_constraints_of_every_trial(journal: Path) -> None:
     study, _ = run(journal, FakeJudge(), budgets=["decode_speedup>=1.2", "params<=70"], starts=STARTS)
     for trial in finished_trials(study):
-        record = trial.user_attrs["record"]
+        record = record_in(trial)
         slow, large = trial.constraints["decode_speedup>=1.2"], trial.constraints["params<=70"]
-        assert (slow <= 0) == (record["decode_speedup"]["median"] >= 1.2)
-        assert (large <= 0) == (record["params"] <= 70)
+        assert (slow <= 0) == (record.decode_speedup.median >= 1.2)
+        assert (large <= 0) == (record.params <= 70)
     assert 0 < len(study.best_trials) < 8
     assert all(max(trial.constraints.values()) <= 0 for trial in study.best_trials)
 
@@ -295,9 +298,8 @@ def test_children_of_the_evolutionary_sampler_stay_near_their_seeds(tmp_path: Pa
     run_study(study, judge, rules, space, starts)  # type: ignore[arg-type]
     assert len(records(study)) == 12
     for record in records(study):
-        architecture = Architecture.from_json(record["architecture"])
         rungs = [
             len(space.ladder(choice.kind)) - 1 - space.ladder(choice.kind).index(choice)
-            for _, choice in architecture.blocks()
+            for _, choice in record.architecture.blocks()
         ]
         assert max(rungs) <= 4, "a block far from every seed: chance chose its size"

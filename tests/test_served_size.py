@@ -135,10 +135,10 @@ def test_a_run_timed_in_llama_cpp_speaks_of_the_file_that_it_exports(tmp_path: P
         search(run)
         found = front(run)
         written = export(run, parse_pick(recipe.export.pick), tmp_path / "child")
-    (child,) = found["children"]
+    (child,) = found.children
     tensors = tensors_of(tmp_path / "child" / "model-F16.gguf")
-    assert child["bytes"] == sum(tensors.values()) and child["stored_as"] == "GGUF f16"
-    assert found["parent"]["stored_as"] == "GGUF f16" and written["figures"]["bytes"] == child["bytes"]
+    assert child.bytes == sum(tensors.values()) and child.stored_as == "GGUF f16"
+    assert found.parent.stored_as == "GGUF f16" and written["figures"]["bytes"] == child.bytes
     cells = list(front_table(found).columns[2].cells)
     assert len(cells) == 2 and all("GGUF f16" in str(cell) for cell in cells)
 

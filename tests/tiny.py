@@ -17,6 +17,8 @@ from llmprune.choices.architecture import BLOCK_KINDS, Architecture, BlockChoice
 from llmprune.choices.space import Space
 from llmprune.core.recipe import DataRecipe, Recipe, SourceRecipe, SpaceSize
 from llmprune.core.recipe_text import parse_recipe
+from llmprune.measure.quality.perplexity import SourceQuality
+from llmprune.measure.record import MeasuredOn, Record, child_id
 from llmprune.measure.speed.throughput import Speed, Spread
 from llmprune.pipeline.exports import write_children
 from llmprune.pipeline.judges import Judges
@@ -33,6 +35,17 @@ SMALL_SPLITS = {
     "test_tokens": 64,
     "seq_len": 16,
 }
+
+MEASURED_ON = MeasuredOn(
+    dataset="unit",
+    split="search",
+    seq_len=16,
+    tokens=60,
+    bos=False,
+    workload={"batch": 1, "prompt_tokens": 8, "generated_tokens": 4, "dtype": "float32", "threads": 1, "device": "cpu"},
+    repeats=1,
+    host={"cpu": "of no make", "logical_cores": 2},
+)
 
 _SENTENCES = (
     "The river was wide and slow, and the boats on it were older than the town.",
@@ -110,23 +123,36 @@ def linear_costs(space: Space, attention: float = 0.1, ffn: float = 0.2) -> Cost
     )
 
 
-def spread(median: float) -> dict[str, float]:
-    return {"median": median, "low": 0.9 * median, "high": 1.1 * median}
+def spread(median: float) -> Spread:
+    return Spread(median, 0.9 * median, 1.1 * median)
 
 
-def record_of(architecture: Architecture, nats: float, decode: float, prefill: float = 1.0, name: str = "") -> Any:
-    """The part of a record that search looks at."""
-    return {
+def record_of(
+    architecture: Architecture, nats: float, decode: float, prefill: float = 1.0, name: str = "", **others: Any
+) -> Record:
+    """A record with these figures, and with whatever else is told."""
+    figures: dict[str, Any] = {
         "name": name,
+        "id": child_id(architecture.hash, "a library"),
         "hash": architecture.hash,
-        "architecture": architecture.to_json(),
+        "architecture": architecture,
         "params": sum(choice.units for _, choice in architecture.blocks()),
+        "bytes": 4,
+        "stored_as": "float32",
+        "kv_bytes_per_token": 2,
+        "decode_bytes": 4,
         "nats_per_token": nats,
+        "nats_per_byte": nats / 4,
         "ppl": 2.0**nats,
         "ppl_ratio": nats,
-        "decode_speedup": spread(decode),
+        "per_source": {"unit": SourceQuality(nats, nats / 4, 2.0**nats, 60)},
+        "prefill_tokens_per_s": spread(10 * prefill),
+        "decode_tokens_per_s": spread(decode),
         "prefill_speedup": spread(prefill),
+        "decode_speedup": spread(decode),
+        "measured_on": MEASURED_ON,
     }
+    return Record(**{**figures, **others})
 
 
 def save_tiny_llama(directory: Path, texts: Sequence[str]) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 from llmprune.baselines.ledger import Memo
 from llmprune.core.errors import RunDirectoryError
 from llmprune.core.files import read_json, write_json
-from llmprune.search.judging import Record
+from llmprune.measure.record import SCHEMA, Record, schema_problem
 
 SECONDS_BETWEEN_SAVES = 20.0
 
@@ -28,7 +28,7 @@ class Book:
     scores: Path
     _entries: dict[str, Entry] = field(default_factory=dict)
     _memos: dict[str, tuple[str, Memo]] = field(default_factory=dict)
-    _parent: dict[str, Any] = field(default_factory=dict)
+    _parent: tuple[str, Record] | None = None
     _saved: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -38,8 +38,9 @@ class Book:
         try:
             if results.is_file():
                 data = read_json(results)
-                book._parent = data["parent"]
-                book._entries = {_name(entry["method"], entry["at"]): entry for entry in data["results"]}
+                if problem := schema_problem(data, "delete it and run llmprune baselines again"):
+                    raise RunDirectoryError(f"{results} {problem}")
+                book._take(data)
             if scores.is_file():
                 for name, ledger in read_json(scores).items():
                     memo = {k: (math.inf if nats is None else nats, s) for k, (nats, s) in ledger["scores"].items()}
@@ -51,6 +52,14 @@ class Book:
                 f"{results} or {scores} is damaged ({type(error).__name__}: {error}); delete both and start again"
             ) from error
         return book
+
+    def _take(self, data: Any) -> None:
+        """Raises KeyError, TypeError or ValueError if it is damaged."""
+        if parent := data["parent"]:
+            self._parent = (parent["input_hash"], Record.from_json(parent["record"]))
+        for entry in data["results"]:
+            _measured(entry)  # damage is told now rather than in an hour
+            self._entries[_name(entry["method"], entry["at"])] = entry
 
     def entry(self, method: str, at: float, input_hash: str) -> Entry | None:
         """The result that is there for these inputs."""
@@ -64,7 +73,7 @@ class Book:
     def children(self, method: str, input_hash: str) -> list[Record]:
         """Every child that was measured for a method with these inputs, at whatever target."""
         entries = [e for e in self._entries.values() if e["method"] == method and e["input_hash"] == input_hash]
-        return list({record["hash"]: record for entry in entries for record in entry["measured"]}.values())
+        return list({record.id: record for entry in entries for record in _measured(entry)}.values())
 
     def put(self, entry: Entry) -> None:
         """Keep a result, on disk."""
@@ -72,10 +81,10 @@ class Book:
         self.write()
 
     def parent(self, input_hash: str) -> Record | None:
-        return self._parent["record"] if self._parent.get("input_hash") == input_hash else None
+        return self._parent[1] if self._parent and self._parent[0] == input_hash else None
 
     def put_parent(self, record: Record, input_hash: str) -> None:
-        self._parent = {"input_hash": input_hash, "record": record}
+        self._parent = (input_hash, record)
 
     def memo(self, name: str, input_hash: str) -> Memo:
         """Scores of a method (at a target), to read and to add to."""
@@ -96,7 +105,8 @@ class Book:
         """Write both files."""
         self._write_scores()
         results = sorted(self._entries.values(), key=lambda entry: (entry["method"], entry["at"]))
-        write_json(self.results, {"parent": self._parent, "results": results})
+        parent = {"input_hash": self._parent[0], "record": self._parent[1].to_json()} if self._parent else {}
+        write_json(self.results, {"schema": SCHEMA, "parent": parent, "results": results})
 
     def _write_scores(self) -> None:
         data = {
@@ -108,6 +118,10 @@ class Book:
         }
         write_json(self.scores, data)
         self._saved = time.monotonic()
+
+
+def _measured(entry: Entry) -> list[Record]:
+    return [Record.from_json(record) for record in entry["measured"]]
 
 
 def _name(method: str, at: float) -> str:

@@ -12,11 +12,11 @@ from llmprune.baselines.ledger import Ledger
 from llmprune.baselines.match import Settled, close_in, settle
 from llmprune.baselines.methods import METHODS, Method, choose
 from llmprune.choices.architecture import Architecture
-from llmprune.core.budgets import metric_value
 from llmprune.core.errors import ModelError
 from llmprune.core.progress import Show
 from llmprune.core.recipe import BaselineName
-from llmprune.search.judging import Judge, Record, is_finite, quote
+from llmprune.measure.record import Front, Record
+from llmprune.search.judging import Judge, quote
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +44,11 @@ class Entrant:
     def measure(self, architecture: Architecture) -> Record:
         """The whole record of the method's child. Raises ModelError if it computes no finite loss."""
         record = self.judge.judge(architecture, self.name)
-        if not is_finite(record):
-            raise ModelError(f"the child {record['hash']} computes no finite loss")
-        return {
-            **record,
-            "exportable": self.method.can_export(self.judge.parent, architecture),
-            "library": self.method.importance.method if self.method.importance else None,
-        }
+        if not record.is_finite:
+            raise ModelError(f"the child {record.id} computes no finite loss")
+        exportable = self.method.can_export(self.judge.parent, architecture)
+        library = self.method.importance.method if self.method.importance else None
+        return record.model_copy(update={"exportable": exportable, "library": library})
 
 
 def compare(
@@ -85,15 +83,12 @@ def choose_beside(entrants: Iterable[Entrant], speedup: float, show: Show) -> di
     return chosen
 
 
-def front_entries(
-    front: Mapping[str, Any], speed: str, targets: Iterable[float], effort: Mapping[str, Any]
-) -> list[Entry]:
+def front_entries(front: Front, speed: str, targets: Iterable[float], effort: Mapping[str, Any]) -> list[Entry]:
     """The search itself at each target, between the measured children of its front."""
-    parent = front["parent"]
-    records = [parent, *front["children"]]
+    records = [front.parent, *front.children]
     why = "out of reach: no child of the front is as fast"
     return [
-        entry_of("llmprune", at, settle(records, parent["nats_per_token"], speed, at), why, effort) for at in targets
+        entry_of("llmprune", at, settle(records, front.parent.nats_per_token, speed, at), why, effort) for at in targets
     ]
 
 
@@ -101,15 +96,16 @@ def compete(
     entrant: Entrant, targets: Iterable[float], parent: Record, speed: str, book: Book, input_hash: str, show: Show
 ) -> Iterator[Entry]:
     """The entry of one method at each target, as it comes; children that `book` has are not measured again."""
-    whole = Architecture.from_json(parent["architecture"])
-    known = {Architecture.from_json(r["architecture"]): r for r in book.children(entrant.name, input_hash)}
+    whole = parent.architecture
+    # Children of one method are of one library, so that their architectures tell them apart.
+    known = {record.architecture: record for record in book.children(entrant.name, input_hash)}
     known[whole] = parent
     walk: tuple[Ledger, Given, Aim] | None = None
 
     def measure(architecture: Architecture) -> float:
         if architecture not in known:
             known[architecture] = entrant.measure(architecture)
-        return metric_value(known[architecture], speed)
+        return known[architecture].value(speed)
 
     for target in sorted(set(targets)):
         if walk is None or not entrant.method.path:
@@ -124,13 +120,14 @@ def compete(
                 close_in(aim, given.speedup, measure, target, speeds)
             except ModelError as error:
                 failed = str(error)
-        settled = settle([known[a] for a in speeds], parent["nats_per_token"], speed, target)
+        settled = settle([known[a] for a in speeds], parent.nats_per_token, speed, target)
         if settled is not None:
             settled = replace(settled, children=tuple(quote(child, entrant.quoting) for child in settled.children))
-            known |= {Architecture.from_json(child["architecture"]): child for child in settled.children}
+            known |= {child.architecture: child for child in settled.children}
         why = failed or f"out of reach: the fastest child that was measured has {max(speeds.values()):.2f}x"
         entry = entry_of(entrant.name, target, settled, why, ledger.effort(entrant.preparation_tokens))
-        yield {**entry, "measured": [known[a] for a in speeds if a != whole], "input_hash": input_hash}
+        measured = [known[a].to_json() for a in speeds if a != whole]
+        yield {**entry, "measured": measured, "input_hash": input_hash}
 
 
 def _timed(aim: Aim, ledger: Ledger) -> Aim:
@@ -151,6 +148,6 @@ def entry_of(name: str, target: float, settled: Settled | None, why: str, effort
         **(settled.quoted() if settled else {}),
         "interpolated": bool(settled and settled.is_interpolated),
         "why": None if settled else why,
-        "children": list(settled.children) if settled else [],
+        "children": [child.to_json() for child in settled.children] if settled else [],
         "effort": dict(effort),
     }

@@ -6,6 +6,7 @@ Shapes: D outputs of a block's output projection, I its inputs, U units of a blo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,13 @@ from llmprune.choices.architecture import BLOCK_KINDS, Architecture, AttentionCh
 from llmprune.choices.space import Space
 from llmprune.models.parent import Parent
 from llmprune.models.rows import input_columns
+from llmprune.search.judging import Finish
 
 SHARES = 200
 """Thresholds that are tried: as many equal shares of the parameters of all blocks."""
+
+BIAS = "flap-bias"
+"""What `compensate` is called in a child's id."""
 
 
 def flap(given: Given) -> Path:
@@ -88,6 +93,11 @@ def compensate(parent: Parent, library: BlockLibrary, child: PreTrainedModel, ar
         mean_I = library.fluctuation(layer, choice.kind)[1].to(weight_DI.device)
         bias_D = flap_bias(weight_DI, mean_I, columns_S)
         child.get_submodule(path).bias = nn.Parameter(bias_D, requires_grad=False)
+
+
+def compensation(parent: Parent, library: BlockLibrary) -> Finish:
+    """`compensate`, for the children of one library."""
+    return Finish(BIAS, partial(compensate, parent, library), partial(needs_bias, parent))
 
 
 def needs_bias(parent: Parent, architecture: Architecture) -> bool:

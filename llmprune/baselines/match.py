@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from llmprune.baselines.given import Aim
 from llmprune.choices.architecture import Architecture
-from llmprune.core.budgets import metric_value
-from llmprune.search.judging import QUOTED, Record
+from llmprune.measure.record import QUOTED, Record
 
 AT = 0.01
 """How near a measured speed-up counts as the one asked for."""
@@ -29,16 +28,18 @@ class Settled:
     """Of each child in an interpolated figure."""
 
     def quoted(self) -> dict[str, dict[str, float | None]]:
-        """Nats lost on each split that is quoted of the children, by its name, interpolated in the same shares."""
+        """Nats lost on each split that is quoted of the children, by its name, interpolated in the same shares; None
+        where they are infinite."""
         return {
-            name: {"nats_lost": self._mixed([child[name]["nats_lost"] for child in self.children])}
+            name: {"nats_lost": self._mixed([child.quoted[name].nats_lost for child in self.children])}
             for name in QUOTED
-            if all(name in child for child in self.children)
+            if all(name in child.quoted for child in self.children)
         }
 
-    def _mixed(self, losses: Sequence[float | None]) -> float | None:
-        pairs = [(share, lost) for share, lost in zip(self.shares, losses, strict=True) if lost is not None]
-        return sum(share * lost for share, lost in pairs) if len(pairs) == len(losses) else None
+    def _mixed(self, losses: Sequence[float]) -> float | None:
+        if not all(map(math.isfinite, losses)):
+            return None
+        return sum(share * lost for share, lost in zip(self.shares, losses, strict=True))
 
     @property
     def is_interpolated(self) -> bool:
@@ -48,19 +49,19 @@ class Settled:
 def settle(records: Iterable[Record], parent_nats: float, speed: str, target: float) -> Settled | None:
     """Nats lost at exactly `target`: those of the nearest child if its speed-up is within 1%, else linear in the
     logarithm of the speed-up between the nearest child on each side. None if no child is as fast."""
-    by_speed = sorted(records, key=lambda record: metric_value(record, speed))
-    nearest = min(by_speed, key=lambda record: _gap(metric_value(record, speed), target), default=None)
+    by_speed = sorted(records, key=lambda record: record.value(speed))
+    nearest = min(by_speed, key=lambda record: _gap(record.value(speed), target), default=None)
     if nearest is None:
         return None
-    if _gap(metric_value(nearest, speed), target) <= AT:
-        return Settled(nearest["nats_per_token"] - parent_nats, (nearest,))
-    slower = [record for record in by_speed if metric_value(record, speed) < target]
-    faster = [record for record in by_speed if metric_value(record, speed) > target]
+    if _gap(nearest.value(speed), target) <= AT:
+        return Settled(nearest.nats_per_token - parent_nats, (nearest,))
+    slower = [record for record in by_speed if record.value(speed) < target]
+    faster = [record for record in by_speed if record.value(speed) > target]
     if not slower or not faster:
         return None
     low, high = slower[-1], faster[0]
-    share = math.log(target / metric_value(low, speed)) / math.log(metric_value(high, speed) / metric_value(low, speed))
-    nats = (1.0 - share) * low["nats_per_token"] + share * high["nats_per_token"]
+    share = math.log(target / low.value(speed)) / math.log(high.value(speed) / low.value(speed))
+    nats = (1.0 - share) * low.nats_per_token + share * high.nats_per_token
     return Settled(nats - parent_nats, (low, high), (1.0 - share, share))
 
 

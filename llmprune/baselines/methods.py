@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from llmprune.baselines.allocation import milp
 from llmprune.baselines.chance import best_of_random
 from llmprune.baselines.depth import blockpruner, may_drop, shortgpt, sleb
-from llmprune.baselines.flap import compensate, flap, needs_bias
+from llmprune.baselines.flap import compensation, flap, needs_bias
 from llmprune.baselines.given import Aim, Given, Path, along
 from llmprune.baselines.uniform import uniform
 from llmprune.blocks.library import BlockLibrary
@@ -20,6 +18,7 @@ from llmprune.choices.architecture import Architecture
 from llmprune.choices.space import Space
 from llmprune.core.recipe import BaselineName, ImportanceRecipe
 from llmprune.models.parent import Parent
+from llmprune.search.judging import Finish
 
 ALL_TABLES = 4
 """Passes over their tokens that all block tables take: block influence one, a forward and a backward pass three."""
@@ -33,7 +32,7 @@ class Method:
     aimed: Callable[[Given, float], Architecture | None] | None = None
     importance: ImportanceRecipe | None = None
     """Of a library of its own; None uses the run's."""
-    finish: Callable[[Parent, BlockLibrary, PreTrainedModel, Architecture], None] | None = None
+    finish: Callable[[Parent, BlockLibrary], Finish] | None = None
     """What is done to a pruned child, and no checkpoint holds."""
     statistics: bool = False
     """Whether it needs the pass over the calibration tokens."""
@@ -90,7 +89,7 @@ METHODS: Mapping[BaselineName, Method] = {
     "uniform": Method(aimed=uniform, statistics=True, most_scored=_uniforms),
     "magnitude": Method(aimed=uniform, importance=_own("magnitude"), most_scored=_uniforms),
     "wanda-sp": Method(aimed=uniform, importance=_own("wanda-sp"), statistics=True, most_scored=_uniforms),
-    "flap": Method(path=flap, importance=_own("flap"), finish=compensate, statistics=True),
+    "flap": Method(path=flap, importance=_own("flap"), finish=compensation, statistics=True),
     "shortgpt": Method(path=shortgpt, table_passes=1),
     "sleb": Method(path=sleb, greedy=True, most_scored=lambda space, draws: _removals(space, space.shape.layers)),
     "blockpruner": Method(

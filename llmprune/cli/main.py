@@ -37,6 +37,7 @@ from llmprune.core.recipe_files import copy_recipe, recipe_names
 from llmprune.core.recipe_text import load_recipe, parse_section
 
 if TYPE_CHECKING:
+    from llmprune.measure.record import Front
     from llmprune.search.study import SearchOutcome
 
 app = typer.Typer(
@@ -63,6 +64,7 @@ def compress(
     """Run every stage: search, re-measure the front, write its checkpoints, export the recipe's pick."""
     from llmprune.cli.front_tables import front_table
     from llmprune.pipeline import commands
+    from llmprune.pipeline.run_directory import read_front
 
     recipe = recipe_from(model_or_recipe, overrides)
     if dry_run:
@@ -70,17 +72,18 @@ def compress(
     with opened_run(out, recipe, quiet, storage) as (run, report):
         to = Path(recipe.export.to) if recipe.export.to else run.directory.export
         result = commands.compress(run, to, report=report)
-    emit(result, json, lambda: [front_table(result), *_told(result, to)])
+        measured = read_front(run.directory)
+    emit(result, json, lambda: [front_table(measured), *_told(result, measured, to)])
 
 
-def _told(result: Mapping[str, Any], to: Path) -> list[str]:
+def _told(result: Mapping[str, Any], measured: Front, to: Path) -> list[str]:
     """What came of the export, and what may be quoted of the child."""
     from llmprune.cli.front_tables import quoted_lines
 
     if result["exported"] is None:
         return [f"exported nothing: {result['not_exported']}"]
-    exported = next(child for child in result["children"] if child["hash"] == result["exported"]["hash"])
-    return [f"exported {exported['hash']} to {to}", *(f"  {line}" for line in quoted_lines(exported))]
+    exported = next(child for child in measured.children if child.id == result["exported"]["id"])
+    return [f"exported {exported.id} to {to}", *(f"  {line}" for line in quoted_lines(exported))]
 
 
 @app.command()
@@ -162,7 +165,7 @@ def front(
 
     with opened_run(run_path, recipe_of_run(run_path, None, overrides), quiet, storage) as (run, _):
         measured = commands.front(run)
-    emit(measured, json, lambda: [front_table(measured)])
+    emit(measured.stored(), json, lambda: [front_table(measured)])
 
 
 @app.command()
@@ -183,13 +186,13 @@ def baselines(
     rules = parse_section(BaselinesRecipe, recipe.baselines.model_dump() | asked)
     with opened_run(run_path, recipe, quiet) as (run, _):
         result = commands.baselines(run, rules)
-    emit(result, json, lambda: [baselines_table(result)])
+    emit(result.to_json(), json, lambda: [baselines_table(result)])
 
 
 @app.command()
 def export(
     run_path: RunPath,
-    pick: Annotated[str | None, typer.Option(help="decode_speedup>=1.5, ppl_ratio<=1.2, or a hash.")] = None,
+    pick: Annotated[str | None, typer.Option(help="decode_speedup>=1.5, ppl_ratio<=1.2, or a child's id.")] = None,
     to: Annotated[Path | None, typer.Option(help="Directory to write; default RUN/export.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a checkpoint that is there; export even an unusable child.")
@@ -200,6 +203,7 @@ def export(
     """Write a child of the front as a checkpoint, proven in a fresh process."""
     from llmprune.cli.front_tables import quoted_lines
     from llmprune.core.budgets import parse_pick
+    from llmprune.measure.record import Record
     from llmprune.pipeline import commands
 
     recipe = recipe_of_run(run_path, None, None)
@@ -210,9 +214,9 @@ def export(
         written,
         json,
         lambda: [
-            f"exported {written['hash']} to {written['directory']} ({written['proof']['params']:,} parameters, "
+            f"exported {written['id']} to {written['directory']} ({written['proof']['params']:,} parameters, "
             f"logits within {written['proof']['max_logit_difference']:.1e} after a reload)",
-            *(f"  {line}" for line in quoted_lines(written["figures"])),
+            *(f"  {line}" for line in quoted_lines(Record.from_json(written["figures"]))),
         ],
     )
 

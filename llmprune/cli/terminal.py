@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llmprune.core.progress import Advance, Show, silent
+from llmprune.measure.record import Record
+from llmprune.measure.speed.throughput import Spread
 
 # Piped output has no width of its own; a table cut at 80 columns would lose figures.
 PIPED_WIDTH = 140
@@ -97,14 +99,14 @@ def _lines(target: Console) -> Show:
     return show
 
 
-def print_trial(target: Console) -> Callable[[int, Mapping[str, Any]], None]:
+def print_trial(target: Console) -> Callable[[int, Record], None]:
     """A line a trial."""
 
-    def report(finished: int, record: Mapping[str, Any]) -> None:
+    def report(finished: int, record: Record) -> None:
         target.print(
-            f"  trial {finished:>3}  {record['hash']}  decode {record['decode_speedup']['median']:.2f}x  "
-            f"prefill {record['prefill_speedup']['median']:.2f}x  "
-            f"{record['nats_per_token']:.3f} nats/token ({record['ppl_ratio']:.2f} x parent PPL)",
+            f"  trial {finished:>3}  {record.id}  decode {record.decode_speedup.median:.2f}x  "
+            f"prefill {record.prefill_speedup.median:.2f}x  "
+            f"{record.nats_per_token:.3f} nats/token ({record.ppl_ratio:.2f} x parent PPL)",
             style="dim",
             soft_wrap=True,
         )
@@ -117,9 +119,9 @@ def print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def spread_text(spread: Mapping[str, float]) -> str:
+def spread_text(spread: Spread) -> str:
     """A speed-up's median, 10th and 90th percentile."""
-    return f"{spread['median']:.2f}x ({spread['low']:.2f}-{spread['high']:.2f})"
+    return f"{spread.median:.2f}x ({spread.low:.2f}-{spread.high:.2f})"
 
 
 def bench_table(result: Mapping[str, Any]) -> Table:
@@ -135,9 +137,9 @@ def bench_table(result: Mapping[str, Any]) -> Table:
             row["model"],
             f"{row['params'] / 1e6:.1f}M",
             f"{row['prefill_tokens_per_s']['median']:.0f}",
-            spread_text(row["prefill_speedup"]),
+            spread_text(Spread(**row["prefill_speedup"])),
             f"{row['decode_tokens_per_s']['median']:.1f}",
-            spread_text(row["decode_speedup"]),
+            spread_text(Spread(**row["decode_speedup"])),
         )
     return table
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol, TypeVar
 
 from llmprune.core.errors import BudgetError, quoted
 
@@ -17,7 +17,29 @@ METRICS = (*QUALITY_METRICS, *SPEED_METRICS, *SIZE_METRICS)
 
 _NUMBER = r"[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?(?:e[+-]?[0-9]{1,2})?"
 _BUDGET = re.compile(rf"\s*([a-z_]+)\s*(>=|<=)\s*({_NUMBER})\s*", re.IGNORECASE)
-_HASH = re.compile(r"[0-9a-f]{16}")
+_NAME = re.compile(r"[0-9a-f]{16}")
+
+
+class Measured(Protocol):
+    """What budgets are held against, and picks choose among: the records of children."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def hash(self) -> str:
+        """Of its architecture."""
+        ...
+
+    @property
+    def made_of(self) -> str:
+        """What tells it from other children of its architecture."""
+        ...
+
+    def value(self, metric: str) -> float: ...
+
+
+MeasuredT = TypeVar("MeasuredT", bound=Measured)
 
 
 @dataclass(frozen=True)
@@ -39,10 +61,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Pick:
-    """What a person wants of a front: a hash, or budgets and what is best among those that hold them."""
+    """What a person wants of a front: a child by its name, or budgets and what is best among those that hold them."""
 
     text: str
-    hash: str | None
+    child: str | None
+    """An id, or the hash of an architecture."""
     budgets: tuple[Budget, ...]
     best: str
 
@@ -51,9 +74,9 @@ class Pick:
         moved = (replace(b, limit=b.limit * factor if b.relation == ">=" else b.limit / factor) for b in self.budgets)
         return replace(self, budgets=tuple(moved))
 
-    def value_of(self, record: Mapping[str, Any]) -> float:
+    def value_of(self, record: Measured) -> float:
         """How good a record is, higher is better."""
-        value = metric_value(record, self.best)
+        value = record.value(self.best)
         return -value if self.best in QUALITY_METRICS else value
 
 
@@ -76,19 +99,20 @@ def parse_budget(text: str) -> Budget:
 
 
 def parse_pick(text: str) -> Pick:
-    """Read a pick: an architecture's hash, or budgets separated by commas, optionally with the word `prefill`.
+    """Read a pick: a child's id, an architecture's hash, or budgets separated by commas, optionally with the word
+    `prefill`.
 
     With a speed or size budget the best is the least nats per token; with quality budgets alone it is the fastest,
     in decode unless the pick says prefill. Raises BudgetError.
     """
     text = text.strip()
-    if _HASH.fullmatch(text):
+    if _NAME.fullmatch(text):
         return Pick(text, text, (), "nats_per_token")
     parts = [part.strip() for part in text.split(",") if part.strip()]
     budgets = tuple(parse_budget(part) for part in parts if part not in ("prefill", "decode"))
     if not budgets:
         raise BudgetError(
-            f"a pick is a hash of 16 hex digits or budgets such as decode_speedup>=1.5; got {quoted(text)}"
+            f"a pick is an id of 16 hex digits or budgets such as decode_speedup>=1.5; got {quoted(text)}"
         )
     phases = [part for part in parts if part in ("prefill", "decode")]
     best = "nats_per_token"
@@ -104,33 +128,36 @@ def parse_pick(text: str) -> Pick:
     return Pick(text, None, budgets, best)
 
 
-def metric_value(record: Mapping[str, Any], metric: str) -> float:
-    """A record's value of a metric; of a measured speed, its median."""
-    value = record[metric]
-    return float(value["median"] if isinstance(value, Mapping) else value)
-
-
-def pick_record(records: Iterable[Mapping[str, Any]], pick: Pick) -> Mapping[str, Any]:
+def pick_record(records: Iterable[MeasuredT], pick: Pick) -> MeasuredT:
     """The best record that holds the pick. Raises BudgetError naming the nearest if none does."""
     records = list(records)
     if not records:
         raise BudgetError("the front is empty; raise search.trials and run the search again")
-    if pick.hash is not None:
-        for record in records:
-            if record["hash"] == pick.hash:
-                return record
-        known = ", ".join(str(record["hash"]) for record in records)
-        raise BudgetError(f"no child has hash {pick.hash}; the front has: {known}")
+    if pick.child is not None:
+        return _named(records, pick.child)
 
-    def worst_violation(record: Mapping[str, Any]) -> float:
-        return max(budget.violation(metric_value(record, budget.metric)) for budget in pick.budgets)
+    def worst_violation(record: Measured) -> float:
+        return max(budget.violation(record.value(budget.metric)) for budget in pick.budgets)
 
     holding = [record for record in records if worst_violation(record) <= 0]
     if holding:
         return max(holding, key=pick.value_of)
     nearest = min(records, key=worst_violation)
-    values = ", ".join(f"{b.metric} {metric_value(nearest, b.metric):.4g}" for b in pick.budgets)
+    values = ", ".join(f"{b.metric} {nearest.value(b.metric):.4g}" for b in pick.budgets)
     raise BudgetError(
-        f"no child on the front holds {quoted(pick.text)}; the nearest is {nearest['hash']} with {values}. "
+        f"no child on the front holds {quoted(pick.text)}; the nearest is {nearest.id} with {values}. "
         "Loosen the pick, or search on with more trials"
     )
+
+
+def _named(records: Sequence[MeasuredT], name: str) -> MeasuredT:
+    """The child with this id, or else the only one whose architecture has this hash; measured twice, the first."""
+    of_id = [record for record in records if record.id == name]
+    of_hash = {record.id: record for record in reversed(records) if record.hash == name}
+    if of_id or len(of_hash) == 1:
+        return next(iter(of_id or of_hash.values()))
+    if of_hash:
+        children = "; ".join(f"{record.id} ({record.made_of})" for record in reversed(of_hash.values()))
+        raise BudgetError(f"{name} is the architecture of {len(of_hash)} children, pick one by its id: {children}")
+    known = ", ".join(record.id for record in records)
+    raise BudgetError(f"no child has id or hash {name}; the front has: {known}")

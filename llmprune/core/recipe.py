@@ -348,7 +348,7 @@ class BaselinesRecipe(_Strict):
 class ExportRecipe(_Strict):
     """Which child `compress` exports, and where to."""
 
-    pick: str = Field("decode_speedup>=1.3", description="e.g. 'decode_speedup>=1.5', 'ppl_ratio<=1.2', or a hash")
+    pick: str = Field("decode_speedup>=1.3", description="e.g. 'decode_speedup>=1.5', 'ppl_ratio<=1.2', or an id")
     to: PathText | None = Field(None, description="directory; default RUN/export")
 
 

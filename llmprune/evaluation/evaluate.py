@@ -251,6 +251,7 @@ def _record(subject: Subject, answers: _Answers, speed: Mapping[str, Any], text:
         "model": subject.name,
         "role": subject.role,
         "params": answers.params,
+        "id": subject.id,
         "hash": subject.hash,
         "quality": quality,
         "speed": speed,

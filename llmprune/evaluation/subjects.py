@@ -17,6 +17,7 @@ from llmprune.core.files import expanded, read_json, sha256_file
 from llmprune.core.progress import Show
 from llmprune.core.recipe import ModelRecipe, Recipe
 from llmprune.core.recipe_text import parse_recipe, parse_section
+from llmprune.measure.record import newer_schema
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.loading import load_model, locate, resolve_device, stored_dtype
 from llmprune.pipeline.run_directory import RunDirectory
@@ -57,6 +58,12 @@ class Subject:
     def device(self) -> str:
         """Where it will be. Raises ModelError if that cannot be used here."""
         return str(resolve_device(self.recipe.device))
+
+    @property
+    def id(self) -> str | None:
+        """If it is a child of ours, and no older than ids."""
+        metadata = _metadata(self.directory)
+        return None if metadata is None or "id" not in metadata else str(metadata["id"])
 
     @property
     def hash(self) -> str | None:
@@ -187,9 +194,12 @@ def _implied_parent(
 def _metadata(directory: Path | None) -> dict[str, object] | None:
     if directory is None or not (directory / METADATA_FILE).is_file():
         return None
-    data = read_json(directory / METADATA_FILE)
+    file = directory / METADATA_FILE
+    data = read_json(file)
     if not isinstance(data, dict) or "hash" not in data:
-        raise ModelError(f"{directory / METADATA_FILE} is damaged; export the checkpoint again")
+        raise ModelError(f"{file} is damaged; export the checkpoint again")
+    if problem := newer_schema(data.get("figures")):
+        raise ModelError(f"{file} {problem}")
     return data
 
 

@@ -42,8 +42,8 @@ from llmprune.forecast.work import (
 from llmprune.measure.quality.perplexity import LOGITS_BYTES
 from llmprune.measure.quality.prefix_states import common_steps, last_start, spread, steps_of
 from llmprune.measure.quality.racing import SHARES
+from llmprune.measure.record import QUOTED
 from llmprune.measure.speed.throughput import passes_of
-from llmprune.search.judging import QUOTED
 from llmprune.search.samplers import evopress, slp
 from llmprune.search.warm_starts import MARGIN
 from llmprune.tables.block_tables import CALIBRATE_AT

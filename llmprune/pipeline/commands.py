@@ -9,10 +9,11 @@ from typing import Any
 from llmprune.core.budgets import Pick, parse_pick, pick_record
 from llmprune.core.errors import RunDirectoryError, StorageError
 from llmprune.core.recipe import BaselinesRecipe
+from llmprune.measure.record import Front
 from llmprune.measure.speed.host import fingerprint
 from llmprune.models.checkpoint import check_destination
-from llmprune.pipeline.comparison import compare_methods, contest_of
-from llmprune.pipeline.exports import export_pick, exported_hash, write_children
+from llmprune.pipeline.comparison import Compared, compare_methods, contest_of
+from llmprune.pipeline.exports import export_pick, exported_id, write_children
 from llmprune.pipeline.fronts import make_front
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import lay_ground, prepare, stock_up, tell_reach
@@ -32,7 +33,7 @@ def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = 
     A checkpoint that is at `to` already and is the picked child is left as it is. An unusable one is not exported:
     then `exported` is None, and `not_exported` says why.
     """
-    written = exported_hash(to)
+    written = exported_id(to)
     replaces_own = written is not None and to == run.directory.export
     # Found out now rather than after the search; whether a checkpoint that is there is the pick, only then.
     check_destination(to, force=force or written is not None)
@@ -49,15 +50,15 @@ def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = 
     if run.recipe.front.checkpoints == "all":
         write_children(run, judges, measured)
     pick = parse_pick(run.recipe.export.pick)
-    picked = pick_record(measured["children"], pick)
-    if not picked["usable"]:
+    picked = pick_record(measured.children, pick)
+    if not picked.usable:
         why = unusable(picked, run.recipe.front.usable_ppl_ratio)
-        return {**measured, "exported": None, "not_exported": why}
-    exported = {"directory": str(to), "hash": written}
-    if written != picked["hash"]:
+        return {**measured.stored(), "exported": None, "not_exported": why}
+    exported = {"directory": str(to), "id": picked.id, "hash": picked.hash}
+    if written != picked.id:
         check_destination(to, force=force or replaces_own)
-        exported = export_pick(run, judges, measured, pick, to, force=force or replaces_own)
-    return {**measured, "exported": exported}
+        exported = export_pick(run, judges, measured, parse_pick(picked.id), to, force=force or replaces_own)
+    return {**measured.stored(), "exported": exported}
 
 
 def search(run: Run, report: Report | None = None) -> SearchOutcome:
@@ -82,7 +83,7 @@ def worker(run: Run, report: Report | None = None) -> SearchOutcome:
     hardware are not the study's.
     """
     key = run.directory.read_provenance().get("study", {}).get("run")
-    place = f"{run.place} of {run.directory.path}" if run.storage is None else run.place
+    place = run.place_of_run if run.storage is None else run.place
     command = f"llmprune search {run.directory.path}" + (f" --storage {place}" if run.storage else "")
     missing = StorageError(f"a worker joins a study, and {place} holds none of this run; start it with {command}")
     if key is None or (run.storage is None and not run.directory.journal.is_file()):
@@ -99,7 +100,7 @@ def worker(run: Run, report: Report | None = None) -> SearchOutcome:
         return run_trials(run, study, judges, report)
 
 
-def front(run: Run) -> dict[str, Any]:
+def front(run: Run) -> Front:
     """Re-measure the best trials and the baselines, and write the front (see `make_front`).
 
     Raises RunDirectoryError if no trial has finished, BudgetError if none holds the recipe's budgets.
@@ -109,7 +110,7 @@ def front(run: Run) -> dict[str, Any]:
         return make_front(run, storage, prepared, Judges(run, prepared))
 
 
-def baselines(run: Run, rules: BaselinesRecipe) -> dict[str, Any]:
+def baselines(run: Run, rules: BaselinesRecipe) -> Compared:
     """What published methods lose at the same measured speed-ups (see `compare_methods`).
 
     Raises RunDirectoryError if the run has no tables.

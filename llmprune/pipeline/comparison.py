@@ -15,6 +15,7 @@ from llmprune.baselines.given import Given
 from llmprune.baselines.ledger import effort_of
 from llmprune.baselines.methods import ALL_TABLES, METHODS
 from llmprune.core.recipe import BaselineName, BaselinesRecipe
+from llmprune.measure.record import Record
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import Prepared
 from llmprune.pipeline.run import Run
@@ -25,6 +26,18 @@ from llmprune.search.samplers.slp import FROM
 from llmprune.search.warm_starts import MARGIN
 from llmprune.search.workers.storage import opened_storage
 from llmprune.tables.walk import estimates_of
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The entries of every method, with the parent they lose to and the figure that is the same for all: a speed-up."""
+
+    parent: Record
+    speed: str
+    results: Sequence[Entry]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"parent": self.parent.to_json(), "speed": self.speed, "results": list(self.results)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +81,7 @@ def contest_of(run: Run, prepared: Prepared, judges: Judges) -> Contest:
         return Contest(run, prepared, judges, trials_of(storage, study_name(run, prepared)))
 
 
-def compare_methods(contest: Contest, rules: BaselinesRecipe) -> dict[str, Any]:
+def compare_methods(contest: Contest, rules: BaselinesRecipe) -> Compared:
     """What each method loses at the same measured speed-ups, on the tokens and at the workload of the front, beside
     the children of the front if there is one; kept in `baselines.json`. Children are settled on by validation tokens,
     and then measured on the splits that are quoted."""
@@ -90,7 +103,7 @@ def compare_methods(contest: Contest, rules: BaselinesRecipe) -> dict[str, Any]:
     # All at once, so that what several methods need of the calibration tokens comes from one pass.
     judges.libraries(name for name, key in keys.items() if book.missing(name, targets, key))
     found = compare(book, contest.entrant, keys, targets, parent, run.speed, run.show)
-    return {"parent": parent, "speed": run.speed, "results": [*_of_front(contest, targets, book), *found]}
+    return Compared(parent, run.speed, [*_of_front(contest, targets, book), *found])
 
 
 def _of_front(contest: Contest, targets: Sequence[float], book: Book) -> list[Entry]:

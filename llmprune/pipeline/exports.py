@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llmprune.baselines.methods import METHODS
 from llmprune.blocks.library import BlockLibrary
-from llmprune.choices.architecture import Architecture
 from llmprune.core.budgets import Pick, pick_record
-from llmprune.core.errors import ExportError
+from llmprune.core.errors import ExportError, RunDirectoryError
 from llmprune.core.files import exists, read_json
+from llmprune.measure.record import Front, Record, child_id, newer_schema
 from llmprune.models.checkpoint import METADATA_FILE, write_checkpoint
 from llmprune.models.loading import dtype_of
 from llmprune.models.surgery import prune
@@ -20,36 +19,33 @@ from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.run import Run
 from llmprune.publish.conversion import write_formats
 from llmprune.search.front import unusable
-from llmprune.search.judging import Record
 
 # Facts of a run directory that are no part of a checkpoint's provenance.
 _LOCAL = ("stages", "study")
 
 
-def export_pick(
-    run: Run, judges: Judges, front: Mapping[str, Any], pick: Pick, to: Path, *, force: bool = False
-) -> dict[str, Any]:
+def export_pick(run: Run, judges: Judges, front: Front, pick: Pick, to: Path, *, force: bool = False) -> dict[str, Any]:
     """Write the picked child to `to`, proven in a fresh process; returns what was written.
 
     Raises BudgetError if no child holds the pick, ExportError if the directory is taken, the child is unusable or the
     proof fails; without `force` only, but for the proof.
     """
-    record = pick_record([*front["children"], *front["baselines"]] if pick.hash else front["children"], pick)
-    if not record.get("exportable", True):
+    record = pick_record([*front.children, *front.baselines] if pick.child else front.children, pick)
+    if record.exportable is False:
         raise ExportError(
-            f"{record['hash']} is a {record['name']} child, whose biases no "
-            f"{judges.stock.parent.model.config.model_type} checkpoint holds; it is there to compare, pick another"
+            f"{record.id} is a {record.name} child, whose biases no {judges.stock.parent.model.config.model_type} "
+            "checkpoint holds; it is there to compare, pick another"
         )
-    if not record["usable"] and not force:
+    if not record.usable and not force:
         raise ExportError(unusable(record, run.recipe.front.usable_ppl_ratio))
-    with run.show(f"exporting {record['hash']} and proving it"):
-        return _write(run, judges, front, dict(record), to, force=force, formats=True)
+    with run.show(f"exporting {record.id} and proving it"):
+        return _write(run, judges, front, record, to, force=force, formats=True)
 
 
-def write_children(run: Run, judges: Judges, front: Mapping[str, Any]) -> list[Path]:
-    """Write every usable child of the front to the run's `children/HASH`, unless it is there already."""
-    children = [record for record in front["children"] if record["usable"]]
-    paths = [run.directory.children / record["hash"] for record in children]
+def write_children(run: Run, judges: Judges, front: Front) -> list[Path]:
+    """Write every usable child of the front to the run's `children/ID`, unless it is there already."""
+    children = [record for record in front.children if record.usable]
+    paths = [run.directory.children / record.id for record in children]
     with run.show("writing and proving the front's checkpoints") as advance:
         for done, (path, record) in enumerate(zip(paths, children, strict=True), start=1):
             if not path.exists():
@@ -59,11 +55,10 @@ def write_children(run: Run, judges: Judges, front: Mapping[str, Any]) -> list[P
 
 
 def _write(
-    run: Run, judges: Judges, front: Mapping[str, Any], record: Record, to: Path, *, force: bool, formats: bool = False
+    run: Run, judges: Judges, front: Front, record: Record, to: Path, *, force: bool, formats: bool = False
 ) -> dict[str, Any]:
     parent = judges.stock.parent
-    architecture = Architecture.from_json(record["architecture"])
-    child = prune(parent, architecture, _library(judges, record))
+    child = prune(parent, record.architecture, _library_of(run, judges, record))
     written: list[dict[str, Any]] = []
 
     def further(staging: Path) -> None:
@@ -71,23 +66,30 @@ def _write(
             written.extend(write_formats(child, parent.tokenizer, run.recipe.deploy, staging))
 
     metadata = _metadata(run, judges, front, record)
-    proof = write_checkpoint(child, parent.tokenizer, architecture, metadata, to, force=force, further=further)
+    proof = write_checkpoint(child, parent.tokenizer, record.architecture, metadata, to, force=force, further=further)
     return {
         "directory": str(to),
-        "hash": record["hash"],
+        "id": record.id,
+        "hash": record.hash,
         "proof": asdict(proof),
         "formats": written,
-        "figures": record,
+        "figures": record.to_json(),
     }
 
 
-def _library(judges: Judges, record: Record) -> BlockLibrary:
-    """What the record's child was cut from."""
-    own = [name for name, method in METHODS.items() if name == record["name"] and method.importance]
-    return judges.libraries(own)[own[0]] if own else judges.stock.library
+def _library_of(run: Run, judges: Judges, record: Record) -> BlockLibrary:
+    """The library that a measured child was cut from. Raises ExportError if it is not as it was."""
+    own = [name for name, m in METHODS.items() if m.importance and m.importance.method == record.library]
+    library = judges.libraries(own)[own[0]] if own else judges.stock.library
+    if child_id(record.hash, library.hash, record.done) != record.id:
+        raise ExportError(
+            f"{record.id} was measured with another block library than the run has now; delete {run.directory.front} "
+            "and run llmprune front again"
+        )
+    return library
 
 
-def _metadata(run: Run, judges: Judges, front: Mapping[str, Any], record: Record) -> dict[str, Any]:
+def _metadata(run: Run, judges: Judges, front: Front, record: Record) -> dict[str, Any]:
     """What a checkpoint says of itself. It travels: it names files, not the places they had on this machine."""
     parent = judges.stock.parent
     provenance = {key: value for key, value in run.directory.read_provenance().items() if key not in _LOCAL}
@@ -98,11 +100,27 @@ def _metadata(run: Run, judges: Judges, front: Mapping[str, Any], record: Record
         recipe["model"]["tokenizer"] = Path(tokenizer).name
     for source in (*recipe["data"]["sources"], *recipe["data"]["unseen"]):
         source["path"] = source["path"] and Path(source["path"]).name
-    of_parent = {"shape": asdict(parent.shape), "figures": front["parent"]}
-    return {"figures": record, "parent": of_parent, "provenance": provenance, "recipe": recipe}
+    of_parent = {"shape": asdict(parent.shape), "figures": front.parent.to_json()}
+    return {
+        "id": record.id,
+        "figures": record.stored(),
+        "parent": of_parent,
+        "provenance": provenance,
+        "recipe": recipe,
+    }
 
 
-def exported_hash(directory: Path) -> str | None:
-    """Hash of the child in a checkpoint directory of ours, if it is one."""
-    metadata = directory / METADATA_FILE
-    return str(read_json(metadata).get("hash")) if metadata.is_file() else None
+def exported_id(directory: Path) -> str | None:
+    """Id of the child in a checkpoint directory of ours, "" if it is older than ids; None if it is no such directory.
+
+    Raises RunDirectoryError if a newer llmprune wrote it.
+    """
+    file = directory / METADATA_FILE
+    if not file.is_file():
+        return None
+    metadata = read_json(file)
+    if not isinstance(metadata, dict):
+        raise RunDirectoryError(f"{file} is not an object; take {directory} away, and export again")
+    if problem := newer_schema(metadata.get("figures")):
+        raise RunDirectoryError(f"{file} {problem}")
+    return str(metadata.get("id", ""))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
 
 from optuna.storages import BaseStorage
 
@@ -12,6 +11,7 @@ from llmprune.baselines.contest import Entrant, choose_beside
 from llmprune.choices.architecture import Architecture
 from llmprune.core.budgets import parse_budget, parse_pick
 from llmprune.core.errors import ModelError, RunDirectoryError
+from llmprune.measure.record import Front, Record
 from llmprune.pipeline.comparison import Contest
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import Prepared
@@ -19,13 +19,14 @@ from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of, read_front
 from llmprune.pipeline.searching import study_facts, study_name, tell_of_other_hardware, trials_of
 from llmprune.search.front import candidates_for_front, holding_budgets, non_dominated, with_verdicts
-from llmprune.search.judging import Record, is_finite, quote
+from llmprune.search.judging import quote
 from llmprune.search.samplers.guide import HOLDS_WITHIN
+from llmprune.search.trial_records import record_of
 from llmprune.search.warm_starts import MARGIN
 from llmprune.search.workers.studies import studies_of_run
 
 
-def make_front(run: Run, storage: BaseStorage, prepared: Prepared, judges: Judges) -> dict[str, Any]:
+def make_front(run: Run, storage: BaseStorage, prepared: Prepared, judges: Judges) -> Front:
     """Re-measure the best trials and the baselines on validation tokens, choose among them, and measure what is quoted
     of the chosen on text that nothing was chosen on; writes and returns `front.json`.
 
@@ -33,15 +34,15 @@ def make_front(run: Run, storage: BaseStorage, prepared: Prepared, judges: Judge
     """
     rules = run.recipe.front
     finished = trials_of(storage, study_name(run, prepared))
-    whole = prepared.space.shape.architecture.hash
-    trials = [record for trial in finished if (record := trial.user_attrs["record"])["hash"] != whole]
+    found = [record_of(trial, run.place_of_run) for trial in finished]
+    trials = [record for record in found if record.architecture != prepared.space.shape.architecture]
     tell_of_other_hardware(run, studies_of_run(storage, study_facts(run, prepared).run))
     if not trials:
         raise RunDirectoryError(f"{run.directory.path} has no finished trial; {_where_trials_are(run)}")
     chosen = _chosen(run, trials)
-    hashes = [sorted(record["hash"] for record in records) for records in (trials, chosen)]
+    ids = [sorted(record.id for record in records) for records in (trials, chosen)]
     split_hashes = [prepared.tokens["validation"].hash, *prepared.quoted_hashes]
-    key = hash_of(study_name(run, prepared), hashes, split_hashes, rules.decisive())
+    key = hash_of(study_name(run, prepared), ids, split_hashes, rules.decisive())
     if not run.directory.is_done("front", key, run.directory.front):
         judges.libraries(rules.baselines)
         contest = Contest(run, prepared, judges, finished)
@@ -79,29 +80,26 @@ def _where_trials_are(run: Run) -> str:
     return f"its search was made with --storage {searched}"
 
 
-def _measured(
-    run: Run, judges: Judges, chosen: Sequence[Record], beside: Mapping[Entrant, Architecture]
-) -> dict[str, Any]:
-    candidates = [(record["name"], Architecture.from_json(record["architecture"])) for record in chosen]
+def _measured(run: Run, judges: Judges, chosen: Sequence[Record], beside: Mapping[Entrant, Architecture]) -> Front:
     judge = judges.judge("validation", run.recipe.front.repeats)
     with run.show("re-measuring on validation tokens") as advance:
         parent = judge.parent_record()
         children: list[Record] = []
-        for name, architecture in candidates:
-            advance(len(children), len(candidates) + len(beside))
-            children.append(judge.judge(architecture, name))
+        for record in chosen:
+            advance(len(children), len(chosen) + len(beside))
+            children.append(judge.judge(record.architecture, record.name))
         baselines: list[tuple[Record, Entrant]] = []
         for rival, architecture in beside.items():
-            advance(len(children) + len(baselines), len(candidates) + len(beside))
+            advance(len(children) + len(baselines), len(chosen) + len(beside))
             # A child whose logits are NaN is no baseline.
             with suppress(ModelError):
                 baselines.append((rival.measure(architecture), rival))
-        advance(len(candidates) + len(beside), len(candidates) + len(beside))
-    chosen_children = non_dominated(filter(is_finite, children), run.speed)
+        advance(len(chosen) + len(beside), len(chosen) + len(beside))
+    chosen_children = non_dominated((record for record in children if record.is_finite), run.speed)
     with run.show("measuring what is quoted, on text that nothing was chosen on"):
         quoting = judges.quoting()
-        return {
-            "parent": quote(parent, quoting),
-            "children": [quote(record, quoting) for record in chosen_children],
-            "baselines": [quote(record, rival.quoting) for record, rival in baselines],
-        }
+        return Front(
+            parent=quote(parent, quoting),
+            children=tuple(quote(record, quoting) for record in chosen_children),
+            baselines=tuple(quote(record, rival.quoting) for record, rival in baselines),
+        )

@@ -21,13 +21,14 @@ from llmprune.forecast.forecast import Until, forecast
 from llmprune.forecast.plan import Done, Plan
 from llmprune.forecast.rates import measure_rates, process_seconds
 from llmprune.formats.gguf import tensor_bytes
+from llmprune.measure.record import Front
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.profile import time_shares
 from llmprune.measure.speed.throughput import Workload
 from llmprune.models.checkpoint import check_destination
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import size_of
-from llmprune.pipeline.exports import exported_hash
+from llmprune.pipeline.exports import exported_id
 from llmprune.pipeline.fronts import make_front
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import Ground, Stock, cut_text, lay_ground, library_inputs, score_choices
@@ -104,7 +105,7 @@ def forecast_run(
     directory.check_recipe(recipe)
     if until == "export":
         to = Path(recipe.export.to) if recipe.export.to else directory.export
-        check_destination(to, force=exported_hash(to) is not None)
+        check_destination(to, force=exported_id(to) is not None)
     if storage is not None:
         # As a search does: a storage that cannot be used is found out first.
         with opened_storage(storage, directory.journal):
@@ -165,7 +166,7 @@ class _Looked(RunDirectory):
     def note(self, **facts: Any) -> None:
         pass
 
-    def write_front(self, front: dict[str, Any]) -> None:
+    def write_front(self, front: Front) -> None:
         pass
 
 
@@ -222,11 +223,11 @@ def _baseline_layers(run: Run, ground: Ground, input_hash: str) -> dict[str, int
     }
 
 
-def _checkpoints_left(run: Run, front: dict[str, Any]) -> int:
+def _checkpoints_left(run: Run, front: Front) -> int:
     left = 0
     if run.recipe.front.checkpoints == "all":
-        usable = (record for record in front["children"] if record["usable"])
-        left += sum(not (run.directory.children / record["hash"]).exists() for record in usable)
+        usable = (record for record in front.children if record.usable)
+        left += sum(not (run.directory.children / record.id).exists() for record in usable)
     to = Path(run.recipe.export.to) if run.recipe.export.to else run.directory.export
-    picked = pick_record(front["children"], parse_pick(run.recipe.export.pick))
-    return left + int(picked["usable"] and exported_hash(to) != picked["hash"])
+    picked = pick_record(front.children, parse_pick(run.recipe.export.pick))
+    return left + int(bool(picked.usable) and exported_id(to) != picked.id)

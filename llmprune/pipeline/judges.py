@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 
 from llmprune.baselines.methods import METHODS, own_libraries
 from llmprune.blocks.library import BlockLibrary, Plan, build_libraries
@@ -14,10 +13,11 @@ from llmprune.measure.quality.perplexity import batch_windows
 from llmprune.measure.quality.prefix import STATES_BYTES, PrefixScorer
 from llmprune.measure.quality.racing import race_batch
 from llmprune.measure.quality.score_store import ScoreStore, StoredScorer
+from llmprune.measure.record import QUOTED
 from llmprune.pipeline.prepare import Stock, library_inputs
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of
-from llmprune.search.judging import QUOTED, Judge
+from llmprune.search.judging import Judge
 
 
 @dataclass
@@ -38,8 +38,8 @@ class Judges:
             split = split.head(split.first_windows(min(1.0, tokens / split.tokens)))
         library, finish = stock.library, None
         if baseline is not None:
-            library, complete = self.libraries([baseline])[baseline], METHODS[baseline].finish
-            finish = partial(complete, stock.parent, library) if complete else None
+            library, finishing = self.libraries([baseline])[baseline], METHODS[baseline].finish
+            finish = finishing(stock.parent, library) if finishing else None
         scorer = self.scorer(split, library)
         return Judge(stock.parent, library, split, stock.workload, repeats, scorer, finish)
 

@@ -18,6 +18,7 @@ from llmprune.core.recipe import Recipe
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import TokenSplits, build_token_splits
 from llmprune.formats.limits import check_parent, cut, merging_helps
+from llmprune.measure.record import QUOTED
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.llamacpp_engine import check_engine
 from llmprune.measure.speed.throughput import Workload, check_compiler
@@ -26,7 +27,6 @@ from llmprune.models.loading import dtype_of
 from llmprune.models.parent import Parent, check_lengths, check_merging, load_parent
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of
-from llmprune.search.judging import QUOTED
 from llmprune.tables.allocate import Scores
 from llmprune.tables.block_tables import BlockTables, build_tables
 from llmprune.tables.reach import Reach, check_reach, described, measure_reach, reach_from_json, reach_to_json

@@ -58,3 +58,8 @@ class Run:
     def place(self) -> str:
         """The storage, as may be shown and written down."""
         return self.directory.journal.name if self.storage is None else masked(self.storage)
+
+    @property
+    def place_of_run(self) -> str:
+        """The storage and whose it is."""
+        return f"{self.place} of {self.directory.path}"

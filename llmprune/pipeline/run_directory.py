@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from llmprune.core.errors import RecipeError, RunDirectoryError
 from llmprune.core.files import atomic_path, read_json, write_json
 from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_text import load_recipe, to_yaml
-from llmprune.search.judging import FRONT_KEYS
+from llmprune.measure.record import Front
 
 # Changing one of these in mid-run would mix figures that do not compare; but for the keys that are `free`.
 FIXED_SECTIONS = ("model", "data", "workload", "importance", "tables", "space", "deploy")
@@ -195,8 +195,8 @@ class RunDirectory:
         provenance["stages"][stage] = input_hash
         write_json(self.provenance, provenance)
 
-    def write_front(self, front: dict[str, Any]) -> None:
-        write_json(self.front, front)
+    def write_front(self, front: Front) -> None:
+        write_json(self.front, front.stored())
 
     def read_provenance(self) -> dict[str, Any]:
         return _read_provenance(self.provenance)
@@ -224,22 +224,12 @@ def hash_of(*inputs: Any) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def read_front(directory: RunDirectory) -> dict[str, Any]:
-    """The front that is stored. Raises RunDirectoryError if there is none, or it is damaged."""
+def read_front(directory: RunDirectory) -> Front:
+    """The front that is stored. Raises RunDirectoryError if there is none, it is damaged, or another llmprune's."""
     if not directory.front.is_file():
         raise RunDirectoryError(f"{directory.path} has no front yet; run llmprune front first")
-    data = read_json(directory.front)
-    if not _is_front(data):
-        raise RunDirectoryError(
-            f"{directory.front} is damaged, or of an older llmprune; delete it and run llmprune front again"
-        )
-    return data
-
-
-def _is_front(data: Any) -> TypeGuard[dict[str, Any]]:
-    if not isinstance(data, dict) or {"parent", "children", "baselines"} - data.keys():
-        return False
-    if not isinstance(data["children"], list) or not isinstance(data["baselines"], list):
-        return False
-    every = [data["parent"], *data["children"], *data["baselines"]]
-    return all(isinstance(record, dict) and record.keys() >= FRONT_KEYS for record in every)
+    remedy = "delete it and run llmprune front again"
+    front = Front.read(read_json(directory.front), directory.front, remedy)
+    if any(record.test is None or record.usable is None for record in front.every):
+        raise RunDirectoryError(f"{directory.front} is damaged: every record has test and usable; {remedy}")
+    return front

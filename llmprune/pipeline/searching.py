@@ -15,6 +15,7 @@ from llmprune.core.budgets import parse_pick
 from llmprune.core.files import read_json, write_json
 from llmprune.core.recipe import Recipe, SearchRecipe
 from llmprune.data.tokens import TokenSplits
+from llmprune.measure.record import Record
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.throughput import Workload
 from llmprune.pipeline.judges import Judges
@@ -22,10 +23,10 @@ from llmprune.pipeline.prepare import Ground, Prepared, Stock, cut_text, lay_gro
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of
 from llmprune.search.guidance import Estimates, Seed, seeds_from_json, seeds_to_json, walked_seeds, winner
-from llmprune.search.judging import Record
 from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.make import GUIDED
 from llmprune.search.study import Report, SearchOutcome, finished_trials, join_study, open_study, prepare_study, work
+from llmprune.search.trial_records import check_records
 from llmprune.search.warm_starts import MARGIN, warm_starts
 from llmprune.search.workers.studies import Candidate, StudyFacts, check_inputs, elsewhere, studies_of_run
 from llmprune.tables.allocate import Allocator
@@ -112,6 +113,7 @@ def go_on_with_study(run: Run, storage: BaseStorage, name: str, stock: Stock, ju
 def run_trials(run: Run, study: optuna.Study, judges: Judges, report: Report | None) -> SearchOutcome:
     """Judge architectures until the study's trials or the recipe's minutes are used up."""
     rules = run.recipe.search
+    check_records(finished_trials(study), run.place_of_run)
     judge = judges.judge("search", run.recipe.workload.repeats)
     with run.show("searching") as advance:
 

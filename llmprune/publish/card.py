@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
+from math import isfinite
 from typing import Any
 
 import jinja2
@@ -12,6 +13,8 @@ from huggingface_hub import ModelCardData
 
 from llmprune.choices.architecture import Architecture, ParentShape
 from llmprune.core.errors import PushError
+from llmprune.measure.record import Record
+from llmprune.measure.speed.throughput import Spread
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.licence import Licence
 from llmprune.publish.contents import EVALUATION_FILE, Contents
@@ -26,39 +29,49 @@ def model_card(contents: Contents, repo: str, licence: Licence) -> str:
     Raises PushError if an evaluation lies there that is not this checkpoint's, or `llmprune.json` lacks a figure.
     """
     evaluation_file = contents.file(EVALUATION_FILE)
-    evaluation = read_evaluation(evaluation_file, contents.metadata["hash"]) if evaluation_file else None
+    child, parent = _figures(contents)
+    evaluation = read_evaluation(evaluation_file, child.id) if evaluation_file else None
     name = repo.partition("/")[2]
     try:
-        text = _text(contents, repo, evaluation)
-        header = _card_data(contents, name, licence, evaluation).to_yaml(line_break="\n")
+        text = _text(contents, repo, child, parent, evaluation)
+        header = _card_data(contents, name, licence, child, evaluation).to_yaml(line_break="\n")
     except (KeyError, TypeError, jinja2.UndefinedError) as error:
-        raise PushError(
-            f"{METADATA_FILE} is not as llmprune export wrote it ({type(error).__name__}: {error}); write it again"
-        ) from error
+        raise _not_as_written(error) from error
     return f"---\n{header}\n---\n\n{text}"
 
 
-def _text(contents: Contents, repo: str, evaluation: Evaluation | None) -> str:
+def _figures(contents: Contents) -> tuple[Record, Record]:
+    """The child's record and the parent's."""
+    try:
+        return Record.from_json(contents.metadata["figures"]), Record.from_json(contents.metadata["parent"]["figures"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_as_written(error) from error
+
+
+def _not_as_written(error: Exception) -> PushError:
+    return PushError(
+        f"{METADATA_FILE} is not as llmprune export wrote it ({type(error).__name__}: {error}); write it again"
+    )
+
+
+def _text(contents: Contents, repo: str, child: Record, parent: Record, evaluation: Evaluation | None) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(files(__package__).joinpath("card.md.jinja").read_text(encoding="utf-8"))
     metadata = contents.metadata
-    architecture = Architecture.from_json(metadata["architecture"])
     return template.render(
         name=repo.partition("/")[2],
         repo=repo,
         parent_link=_parent_link(contents),
-        child=metadata["figures"],
-        quoted=_quoted(metadata["figures"]),
-        figure=_figure,
-        parent=metadata["parent"]["figures"],
-        host=_host(metadata["figures"]["measured_on"]["host"]),
+        child=child,
+        parent=parent,
+        host=_host(child.measured_on.host),
         evaluation=evaluation,
         quality=list(evaluation.quality()) if evaluation else [],
         rows=list(evaluation.rows()) if evaluation else [],
-        kept=_kept(architecture),
-        architecture_map=architecture_map(architecture, ParentShape(**metadata["parent"]["shape"])),
+        kept=_kept(child.architecture),
+        architecture_map=architecture_map(child.architecture, ParentShape(**metadata["parent"]["shape"])),
         has_code=contents.has_code,
         gguf_files=contents.gguf_files,
         has_vllm=contents.has_vllm,
@@ -105,12 +118,14 @@ def _bar(kept: int, of: int) -> str:
     return "█" * cells + "░" * (BAR_WIDTH - cells)
 
 
-def _card_data(contents: Contents, name: str, licence: Licence, evaluation: Evaluation | None) -> ModelCardData:
-    figures, recipe = contents.metadata["figures"], contents.metadata["recipe"]
+def _card_data(
+    contents: Contents, name: str, licence: Licence, child: Record, evaluation: Evaluation | None
+) -> ModelCardData:
+    recipe = contents.metadata["recipe"]
     results = [
-        perplexity_result(figures[name]["ppl"], {**figures[name], "split": name})
-        for name in _quoted(figures)
-        if figures[name]["ppl"] is not None
+        perplexity_result(on.ppl, {**on.to_json(), "split": split})
+        for split, on in child.quoted.items()
+        if isfinite(on.ppl)
     ]
     if evaluation:
         results += evaluation.results()
@@ -137,18 +152,8 @@ def _parent_link(contents: Contents) -> str:
     return f"[{known}](https://huggingface.co/{known})" if known else f"`{contents.parent_name}`"
 
 
-def _times(speedup: Mapping[str, float]) -> str:
-    return f"{speedup['median']:.2f} times as fast ({speedup['low']:.2f} to {speedup['high']:.2f})"
-
-
-def _quoted(figures: Mapping[str, Any]) -> list[str]:
-    """The splits that nothing was chosen on: the test split always, unseen text if the recipe named any."""
-    return ["test", *(["unseen"] if "unseen" in figures else [])]
-
-
-def _figure(value: float | None, digits: int) -> str:
-    """An infinite figure is None in JSON."""
-    return "inf" if value is None else f"{value:.{digits}f}"
+def _times(speedup: Spread) -> str:
+    return f"{speedup.median:.2f} times as fast ({speedup.low:.2f} to {speedup.high:.2f})"
 
 
 def _metric(metric: Metric | None) -> str:
@@ -188,6 +193,7 @@ def _sources(metadata: Mapping[str, Any]) -> Iterator[str]:
 
 def _provenance(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     known = metadata["provenance"]
+    yield "child", f"`{metadata['figures']['id']}`"
     yield "architecture", f"`{metadata['hash']}`"
     yield "parent", f"`{known['parent']['model']}`"
     if known["parent"].get("revision"):

@@ -11,6 +11,7 @@ from typing import Any
 from llmprune.core.errors import PushError
 from llmprune.core.files import sha256_file
 from llmprune.core.progress import Show, silent
+from llmprune.measure.record import schema_problem
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.licence import Licence
 
@@ -98,6 +99,8 @@ def read_contents(directory: Path, show: Show = silent) -> Contents:
             f"{directory}/{METADATA_FILE} lacks {', '.join(lacking)}: no proof that these files are the network that "
             "was scored; write it again with llmprune export"
         )
+    if problem := schema_problem(metadata["figures"], "write it again with llmprune export"):
+        raise PushError(f"{directory / METADATA_FILE} {problem}")
     files = [*_files(directory, metadata["files"], "")]
     if (vllm := directory / VLLM_DIRECTORY).is_dir():
         proven = _read_metadata(vllm).get("files") if (vllm / METADATA_FILE).is_file() else None

@@ -33,7 +33,7 @@ class Evaluated(BaseModel):
 
     model: str
     role: Literal["parent", "child", "model"]
-    hash: str | None = None
+    id: str | None = None
     quality: dict[str, Any] | None = None
     tasks: dict[str, Task] = {}
 
@@ -127,19 +127,19 @@ def perplexity_result(ppl: float, measured_on: dict[str, Any]) -> EvalResult:
     )
 
 
-def read_evaluation(path: Path, architecture_hash: str) -> Evaluation:
-    """What the file says of the child with this hash. Raises PushError if it is no evaluation, or one of others."""
+def read_evaluation(path: Path, child_id: str) -> Evaluation:
+    """What the file says of the child with this id. Raises PushError if it is no evaluation, or one of others."""
     try:
         data = _File.model_validate_json(path.read_bytes())
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "file"
         raise PushError(f"{path} is no evaluation: {where}: {problem['msg']}; make it again, or take it away") from None
-    child = next((model for model in data.models if model.hash == architecture_hash), None)
+    child = next((model for model in data.models if model.id == child_id), None)
     if child is None:
         raise PushError(
-            f"{path} evaluates {', '.join(str(model.hash) for model in data.models) or 'nothing'}, not "
-            f"{architecture_hash}, which lies beside it; evaluate this checkpoint, or take the file away"
+            f"{path} evaluates {', '.join(str(model.id) for model in data.models) or 'nothing'}, not "
+            f"{child_id}, which lies beside it; evaluate this checkpoint, or take the file away"
         )
     parent = next((model for model in data.models if model.role == "parent"), None)
     return Evaluation(child, parent, tuple(c for c in data.comparisons if c.model == child.model))

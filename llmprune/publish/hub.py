@@ -174,7 +174,7 @@ def push(
         commit = api.create_commit(
             repo,
             operations=[*additions, *(CommitOperationDelete(name, is_folder=False) for name in stale)],
-            commit_message=message or f"{contents.parent_name} pruned to {contents.metadata['hash']} by llmprune",
+            commit_message=message or f"{contents.parent_name} pruned to {contents.metadata['id']} by llmprune",
             revision=revision,
             # Nobody else's commit in between is overwritten.
             parent_commit=info.sha,

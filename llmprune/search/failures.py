@@ -12,7 +12,8 @@ from optuna.trial import FrozenTrial
 
 from llmprune.choices.architecture import Architecture
 from llmprune.core.errors import ArchitectureError, ModelError, SearchError, shortened
-from llmprune.search.judging import Judge, Record, is_finite
+from llmprune.measure.record import Record
+from llmprune.search.judging import Judge
 from llmprune.search.workers.claims import failed_trials
 from llmprune.search.workers.reaping import WARM_START, why_failed
 
@@ -47,7 +48,7 @@ def attempt(judge: Judge, architecture: Architecture, name: str) -> Record | Fai
         return Failure(shortened(error), Fault.CHILD)
     except Exception as error:  # noqa: BLE001 - a search of hours outlives whatever one child does to a device
         return Failure(shortened(f"{type(error).__name__}: {error}"), Fault.JUDGING)
-    return record if is_finite(record) else Failure("the child computes no finite loss", Fault.CHILD)
+    return record if record.is_finite else Failure("the child computes no finite loss", Fault.CHILD)
 
 
 class Streak:

@@ -6,18 +6,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
 from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
-from llmprune.core.recipe import SplitName
 from llmprune.data.tokens import Split
 from llmprune.formats.served_size import served_size
 from llmprune.measure.quality.perplexity import Quality, quality_from_windows, score_windows
 from llmprune.measure.quality.scores import SplitScorer
+from llmprune.measure.record import MeasuredOn, Quoted, Record, child_id
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.throughput import Speed, Workload, measure_paired
 from llmprune.measure.speed.turns import scoring, timing
@@ -25,17 +25,21 @@ from llmprune.models.parent import Parent
 from llmprune.models.sizes import Size
 from llmprune.models.surgery import prune
 
-Record = dict[str, Any]
-
-QUOTED: tuple[SplitName, ...] = ("test", "unseen")
-"""The splits whose figures are quoted of what was chosen on others: nothing is ever chosen on them."""
-
 
 class Scorer(SplitScorer, Protocol):
     """Scores whole splits (see `measure.prefix` and `measure.score_store`): faster, what begins like what it is told to
     remember."""
 
     def remember(self, architecture: Architecture) -> None: ...
+
+
+class Finish(NamedTuple):
+    """What is done to a pruned child before it is judged, and no checkpoint holds: for comparison's sake."""
+
+    name: str
+    complete: Callable[[PreTrainedModel, Architecture], None]
+    is_due: Callable[[Architecture], bool]
+    """Whether a child of this architecture is another one for it."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,7 @@ class Judge:
     repeats: int
     scorer: Scorer
     """Scores architectures of `library` on `split`, however cleverly."""
-    finish: Callable[[PreTrainedModel, Architecture], None] | None = None
-    """What is done to a pruned child before it is judged: what a checkpoint cannot hold, for comparison's sake."""
+    finish: Finish | None = None
 
     @cached_property
     def parent_quality(self) -> Quality:
@@ -62,7 +65,7 @@ class Judge:
         """The child that is judged."""
         child = prune(self.parent, architecture, self.library)
         if self.finish:
-            self.finish(child, architecture)
+            self.finish.complete(child, architecture)
         return child
 
     def score(self, architecture: Architecture) -> Mapping[str, torch.Tensor]:
@@ -78,20 +81,26 @@ class Judge:
         """The figures of a child on all of the split."""
         return quality_from_windows(self.split, self.score(architecture))
 
-    def quoted(self, architecture: Architecture) -> dict[str, Any]:
+    def quoted(self, architecture: Architecture) -> Quoted:
         """A child's figures on the split beside the parent's, with what they must not be quoted without.
 
-        A figure that is infinite is None. Raises ModelError if a logit is NaN.
+        Raises ModelError if a logit is NaN.
         """
         parent = self.parent_quality
         quality = parent if architecture == self.parent.shape.architecture else self.quality(architecture)
         nats_lost = quality.nats_per_token - parent.nats_per_token
-        finite = math.isfinite(quality.ppl)
-        return {
-            **{key: value for key, value in quality.to_json().items() if key != "split"},
-            "ppl_ratio": quality.ppl / parent.ppl if finite else None,
-            "nats_lost": nats_lost if math.isfinite(nats_lost) else None,
-        }
+        return Quoted(
+            nats_per_token=quality.nats_per_token,
+            nats_per_byte=quality.nats_per_byte,
+            ppl=quality.ppl,
+            per_source=dict(quality.per_source),
+            dataset=quality.dataset,
+            seq_len=quality.seq_len,
+            tokens=quality.tokens,
+            bos=quality.bos,
+            ppl_ratio=quality.ppl / parent.ppl if math.isfinite(quality.ppl) else math.inf,
+            nats_lost=nats_lost if math.isfinite(nats_lost) else math.inf,
+        )
 
     def judge(self, architecture: Architecture, name: str) -> Record:
         """The whole record of a child: quality, speed paired with the parent, size."""
@@ -114,60 +123,41 @@ class Judge:
         return served_size(model, self.parent.shape, architecture, self.workload.gguf_type)
 
     def _record(self, name: str, architecture: Architecture, quality: Quality, speed: Speed, size: Size) -> Record:
-        return {
-            "name": name,
-            "hash": architecture.hash,
-            "architecture": architecture.to_json(),
+        done = (self.finish.name,) if self.finish and self.finish.is_due(architecture) else ()
+        return Record(
+            name=name,
+            id=child_id(architecture.hash, self.library.hash, done),
+            hash=architecture.hash,
+            architecture=architecture,
             **asdict(size),
-            "nats_per_token": quality.nats_per_token,
-            "nats_per_byte": quality.nats_per_byte,
-            "ppl": quality.ppl,
-            "ppl_ratio": quality.ppl / self.parent_quality.ppl,
-            "per_source": {name: asdict(source) for name, source in quality.per_source.items()},
-            **speed.to_json(),
-            "measured_on": {
-                "dataset": quality.dataset,
-                "split": quality.split,
-                "seq_len": quality.seq_len,
-                "tokens": quality.tokens,
-                "bos": quality.bos,
-                "workload": self.workload.to_json(),
-                "repeats": self.repeats,
-                "host": fingerprint(),
-            },
-        }
+            nats_per_token=quality.nats_per_token,
+            nats_per_byte=quality.nats_per_byte,
+            ppl=quality.ppl,
+            ppl_ratio=quality.ppl / self.parent_quality.ppl,
+            per_source=dict(quality.per_source),
+            prefill_tokens_per_s=speed.prefill_tokens_per_s,
+            decode_tokens_per_s=speed.decode_tokens_per_s,
+            prefill_speedup=speed.prefill_speedup,
+            decode_speedup=speed.decode_speedup,
+            measured_on=self._measured_on(quality),
+            done=done,
+        )
+
+    def _measured_on(self, quality: Quality) -> MeasuredOn:
+        return MeasuredOn(
+            dataset=quality.dataset,
+            split=quality.split,
+            seq_len=quality.seq_len,
+            tokens=quality.tokens,
+            bos=quality.bos,
+            workload=self.workload.to_json(),
+            repeats=self.repeats,
+            host=fingerprint(),
+        )
 
 
 def quote(record: Record, judges: Iterable[Judge]) -> Record:
     """The record with what is quoted of its child, under each judge's split; its own figures, which it was chosen by,
     stay. What it has already is not measured again. Raises ModelError if a logit is NaN."""
-    architecture = Architecture.from_json(record["architecture"])
-    return record | {judge.split.name: judge.quoted(architecture) for judge in judges if judge.split.name not in record}
-
-
-SPEED_FIGURES = ("prefill_tokens_per_s", "decode_tokens_per_s", "prefill_speedup", "decode_speedup")
-
-RECORD_KEYS = frozenset(
-    {
-        *("name", "hash", "architecture", "params", "bytes", "stored_as", "kv_bytes_per_token"),
-        *("nats_per_token", "nats_per_byte", "ppl", "ppl_ratio", "per_source"),
-        *(*SPEED_FIGURES, "measured_on"),
-    }
-)
-"""What the record of a judged child holds at least: scripts rely on these names."""
-
-FRONT_KEYS = RECORD_KEYS | {"test", "usable"}
-"""What a record of `front.json` holds at least."""
-
-QUOTED_KEYS = frozenset(
-    {
-        *("nats_per_token", "nats_per_byte", "ppl", "ppl_ratio", "nats_lost", "per_source"),
-        *("dataset", "seq_len", "tokens", "bos"),
-    }
-)
-"""What the `test` and `unseen` of such a record hold."""
-
-
-def is_finite(record: Mapping[str, Any]) -> bool:
-    """Whether a child computes numbers at all: a broken one is no candidate."""
-    return math.isfinite(record["nats_per_token"]) and math.isfinite(record["ppl"])
+    missing = [judge for judge in judges if judge.split.name not in record.quoted]
+    return record.model_copy(update={judge.split.name: judge.quoted(record.architecture) for judge in missing})

@@ -8,13 +8,12 @@ the parent's (1 / speed-up).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from optuna.study import StudyDirection
 
-from llmprune.core.budgets import metric_value
 from llmprune.core.recipe import Objective, SearchRecipe
+from llmprune.measure.record import Record
 
 
 class Exponents(NamedTuple):
@@ -32,14 +31,14 @@ HARD = Exponents(0.0, -1.0)
 """The paper's hard target: speed beyond the target earns nothing, and time beyond it is paid in proportion."""
 
 
-def reward(record: Mapping[str, Any], *, phase: Objective, target: float, w: Exponents) -> float:
+def reward(record: Record, *, phase: Objective, target: float, w: Exponents) -> float:
     """How good a measured child is for a target speed-up: higher is better, and above 0.
 
     `quality * (target / measured speed-up) ** w`, where the quotient is latency over the target's latency.
     """
     assert target > 0, f"a target is a speed-up above 0, got {target}"
-    quality = 1.0 / metric_value(record, "ppl_ratio")
-    late = target / metric_value(record, f"{phase}_speedup")
+    quality = 1.0 / record.ppl_ratio
+    late = target / record.value(f"{phase}_speedup")
     return float(quality * late ** (w.within if late <= 1.0 else w.beyond))
 
 
@@ -50,9 +49,9 @@ def directions_of(recipe: SearchRecipe) -> list[StudyDirection]:
     return [StudyDirection.MAXIMIZE]
 
 
-def values_of(record: Mapping[str, Any], recipe: SearchRecipe) -> list[float]:
+def values_of(record: Record, recipe: SearchRecipe) -> list[float]:
     """What a trial with this record is told, one value a direction."""
     if recipe.reward == "front":
-        return [metric_value(record, "nats_per_token"), metric_value(record, f"{recipe.objective}_speedup")]
+        return [record.nats_per_token, record.value(f"{recipe.objective}_speedup")]
     w = SOFT if recipe.reward == "mnas-soft" else HARD
     return [reward(record, phase=recipe.objective, target=recipe.targets[0], w=w)]

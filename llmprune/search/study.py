@@ -14,14 +14,16 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from llmprune.choices.architecture import Architecture
 from llmprune.choices.space import Space
-from llmprune.core.budgets import metric_value, parse_budget
+from llmprune.core.budgets import parse_budget
 from llmprune.core.recipe import SearchRecipe
+from llmprune.measure.record import Record
 from llmprune.search.failures import Failure, Fault, Streak, attempt, counted_reasons
-from llmprune.search.judging import Judge, Record
+from llmprune.search.judging import Judge
 from llmprune.search.parameters import suggest, to_params
 from llmprune.search.reward import directions_of, values_of
 from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.make import make_sampler
+from llmprune.search.trial_records import RECORD, record_of
 from llmprune.search.workers.claims import GAVE_WAY_TO, Answer, claim, has_room, known_trials
 from llmprune.search.workers.liveness import Worker, at_work
 from llmprune.search.workers.reaping import FAILED_BECAUSE, WARM_START, Reaper, ask, release, try_again, was_queued
@@ -203,7 +205,7 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 def records(study: optuna.Study) -> list[Record]:
     """The record of every finished trial, measured on the search tokens."""
-    return [trial.user_attrs["record"] for trial in finished_trials(study)]
+    return [record_of(trial) for trial in finished_trials(study)]
 
 
 def _judge(
@@ -216,10 +218,10 @@ def _judge(
             trial.set_user_attr(FAILED_BECAUSE, record.reason)
             study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         return record
-    trial.set_user_attr("record", record)
+    trial.set_user_attr(RECORD, record.stored())
     for text in recipe.budgets:
         budget = parse_budget(text)
-        trial.set_constraint(str(budget), budget.violation(metric_value(record, budget.metric)))
+        trial.set_constraint(str(budget), budget.violation(record.value(budget.metric)))
     told = study.tell(trial, values_of(record, recipe), skip_if_finished=True)
     return record if told.state == TrialState.COMPLETE else None
 

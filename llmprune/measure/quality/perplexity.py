@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator, PlainSerializer
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -23,14 +24,21 @@ from llmprune.data.tokens import Split
 LOGITS_BYTES = 256 * 2**20
 """What the float32 logits of one forward pass may take, unless a single window takes more."""
 
+Figure = Annotated[
+    float,
+    BeforeValidator(lambda value: math.inf if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None),
+]
+"""Infinite, where logits overflow. JSON has no infinity: pydantic's models write null, and read it back."""
+
 
 @dataclass(frozen=True)
 class SourceQuality:
     """Figures of one source. They are infinite, never NaN, for a child whose logits overflow."""
 
-    nats_per_token: float
-    nats_per_byte: float
-    ppl: float
+    nats_per_token: Figure
+    nats_per_byte: Figure
+    ppl: Figure
     tokens: int
     """Scored tokens: all but the first of each window."""
 

@@ -17,6 +17,7 @@ from llmprune.choices.architecture import Architecture, BlockKind
 from llmprune.choices.space import Space
 from llmprune.core.recipe import Objective
 from llmprune.search.samplers.ladders import Indices, Ladders
+from llmprune.search.trial_records import RECORD, record_of
 from llmprune.tables.allocate import Allocator, Scores
 
 HOLDS_WITHIN = 0.01
@@ -160,11 +161,10 @@ def _indices(trial: FrozenTrial, space: Space) -> Indices | None:
 
 def _measured(trial: FrozenTrial, phase: str) -> tuple[float, float] | None:
     """Nats per token and measured speed-up; None for a trial that failed, repeats another or is not done."""
-    record = trial.user_attrs.get("record")
-    if trial.state is not TrialState.COMPLETE or record is None:
+    if trial.state is not TrialState.COMPLETE or RECORD not in trial.user_attrs:
         return None
-    nats, speedup = record["nats_per_token"], record[f"{phase}_speedup"]["median"]
-    # An infinite figure is null in JSON.
-    if nats is None or speedup is None or not (math.isfinite(nats) and math.isfinite(speedup) and speedup > 0):
+    record = record_of(trial)
+    nats, speedup = record.nats_per_token, record.value(f"{phase}_speedup")
+    if not (math.isfinite(nats) and math.isfinite(speedup) and speedup > 0):
         return None
-    return float(nats), float(speedup)
+    return nats, speedup

@@ -28,6 +28,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from llmprune.choices.architecture import Architecture
+from llmprune.search.trial_records import RECORD
 from llmprune.search.workers.reaping import Reaper, was_queued, why_failed
 
 HASH = "hash"
@@ -111,7 +112,7 @@ def known_trials(trials: Sequence[FrozenTrial]) -> Mapping[str, FrozenTrial]:
     return {
         trial.user_attrs[HASH]: trial
         for trial in trials
-        if trial.state == TrialState.COMPLETE and "record" in trial.user_attrs
+        if trial.state == TrialState.COMPLETE and RECORD in trial.user_attrs
     }
 
 

@@ -1,0 +1,202 @@
+"""What was measured of a child: one typed value, from the trial to the model card.
+
+Its attributes are the names of its JSON, which scripts rely on. What is stored by itself says its `schema` besides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, ValidationError
+
+from llmprune.choices.architecture import Architecture
+from llmprune.core.errors import RunDirectoryError, quoted
+from llmprune.core.recipe import SplitName
+from llmprune.measure.quality.perplexity import Figure, SourceQuality
+from llmprune.measure.speed.throughput import Spread
+
+SCHEMA = 2
+"""Of what is stored. llmprune 0.1 stored records without an id, and said no schema."""
+
+QUOTED: tuple[SplitName, ...] = ("test", "unseen")
+"""The splits whose figures are quoted of what was chosen on others: nothing is ever chosen on them."""
+
+
+def child_id(architecture_hash: str, library_hash: str, done: Sequence[str] = ()) -> str:
+    """What names a child: 16 hex digits.
+
+    The first of the SHA-256 of the JSON (no spaces) of three things: its architecture's hash, the hash of the block
+    library that it was cut from, and the names of what was done to it since, in order; a one-shot child has none.
+    """
+    made_of = json.dumps([architecture_hash, library_hash, list(done)], separators=(",", ":"))
+    return hashlib.sha256(made_of.encode()).hexdigest()[:16]
+
+
+def newer_schema(data: Any) -> str | None:
+    """Why what was stored is beyond this llmprune, to be read after a file's name; None if it is not."""
+    schema = _schema_of(data)
+    if type(schema) is int and schema > SCHEMA:
+        return f"is of schema {schema}, and this llmprune reads schema {SCHEMA}; upgrade llmprune"
+    return None
+
+
+def schema_problem(data: Any, remedy: str) -> str | None:
+    """The same of any schema but ours; `remedy` says what to do about an older or damaged one."""
+    schema = _schema_of(data)
+    if schema == SCHEMA and type(schema) is int:
+        return None
+    said = "no schema" if schema is None else f"schema {quoted(schema)}"
+    older = f"is damaged, or of an older llmprune ({said}, this one reads schema {SCHEMA}); {remedy}"
+    return newer_schema(data) or older
+
+
+def _schema_of(data: Any) -> Any:
+    return data.get("schema") if isinstance(data, dict) else None
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; what is not there has no key, and an infinite figure is null."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """Inverse of `to_json`, and of `stored`. Raises ValueError, naming the key, on anything else."""
+        if isinstance(data, dict):
+            data = {key: value for key, value in data.items() if key != "schema"}
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise ValueError(f"{'.'.join(map(str, problem['loc'])) or 'all of it'}: {problem['msg']}") from None
+
+    def stored(self) -> dict[str, Any]:
+        """JSON values of what is stored by itself."""
+        return {"schema": SCHEMA, **self.to_json()}
+
+    @classmethod
+    def read(cls, data: Any, origin: object, remedy: str) -> Self:
+        """Inverse of `stored`. Raises RunDirectoryError, naming `origin`, both schemas or the key that is wrong, and
+        what to do: `remedy`, or to upgrade."""
+        if problem := schema_problem(data, remedy):
+            raise RunDirectoryError(f"{origin} {problem}")
+        try:
+            return cls.from_json(data)
+        except ValueError as error:
+            raise RunDirectoryError(f"{origin} is damaged ({error}); {remedy}") from None
+
+
+class Quoted(_Value):
+    """A child's figures on a split that nothing was chosen on, with what they must not be quoted without."""
+
+    nats_per_token: Figure
+    nats_per_byte: Figure
+    ppl: Figure
+    per_source: dict[str, SourceQuality]
+    dataset: str
+    seq_len: int
+    tokens: int
+    bos: bool
+    ppl_ratio: Figure
+    """Over the parent's, on the same tokens; `nats_lost` likewise."""
+    nats_lost: Figure
+    """Infinite also where the parent's own nats are."""
+
+
+class MeasuredOn(_Value):
+    """What the figures of a record are of: the text that they were chosen by, what was timed, and where."""
+
+    dataset: str
+    split: str
+    seq_len: int
+    tokens: int
+    bos: bool
+    workload: dict[str, Any]
+    """As `Workload.to_json` has it."""
+    repeats: int
+    host: dict[str, str | int]
+
+
+def _architecture(data: Any) -> Architecture:
+    return data if isinstance(data, Architecture) else Architecture.from_json(data)
+
+
+class Record(_Value):
+    """What was measured of one child, or of the parent. Sizes are those of `Size`, speeds of `Speed`."""
+
+    name: str
+    """Who made it: "parent", "trial-7", or a baseline."""
+    id: str
+    """See `child_id`."""
+    hash: str
+    """Of the architecture, which children of several libraries may share."""
+    architecture: Annotated[
+        InstanceOf[Architecture], BeforeValidator(_architecture), PlainSerializer(lambda found: found.to_json())
+    ]
+    params: int
+    bytes: int
+    stored_as: str
+    kv_bytes_per_token: int
+    decode_bytes: int
+    nats_per_token: Figure
+    nats_per_byte: Figure
+    ppl: Figure
+    ppl_ratio: Figure
+    """Over the parent's, on the same tokens."""
+    per_source: dict[str, SourceQuality]
+    prefill_tokens_per_s: Spread
+    decode_tokens_per_s: Spread
+    prefill_speedup: Spread
+    decode_speedup: Spread
+    measured_on: MeasuredOn
+    done: tuple[str, ...] = ()
+    """What was done to it since it was cut."""
+    library: str | None = None
+    """Whose importance ordered a baseline's own library; None is the run's."""
+    exportable: bool | None = None
+    """Of a baseline: whether a checkpoint can hold it."""
+    test: Quoted | None = None
+    unseen: Quoted | None = None
+    usable: bool | None = None
+    """Of a front: whether its perplexity is near enough to its parent's."""
+
+    def value(self, metric: str) -> float:
+        """A figure by the name that budgets use; of a measured speed, its median."""
+        found = getattr(self, metric)
+        return float(found.median if isinstance(found, Spread) else found)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the child computes numbers at all: a broken one is no candidate."""
+        return math.isfinite(self.nats_per_token) and math.isfinite(self.ppl)
+
+    @property
+    def quoted(self) -> dict[SplitName, Quoted]:
+        """By split, what is quoted of it."""
+        found = {name: getattr(self, name) for name in QUOTED}
+        return {name: figures for name, figures in found.items() if figures is not None}
+
+    @property
+    def made_of(self) -> str:
+        """What tells it from other children of its architecture."""
+        library = "the run's library" if self.library is None else f"its own library ({self.library})"
+        return ", ".join((self.name, library, *self.done))
+
+
+class Front(_Value):
+    """The parent, the measured front, slowest first, and the baselines beside it."""
+
+    parent: Record
+    children: tuple[Record, ...]
+    baselines: tuple[Record, ...]
+
+    @property
+    def every(self) -> tuple[Record, ...]:
+        """All records of it."""
+        return (self.parent, *self.children, *self.baselines)
