@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmprune.blocks.library import BlockLibrary, build_library, load_library, stored_layers
-from llmprune.blocks.refit import flap_bias, refit, unit_columns
 from llmprune.blocks.statistics import collect_statistics, statistics_bytes
 from llmprune.choices.architecture import BLOCK_KINDS, AttentionChoice, BlockKind, FfnChoice
 from llmprune.choices.space import Space
@@ -21,6 +20,7 @@ from llmprune.core.errors import ArchitectureError, ModelError, RecipeError, Run
 from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.models.parent import Parent, make_parent
+from llmprune.numerics.refit import flap_bias, refit, unit_columns
 
 LAYERS, KV_GROUPS, FFN_WIDTH = 3, 4, 40
 UNIT_SIZE: dict[BlockKind, int] = {"attention": 12, "ffn": 1}

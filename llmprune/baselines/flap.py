@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from llmprune.baselines.given import Given, Path
 from llmprune.blocks.library import BlockLibrary
-from llmprune.blocks.refit import flap_bias
 from llmprune.choices.architecture import BLOCK_KINDS, Architecture, AttentionChoice, BlockChoice, BlockKind
 from llmprune.choices.space import Space
 from llmprune.models.parent import Parent
 from llmprune.models.rows import input_columns
+from llmprune.numerics.refit import flap_bias
 
 SHARES = 200
 """Thresholds that are tried: as many equal shares of the parameters of all blocks."""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from llmprune.blocks.importance import flap_scores, removal_order
 from llmprune.blocks.layer_files import LayerRepairs
-from llmprune.blocks.refit import flap_bias, refit_nested, refit_towards
 from llmprune.blocks.statistics import BlockStatistics
 from llmprune.choices.architecture import AttentionChoice, BlockChoice, BlockKind, ParentShape
 from llmprune.choices.space import Space
@@ -17,6 +16,7 @@ from llmprune.core.errors import ModelError, RecipeError
 from llmprune.core.recipe import ImportanceRecipe
 from llmprune.models.parent import Parent
 from llmprune.models.rows import input_columns
+from llmprune.numerics.refit import flap_bias, refit_nested, refit_towards
 
 
 def solve_layer(
