@@ -13,7 +13,8 @@ from typing import Any
 from llmprune.baselines.methods import METHODS, own_libraries
 from llmprune.blocks.library import BlockLibrary, Plan, build_libraries, build_library, load_library, stored_layers
 from llmprune.blocks.statistics import few_tokens_warning
-from llmprune.choices.architecture import BLOCK_KINDS, Architecture
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.space import Space
 from llmprune.core.budgets import parse_budget, parse_pick
 from llmprune.core.errors import RunDirectoryError
@@ -32,7 +33,7 @@ from llmprune.measure.speed.llamacpp_engine import check_engine
 from llmprune.measure.speed.throughput import Workload, check_compiler
 from llmprune.models.licence import stated_licence
 from llmprune.models.loading import dtype_of
-from llmprune.models.parent import Parent, check_lengths, check_merging, load_parent
+from llmprune.models.parent import Parent, check_choices, check_lengths, load_parent
 from llmprune.pipeline.run_directory import RunDirectory, hash_of
 from llmprune.search.guidance import Estimates, Seed, seeds_from_json, seeds_to_json, walked_seeds, winner
 from llmprune.search.judging import QUOTED, Judge
@@ -131,8 +132,6 @@ class Run:
     @cached_property
     def space(self) -> Space:
         rules = self.recipe.space
-        if rules.merge_kv:
-            check_merging(self.parent)
         whole = Space.of(
             self.parent.shape,
             rules.kv_groups_step,
@@ -141,6 +140,7 @@ class Run:
             size=rules.size,
             merge_kv=rules.merge_kv or merging_helps(self.parent, self.recipe.deploy, rules.size),
         )
+        check_choices(self.parent, (*whole.attention, *whole.ffn))
         return cut(whole, self.parent, self.recipe.deploy, self.recipe.workload.engine)
 
     @cached_property
