@@ -11,7 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import linear_costs, tiny_space
 
-from llmprune.choices.architecture import BLOCK_KINDS, DROPPED, Architecture, AttentionChoice, BlockChoice, FfnChoice
+from llmprune.choices.architecture import DROPPED, Architecture
+from llmprune.choices.choice import Choice
+from llmprune.choices.dimensions import BLOCK_KINDS
+from llmprune.choices.ffn import FfnChoice
+from llmprune.choices.kv_groups import AttentionChoice
+from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.tables.costs import PROBES_PER_KIND, CostTable, cost_table, probe_architectures
 
@@ -81,8 +86,8 @@ def test_merged_kv_heads_are_probed_and_interpolated_apart() -> None:
     space = Space.of(shape, 1, 8, merge_kv=True)
     plain = Space.of(shape, 1, 8)
     probes = probe_architectures(space)
-    merged = [choice for choice in probes if shape.merges(choice) > 1]
-    assert merged == list(shape.merged) and len(merged) == 3
+    merged = [choice for choice in probes if isinstance(choice, MergedChoice)]
+    assert merged == list(MergedChoice.of(shape)) and len(merged) == 3
     assert probes.keys() - set(merged) == probe_architectures(plain).keys()
     for choice in merged:
         assert {own for _, own in probes[choice].blocks()} == {choice, shape.full("ffn")}
@@ -110,7 +115,7 @@ def test_sizes_between_two_probes_are_interpolated() -> None:
 
 
 def test_savings_add_up() -> None:
-    saving: dict[BlockChoice, float] = {
+    saving: dict[Choice, float] = {
         **dict(zip(tiny_space().attention, (0.2, 0.1, 0.0), strict=True)),
         **dict(zip(tiny_space().ffn, (0.3, 0.1, 0.0), strict=True)),
     }
