@@ -114,6 +114,19 @@ def test_sizes_between_two_probes_are_interpolated() -> None:
     assert savings[FfnChoice(40)] == savings[FfnChoice(48)] == pytest.approx(0.1)
 
 
+def test_of_two_probes_with_as_many_rows_the_later_on_the_ladder_counts() -> None:
+    """Once the order of a set decided, which is another in every process."""
+    space = tiny_space(kv_groups=3, size="large")
+    shape = replace(space.shape, queries_per_group=2)
+    wide, narrow = AttentionChoice(3, 1), AttentionChoice(2)
+    assert shape.rows(wide) == shape.rows(narrow) and space.attention.index(wide) > space.attention.index(narrow)
+    probes = probe_architectures(space)
+    assert {wide, narrow} <= probes.keys()
+    for order in (list(probes), list(probes)[::-1]):
+        speedups = {choice: {"decode": 1.3 if choice == wide else 1.4} for choice in order}
+        assert cost_table(space, speedups).saving["decode"][wide] == pytest.approx((1 - 1 / 1.3) / 3)
+
+
 def test_savings_add_up() -> None:
     saving: dict[Choice, float] = {
         **dict(zip(tiny_space().attention, (0.2, 0.1, 0.0), strict=True)),

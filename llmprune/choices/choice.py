@@ -173,7 +173,7 @@ class Choice(ABC):
     def tensors(self, block: ParentBlock, kept: Kept) -> dict[str, Tensor]:
         """The tensors of the block that change, but for the output projection, by their name within the block: here
         the rows of what stays."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, layout in block.layouts.items():
             rows = unit_rows(layout, kept.units_U, block.shape, self.kind, kept.queries_UQ)
             scale = block.norm_scale(name, rows)

@@ -97,7 +97,8 @@ def cost_table(space: Space, speedups: Mapping[Choice, Mapping[str, float]]) -> 
         saving[phase] = {space.shape.full(kind): 0.0 for kind in BLOCK_KINDS}
         for ladder in (ladder for kind in BLOCK_KINDS for ladder in _ladders(space, kind)):
             points = {rows(space.shape.full(ladder[0].kind)): 0.0}
-            for choice in speedups.keys() & set(ladder):
+            # In the ladder's order: of two with as many rows the later one counts, in every process.
+            for choice in (own for own in ladder if own in speedups):
                 changed = space.shape.layers - _first_changed(choice)
                 points[rows(choice)] = (1.0 - 1.0 / speedups[choice][phase]) / changed
             sizes = sorted(points)
