@@ -7,7 +7,9 @@ Importing it teaches transformers' auto classes the pruned model types, so that 
 from importlib.metadata import version
 
 from llmprune.blocks.library import BlockLibrary, build_library
-from llmprune.choices.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice, ParentShape
+from llmprune.choices.architecture import Architecture, LayerChoice, ParentShape
+from llmprune.choices.ffn import FfnChoice
+from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.choices.space import Space
 from llmprune.core.errors import LlmpruneError
 from llmprune.core.recipe import Recipe

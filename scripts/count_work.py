@@ -28,7 +28,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmprune.blocks import library as library_module
 from llmprune.blocks.library import BlockLibrary, build_library
 from llmprune.blocks.statistics import BlockStatistics
-from llmprune.choices.architecture import BLOCK_KINDS, Architecture, FfnChoice
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.dimensions import BLOCK_KINDS
+from llmprune.choices.ffn import FfnChoice
 from llmprune.choices.space import Space
 from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import SourceTokens, Split

@@ -16,7 +16,8 @@ from scipy.stats import rankdata, spearmanr
 from zoo_checks import BATCH_TOKENS, paired
 from zoo_models import held_out_data
 
-from llmprune.choices.architecture import Architecture, BlockChoice
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.choice import Choice
 from llmprune.choices.space import Space
 from llmprune.core.recipe import BaselinesRecipe, ModelRecipe, Recipe
 from llmprune.measure.quality.prefix import PrefixScorer
@@ -34,7 +35,7 @@ CLEAR_STANDARD_ERRORS = 5.0
 ALIKE = 0.001
 """Nats a token: where all methods lose next to nothing, a hundredth in speed decides between them."""
 
-Key = tuple[int, BlockChoice]
+Key = tuple[int, Choice]
 FloatArray = npt.NDArray[np.float64]
 
 

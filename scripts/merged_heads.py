@@ -16,7 +16,8 @@ from llmprune.blocks.layer_files import LayerRepairs
 from llmprune.blocks.library import BlockLibrary
 from llmprune.blocks.solve import solve_block
 from llmprune.blocks.statistics import collect_statistics
-from llmprune.choices.architecture import AttentionChoice
+from llmprune.choices.kv_groups import AttentionChoice
+from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.core.recipe import ImportanceRecipe
 from llmprune.core.recipe_text import load_recipe
@@ -44,11 +45,11 @@ def main() -> None:
         splits[name].head(splits[name].first_windows(min(1.0, tokens / splits[name].tokens)))
         for name, tokens in (("calibration", arguments.calibration_tokens), ("search", arguments.tokens))
     )
-    one_group = AttentionChoice(1)
-    ladder = (AttentionChoice(0), one_group, *shape.merged, shape.full("attention"))
+    one_group, merged = AttentionChoice(1), MergedChoice.of(shape)
+    ladder = (AttentionChoice(0), one_group, *merged, shape.full("attention"))
     # FFNs stay whole here, and need no order.
-    space = Space(shape, "medium", tuple(sorted(ladder, key=shape.rows)), (shape.full("ffn"),))  # type: ignore[arg-type]
-    statistics = collect_statistics(parent, calibration, merged=shape.merged)
+    space = Space(shape, "medium", tuple(sorted(ladder, key=shape.rows)), (shape.full("ffn"),))
+    statistics = collect_statistics(parent, calibration, own=merged)
     rows = []
     for refit in (True, False):
         rules = ImportanceRecipe(refit=refit)
@@ -56,7 +57,7 @@ def main() -> None:
         for layer in range(shape.layers):
             weight_DI, bias_D = parent.output_weight(layer, "attention"), parent.output_bias(layer, "attention")
             moments = statistics[layer, "attention"]
-            solved = solve_block(weight_DI, bias_D, moments, shape, rules, [one_group, *shape.merged], "attention")
+            solved = solve_block(weight_DI, bias_D, moments, shape, rules, [one_group, *merged], "attention")
             layers.append(LayerRepairs({f"attention/{name}": tensor for name, tensor in solved.items()}))
         library = BlockLibrary(space, tuple(layers))
         estimated = estimate_delta_nats(parent, search, library, tokens=search.tokens)

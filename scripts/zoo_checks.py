@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmprune.choices.architecture import DROPPED, BlockChoice
+from llmprune.choices.architecture import DROPPED
+from llmprune.choices.choice import Choice, Kept
 from llmprune.core.progress import Advance
 from llmprune.data.tokens import Split
 from llmprune.measure.quality.perplexity import quality_from_windows
@@ -27,16 +28,13 @@ SMOOTHING = 0.1
 class NoLibrary:
     """What surgery asks of a block library where blocks only stay or go: nothing."""
 
-    def kept_units(self, layer: int, choice: BlockChoice) -> torch.Tensor:
+    def kept(self, layer: int, choice: Choice) -> Kept:
         raise AssertionError(f"{choice} in layer {layer} is neither whole nor gone")
 
     def norm_squares(self, layer: int, name: str) -> None:
         return None
 
-    def kept_queries(self, layer: int, choice: BlockChoice) -> torch.Tensor | None:
-        raise AssertionError(f"{choice} in layer {layer} is neither whole nor gone")
-
-    def output(self, layer: int, choice: BlockChoice) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def output(self, layer: int, choice: Choice) -> tuple[torch.Tensor, torch.Tensor | None]:
         raise AssertionError(f"{choice} in layer {layer} is neither whole nor gone")
 
 

@@ -10,7 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llmprune.baselines.given import Given, Nats
 from llmprune.blocks.library import BlockLibrary, build_library
-from llmprune.choices.architecture import BLOCK_KINDS, Architecture, BlockChoice
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.choice import Choice
+from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.space import Space
 from llmprune.core.recipe import ImportanceRecipe, SpaceSize, SplitName
 from llmprune.data.tokens import SourceTokens, Split
@@ -72,7 +74,7 @@ def tables_of(space: Space) -> BlockTables:
     """Savings in proportion to the rows that leave, random scores and influences."""
     generator = torch.Generator().manual_seed(1)
     rows, share = space.shape.rows, 0.9 / (2 * space.shape.layers)
-    saving: dict[BlockChoice, float] = {
+    saving: dict[Choice, float] = {
         choice: share * (1 - rows(choice) / rows(space.shape.full(kind)))
         for kind in BLOCK_KINDS
         for choice in space.ladder(kind)

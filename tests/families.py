@@ -13,10 +13,13 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.choices.architecture import Architecture, AttentionChoice, BlockChoice, ParentShape
+from llmprune.choices.architecture import Architecture, ParentShape
+from llmprune.choices.choice import Choice, Kept
+from llmprune.choices.kv_groups import AttentionChoice
+from llmprune.choices.merged import MergedChoice
+from llmprune.choices.rows import unit_rows
 from llmprune.models.modeling_pruned import FAMILIES
 from llmprune.models.parent import Parent, make_parent
-from llmprune.models.rows import unit_rows
 
 LAYERS, HIDDEN, VOCAB = 4, 48, 300
 COMMON = {
@@ -137,30 +140,31 @@ class Slices:
     parent: Parent
     seed: int = 0
 
-    def kept_units(self, layer: int, choice: BlockChoice) -> torch.Tensor:
+    def kept(self, layer: int, choice: Choice) -> Kept:
+        return Kept(self.kept_units(layer, choice), self.kept_queries(layer, choice))
+
+    def kept_units(self, layer: int, choice: Choice) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1000 + layer * 2 + (choice.kind == "ffn"))
-        if self.parent.shape.merges(choice) > 1:
+        if isinstance(choice, MergedChoice):
             return torch.arange(self.parent.shape.kv_groups)
         return torch.randperm(self.parent.shape.units(choice.kind), generator=generator)[: choice.units].sort().values
 
     def norm_squares(self, layer: int, name: str) -> None:
         return None
 
-    def kept_queries(self, layer: int, choice: BlockChoice) -> torch.Tensor | None:
+    def kept_queries(self, layer: int, choice: Choice) -> torch.Tensor | None:
         if not isinstance(choice, AttentionChoice) or choice.queries_per_group is None:
-            return None
-        if self.parent.shape.merges(choice) > 1:
             return None
         shape = self.parent.shape
         generator = torch.Generator().manual_seed(self.seed * 1000 + 500 + layer)
         order_KQ = torch.rand(shape.kv_groups, shape.queries_per_group, generator=generator).argsort(dim=1)
         return order_KQ[:, : choice.queries_per_group].sort(dim=1).values[self.kept_units(layer, choice)]
 
-    def output(self, layer: int, choice: BlockChoice) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def output(self, layer: int, choice: Choice) -> tuple[torch.Tensor, torch.Tensor | None]:
         columns = self.columns(layer, choice)
         return self.parent.output_weight(layer, choice.kind)[:, columns], self.parent.output_bias(layer, choice.kind)
 
-    def columns(self, layer: int, choice: BlockChoice) -> torch.Tensor:
+    def columns(self, layer: int, choice: Choice) -> torch.Tensor:
         """What the output projection still reads, counted out head by head: no code is shared with surgery."""
         shape, units = self.parent.shape, self.kept_units(layer, choice).tolist()
         if choice.kind == "ffn":
@@ -175,8 +179,7 @@ class Slices:
 
 def merging(shape: ParentShape, layers: dict[int, int]) -> Architecture:
     """The parent's architecture with all query heads of some layers on so many KV heads."""
-    heads = shape.kv_groups * shape.queries_per_group
-    return shape.architecture.with_choices((i, AttentionChoice(k, heads // k)) for i, k in layers.items())
+    return shape.architecture.with_choices((i, MergedChoice(k)) for i, k in layers.items())
 
 
 def overwritten(parent: Parent, layers: dict[int, int]) -> Parent:

@@ -12,7 +12,8 @@ import optuna
 from optuna.samplers import BaseSampler
 from tiny import record_of
 
-from llmprune.choices.architecture import BLOCK_KINDS, Architecture, ParentShape
+from llmprune.choices.architecture import Architecture, ParentShape
+from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.space import Space
 from llmprune.core.recipe import SpaceSize
 from llmprune.search.parameters import suggest, to_params

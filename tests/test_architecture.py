@@ -11,14 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprune.choices.architecture import (
-    Architecture,
-    AttentionChoice,
-    BlockChoice,
-    FfnChoice,
-    LayerChoice,
-    ParentShape,
-)
+from llmprune.choices.architecture import Architecture, LayerChoice, ParentShape
+from llmprune.choices.choice import Choice
+from llmprune.choices.ffn import FfnChoice
+from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.core.errors import ArchitectureError
 
 SHAPE = ParentShape(layers=3, hidden_size=24, kv_groups=4, queries_per_group=2, head_dim=3, ffn_width=40)
@@ -69,9 +65,7 @@ def test_json_round_trip_in_any_order_of_layers(architecture: Architecture, rand
 
 
 @given(architectures, attention_choices | ffn_choices, st.data())
-def test_changing_a_block_changes_nothing_else(
-    architecture: Architecture, choice: BlockChoice, data: st.DataObject
-) -> None:
+def test_changing_a_block_changes_nothing_else(architecture: Architecture, choice: Choice, data: st.DataObject) -> None:
     index = data.draw(st.integers(0, len(architecture.layers) - 1))
     before = {(i, own.kind): own for i, own in architecture.blocks()}
     changed = architecture.with_choice(index, choice)

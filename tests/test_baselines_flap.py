@@ -22,10 +22,11 @@ from llmprune.baselines.flap import (
 )
 from llmprune.blocks import library as module
 from llmprune.blocks.library import Plan, build_libraries, build_library
-from llmprune.choices.architecture import BLOCK_KINDS, Architecture
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.dimensions import BLOCK_KINDS
+from llmprune.choices.rows import input_columns
 from llmprune.core.recipe import ImportanceRecipe
 from llmprune.models.parent import Parent
-from llmprune.models.rows import input_columns
 from llmprune.models.surgery import prune
 
 RECIPES = [ImportanceRecipe(method=m, refit=False) for m in ("magnitude", "wanda-sp", "flap")]  # type: ignore[arg-type]
@@ -118,7 +119,7 @@ def test_the_child_computes_the_formula(biased: bool) -> None:
     handles = []
     for layer, choice in MIXED.blocks():
         if choice != parent.shape.full(choice.kind):
-            columns = input_columns(library.kept_units(layer, choice), parent.shape, choice.kind)
+            columns = input_columns(library.kept(layer, choice).units_U, parent.shape, choice.kind)
             weight, bias = parent.output_weight(layer, choice.kind), parent.output_bias(layer, choice.kind)
             hook = replaced(weight, bias, columns, library.fluctuation(layer, choice.kind)[1])
             handles.append(parent.output_projection(layer, choice.kind).register_forward_hook(hook))

@@ -13,14 +13,17 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmprune.blocks.library import BlockLibrary, build_library, load_library, stored_layers
-from llmprune.blocks.refit import flap_bias, refit, unit_columns
 from llmprune.blocks.statistics import collect_statistics, statistics_bytes
-from llmprune.choices.architecture import BLOCK_KINDS, AttentionChoice, BlockKind, FfnChoice
+from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
+from llmprune.choices.ffn import FfnChoice
+from llmprune.choices.kv_groups import AttentionChoice
+from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.core.errors import ArchitectureError, ModelError, RecipeError, RunDirectoryError
 from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.models.parent import Parent, make_parent
+from llmprune.numerics.refit import flap_bias, refit, unit_columns
 
 LAYERS, KV_GROUPS, FFN_WIDTH = 3, 4, 40
 UNIT_SIZE: dict[BlockKind, int] = {"attention": 12, "ffn": 1}
@@ -113,12 +116,13 @@ def test_the_batch_does_not_matter(parent: Parent, split: Split, monkeypatch: py
 
 @pytest.mark.parametrize("merged", [0, 1, 2])
 def test_statistics_leave_no_hooks_and_say_what_they_take(parent: Parent, split: Split, merged: int) -> None:
-    statistics = collect_statistics(parent, split, layers=[0], merged=parent.shape.merged[:merged])
+    own = MergedChoice.of(parent.shape)[:merged]
+    statistics = collect_statistics(parent, split, layers=[0], own=own)
     taken = sum(s.gram_II.nbytes + s.mean_I.nbytes for s in statistics.values())
-    beside = statistics[0, "attention"].merged
-    assert len(beside) == merged and not statistics[0, "ffn"].merged
+    beside = statistics[0, "attention"].own
+    assert len(beside) == merged and not statistics[0, "ffn"].own
     taken += sum(m.gram_II.nbytes + m.cross_II.nbytes + m.mean_I.nbytes for m in beside.values())
-    assert taken == statistics_bytes(parent.shape, merged)
+    assert taken == statistics_bytes(parent.shape, own)
     assert not any(module._forward_pre_hooks for module in parent.model.modules())
 
 
@@ -142,12 +146,12 @@ def test_library_holds_nested_choices_and_their_outputs(split: Split, method: st
     statistics = collect_statistics(parent, split)
     for (layer, kind), block in statistics.items():
         weight, own_bias = parent.output_weight(layer, kind), parent.output_bias(layer, kind)
-        larger = library.kept_units(layer, parent.shape.full(kind)).tolist()
+        larger = library.kept(layer, parent.shape.full(kind)).units_U.tolist()
         assert larger == list(range(parent.shape.units(kind)))
         for choice in reversed(space.ladder(kind)[:-1]):
-            kept = library.kept_units(layer, choice)
+            kept, queries = library.kept(layer, choice)
             assert kept.tolist() == sorted(kept.tolist()) and len(kept) == choice.units
-            assert set(kept.tolist()) < set(larger) and library.kept_queries(layer, choice) is None
+            assert set(kept.tolist()) < set(larger) and queries is None
             larger = kept.tolist()
             if choice.units == 0:
                 continue
@@ -191,8 +195,8 @@ def test_query_heads_are_nested_and_their_outputs_are_the_plain_refit(
             weight, own_bias = parent.output_weight(layer, "attention"), parent.output_bias(layer, "attention")
             block, of_count = statistics[layer, "attention"], dict[int, set[tuple[int, int]]]()
             for choice in fewer:
-                groups, queries = library.kept_units(layer, choice), library.kept_queries(layer, choice)
-                assert torch.equal(groups, library.kept_units(layer, AttentionChoice(choice.kv_groups)))
+                groups, queries = library.kept(layer, choice)
+                assert torch.equal(groups, library.kept(layer, AttentionChoice(choice.kv_groups)).units_U)
                 assert queries is not None and queries.shape == (choice.kv_groups, choice.queries_per_group)
                 assert torch.equal(queries, queries.sort(dim=1).values)
                 heads = [
@@ -219,7 +223,7 @@ def test_query_heads_are_nested_and_their_outputs_are_the_plain_refit(
                 of_count[choice.kv_groups] = pairs
             for smaller, larger in itertools.pairwise(sorted(fewer, key=lambda c: (c.queries_per_group, c.kv_groups))):
                 if smaller.queries_per_group == larger.queries_per_group:
-                    kept = [set(library.kept_units(layer, choice).tolist()) for choice in (smaller, larger)]
+                    kept = [set(library.kept(layer, choice).units_U.tolist()) for choice in (smaller, larger)]
                     assert kept[0] < kept[1], "a KV group that stays keeps the same query heads"
 
 
@@ -230,9 +234,9 @@ def test_behind_merged_kv_heads_the_output_is_the_least_squares_fit(split: Split
     space = Space.of(parent.shape, 1, 16, merge_kv=True)
     recipe = ImportanceRecipe.model_validate({"method": method})
     library = build_library(parent, split, recipe, space, memory_bytes=1)
-    for layer, choice in itertools.product(range(LAYERS), parent.shape.merged):
-        assert library.kept_units(layer, choice).tolist() == list(range(KV_GROUPS))
-        assert library.kept_queries(layer, choice) is None
+    for layer, choice in itertools.product(range(LAYERS), MergedChoice.of(parent.shape)):
+        kept, queries = library.kept(layer, choice)
+        assert kept.tolist() == list(range(KV_GROUPS)) and queries is None
         # Rows of all sources together, each weighted by its share: one least-squares problem, with rows for the ridge.
         means = overwritten(parent, {layer: choice.kv_groups})
         columns = []
@@ -266,10 +270,10 @@ def test_without_a_refit_merged_blocks_keep_the_output_and_need_no_statistics(
     split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent, seen = tiny_parent(bias=True), []
-    monkeypatch.setattr("llmprune.blocks.statistics.merged_blocks", lambda *args: seen.append(args))
+    monkeypatch.setattr("llmprune.blocks.statistics.own_blocks", lambda *args: seen.append(args))
     space = Space.of(parent.shape, 1, 16, merge_kv=True)
     library = build_library(parent, split, ImportanceRecipe(method="flap", refit=False), space)
-    weight, bias = library.output(1, AttentionChoice(2, 4))
+    weight, bias = library.output(1, MergedChoice(2))
     assert torch.equal(weight, parent.output_weight(1, "attention"))
     assert bias is not None and torch.equal(bias, parent.output_bias(1, "attention"))  # type: ignore[arg-type]
     assert not seen
@@ -283,7 +287,7 @@ def test_merging_changes_nothing_for_the_other_choices_and_comes_back_from_disk(
     of_merging = build_library(parent, split, OBS, merging, tmp_path / "merging", input_hash="a")
     for mine, theirs in zip(of_plain.layers, of_merging.layers, strict=True):
         new = theirs.tensors.keys() - mine.tensors.keys()
-        assert new == {f"attention/{c.kv_groups}x{c.queries_per_group}/weight" for c in parent.shape.merged}
+        assert new == {f"attention/{choice.label}/weight" for choice in MergedChoice.of(parent.shape)}
         assert all(torch.equal(tensor, theirs.tensors[name]) for name, tensor in mine.tensors.items())
     assert same(of_merging, load_library(tmp_path / "merging", OBS, merging, input_hash="a"))
     assert stored_layers(tmp_path / "plain", OBS, merging, input_hash="a") == 0
@@ -298,7 +302,7 @@ def test_query_heads_leave_least_important_first(split: Split) -> None:
         columns_I = parent.output_weight(layer, "attention").double().norm(dim=0)
         scores_KQ = columns_I.view(shape.kv_groups, shape.queries_per_group, shape.head_dim).sum(dim=2)
         for queries in (1, 2):
-            kept = library.kept_queries(layer, AttentionChoice(shape.kv_groups, queries))
+            kept = library.kept(layer, AttentionChoice(shape.kv_groups, queries)).queries_UQ
             assert torch.equal(kept, scores_KQ.topk(queries, dim=1).indices.sort(dim=1).values)  # type: ignore[arg-type]
 
 
@@ -325,11 +329,11 @@ def test_a_library_with_query_heads_comes_back_from_disk(parent: Parent, split: 
 def test_choices_off_the_ladder_are_refused(parent: Parent, split: Split) -> None:
     library = build_library(parent, split, OBS, Space.of(parent.shape, 2, 16, drop=False))
     with pytest.raises(ArchitectureError, match=r"ffn block of layer 2 with 16, 32, 40 units, got 20"):
-        library.kept_units(2, FfnChoice(20))
+        library.kept(2, FfnChoice(20))
     with pytest.raises(ArchitectureError, match=r"attention block of layer 0 with 2, 4 units, got 0"):
-        library.kept_units(0, AttentionChoice(0))
+        library.kept(0, AttentionChoice(0))
     with pytest.raises(ArchitectureError, match=r"attention block of layer 0 with 2, 4 units, got 2x1"):
-        library.kept_queries(0, AttentionChoice(2, 1))
+        library.kept(0, AttentionChoice(2, 1))
     with pytest.raises(AssertionError, match="no output projection of its own"):
         library.output(2, FfnChoice(40))
     with pytest.raises(ArchitectureError, match="layer must be from 0 to 2, got 3"):

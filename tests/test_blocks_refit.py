@@ -20,7 +20,8 @@ from llmprune.blocks.importance import (
     removal_order,
     wanda_sp_scores,
 )
-from llmprune.blocks.refit import (
+from llmprune.blocks.statistics import BlockStatistics
+from llmprune.numerics.refit import (
     damped_gram,
     flap_bias,
     reconstruction_loss,
@@ -29,7 +30,6 @@ from llmprune.blocks.refit import (
     refit_towards,
     unit_columns,
 )
-from llmprune.blocks.statistics import BlockStatistics
 
 METHODS: tuple[ImportanceMethod, ...] = ("obs", "magnitude", "wanda-sp", "flap")
 DAMP = 0.01

@@ -14,7 +14,8 @@ import yaml
 from conftest import Finished
 from gguf import GGUFWriter
 
-from llmprune.choices.architecture import Architecture, AttentionChoice, ParentShape
+from llmprune.choices.architecture import Architecture, ParentShape
+from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.core.errors import PushError
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.licence import Licence, stated_licence

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llmprune.choices.architecture import Architecture, AttentionChoice, ParentShape
+from llmprune.choices.architecture import Architecture, ParentShape
+from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.core.errors import ExportError, LlmpruneError, PushError
 from llmprune.measure.record import SCHEMA
 from llmprune.models import checkpoint

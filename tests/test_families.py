@@ -19,15 +19,10 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llmprune.choices.architecture import (
-    DROPPED,
-    Architecture,
-    AttentionChoice,
-    BlockKind,
-    FfnChoice,
-    LayerChoice,
-    ParentShape,
-)
+from llmprune.choices.architecture import DROPPED, Architecture, LayerChoice, ParentShape
+from llmprune.choices.dimensions import BlockKind
+from llmprune.choices.ffn import FfnChoice
+from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.core.errors import ArchitectureError
 from llmprune.models.modeling_pruned import NoAttention, NoFfn
 from llmprune.models.parent import Parent, make_parent
@@ -407,7 +402,7 @@ def test_the_kernel_gets_the_query_heads_that_were_asked_for(
     architecture = query_architecture_of(name, shape)
     child = prune(grouped, architecture, Slices(grouped))
     attending = [layer.attention for layer in architecture.layers if layer.attention.kv_groups]
-    heads = [(choice.kv_groups * shape.queries(choice), choice.kv_groups) for choice in attending]
+    heads = [(choice.kv_groups * choice.queries(shape), choice.kv_groups) for choice in attending]
     calls = [(queries, groups, groups, shape.head_dim) for queries, groups in heads]
     assert kernel_calls(child, grouped, monkeypatch) == calls
     assert_projections_fit(child, grouped, heads)

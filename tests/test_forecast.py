@@ -26,7 +26,8 @@ from llmprune.baselines.given import Given
 from llmprune.baselines.methods import METHODS, choose
 from llmprune.blocks.solve import solve_layer
 from llmprune.blocks.statistics import collect_statistics
-from llmprune.choices.architecture import BLOCK_KINDS, Architecture, ParentShape
+from llmprune.choices.architecture import Architecture, ParentShape
+from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.space import Space
 from llmprune.cli.main import main
 from llmprune.core.budgets import parse_pick

@@ -14,7 +14,10 @@ from decilm import decilm_logits
 from families import CASES, IDS, Slices, tiny_model, tiny_parent, tokens
 from tiny import contents, tiny_tokenizer
 
-from llmprune.choices.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice
+from llmprune.choices.architecture import Architecture, LayerChoice
+from llmprune.choices.ffn import FfnChoice
+from llmprune.choices.kv_groups import AttentionChoice
+from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.core.errors import ExportError, RecipeError, UnsupportedModelError
 from llmprune.core.progress import silent
@@ -141,7 +144,7 @@ def test_vllm_leaves_attention_whole_or_out() -> None:
 def test_where_query_heads_have_to_stay_kv_groups_may_merge() -> None:
     parent = parent_of("llama-gqa")
     space = cut(space_of(parent, merge_kv=True), parent, rules("vllm"))
-    assert space.attention == (AttentionChoice(0), AttentionChoice(1, 6), AttentionChoice(3))
+    assert space.attention == (AttentionChoice(0), MergedChoice(1), AttentionChoice(3))
     assert merging_helps(parent, rules("hf", "vllm"), "medium")
     assert not merging_helps(parent, rules("hf"), "medium") and not merging_helps(parent, rules("vllm"), "layer")
     assert not merging_helps(parent_of("llama-mqa"), rules("vllm"), "medium")

@@ -16,7 +16,9 @@ from tiny import tiny_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from llmprune.choices.architecture import Architecture, AttentionChoice, FfnChoice, LayerChoice
+from llmprune.choices.architecture import Architecture, LayerChoice
+from llmprune.choices.ffn import FfnChoice
+from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.core.errors import ExportError, RunDirectoryError
 from llmprune.core.recipe import GgufType
 from llmprune.formats.gguf import LLAMA_SHAPED, gguf_child_problem, gguf_choice_problem, gguf_problem, write_gguf

@@ -31,6 +31,7 @@ FLOORS = [
     "models/",
     "data/",
     "choices/",
+    "numerics/",
     "core/",
 ]
 WITHOUT_TORCH = "core/"

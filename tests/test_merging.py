@@ -15,14 +15,17 @@ from tiny import numbered_documents, save_tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from llmprune.blocks.library import build_library
-from llmprune.choices.architecture import AttentionChoice, FfnChoice, ParentShape
+from llmprune.choices.architecture import Architecture, ParentShape
+from llmprune.choices.ffn import FfnChoice
+from llmprune.choices.kv_groups import AttentionChoice
+from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.core.errors import ArchitectureError, UnsupportedModelError
 from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.measure.quality.perplexity import score_windows
 from llmprune.measure.quality.prefix import PrefixScorer
-from llmprune.models.merging import merged_blocks, merged_inputs
+from llmprune.models.beside import own_blocks, own_inputs
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.sizes import size_of
 from llmprune.models.surgery import is_stock, prune
@@ -31,8 +34,8 @@ from llmprune.tables.exact import exact_delta_nats
 
 HEADS: dict[str, Callable[[ParentShape], dict[int, int]]] = {
     "one head": lambda shape: dict.fromkeys(range(shape.layers), 1),
-    "fewest and most": lambda shape: {0: 1, 3: shape.merged[-1].kv_groups},
-    "first alone": lambda shape: {0: shape.merged[-1].kv_groups},
+    "fewest and most": lambda shape: {0: 1, 3: MergedChoice.of(shape)[-1].kv_groups},
+    "first alone": lambda shape: {0: MergedChoice.of(shape)[-1].kv_groups},
 }
 CHANGES = [(1, AttentionChoice(0)), (1, FfnChoice(17)), (2, FfnChoice(0)), (3, FfnChoice(11))]
 
@@ -134,8 +137,8 @@ def test_heads_that_are_alike_merge_without_loss(case_id: str) -> None:
 @pytest.mark.parametrize("case_id", MERGING_IDS)
 def test_merged_blocks_give_what_enters_the_overwritten_parents_output_projection(case_id: str) -> None:
     parent = parent_of(case_id)
-    for choice in parent.shape.merged:
-        blocks = merged_blocks(parent, choice, [0, 2])
+    for choice in MergedChoice.of(parent.shape):
+        blocks = own_blocks(parent, choice, [0, 2])
         assert list(blocks) == [0, 2]
         for layer, block in blocks.items():
             found: list[torch.Tensor] = []
@@ -145,7 +148,7 @@ def test_merged_blocks_give_what_enters_the_overwritten_parents_output_projectio
             handles = [
                 parent.block(layer, "attention").register_forward_pre_hook(
                     lambda module, args, kwargs, block=block, found=found: found.append(
-                        merged_inputs(block, args, kwargs)
+                        own_inputs(block, args, kwargs)
                     ),
                     with_kwargs=True,
                 ),
@@ -170,16 +173,26 @@ def test_families_that_cannot_say_it_are_refused(case_id: str) -> None:
 @pytest.mark.parametrize(
     ("case_id", "choice", "legal"),
     [
-        ("llama-gqa", AttentionChoice(2, 3), "1 x 6"),
-        ("llama-gqa", AttentionChoice(3, 4), "1 x 6"),
-        ("llama-mha", AttentionChoice(4, 2), "1 x 6 or 2 x 3 or 3 x 2"),
-        ("llama-mqa", AttentionChoice(1, 12), "never so with one KV group"),
+        ("llama-gqa", MergedChoice(2), "1"),
+        ("llama-gqa", MergedChoice(3), "1"),
+        ("llama-mha", MergedChoice(4), "1 or 2 or 3"),
+        ("llama-mqa", MergedChoice(1), "never so with one KV group"),
     ],
 )
-def test_other_numbers_of_query_heads_are_refused(case_id: str, choice: AttentionChoice, legal: str) -> None:
+def test_other_numbers_of_kv_heads_are_refused(case_id: str, choice: MergedChoice, legal: str) -> None:
     shape = parent_of(case_id).shape
-    with pytest.raises(ArchitectureError, match=f"layer 2 keeps .* all 6 query heads: .* is {legal}$"):
+    with pytest.raises(ArchitectureError, match=f"layer 2 keeps .* KV groups: merged_kv_groups is {legal}$"):
         shape.check(shape.architecture.with_choice(2, choice))
+
+
+def test_the_text_of_older_versions_is_refused_with_the_new_one() -> None:
+    shape = parent_of("llama-gqa").shape
+    old = shape.architecture.with_choice(1, AttentionChoice(1, 6))
+    with pytest.raises(ArchitectureError, match=r"all query heads on fewer KV heads are said by merged_kv_groups$"):
+        shape.check(Architecture.from_json(old.to_json()))
+    new = shape.architecture.with_choice(1, MergedChoice(1))
+    assert new.to_json()["layers"][1]["attention"] == {"merged_kv_groups": 1}
+    assert Architecture.from_json(new.to_json()) == new
 
 
 @pytest.mark.parametrize("case_id", ["llama-mha", "olmo2-gqa", "phi3-gqa"])
@@ -187,7 +200,7 @@ def test_a_scorer_that_starts_at_the_merged_layer_scores_the_whole_child(case_id
     parent = parent_of(case_id)
     split = Split("search", {"a": SourceTokens(tokens(4, 16), torch.full((4,), 30))}, {"a": 1.0}, 16, bos=False)
     scorer = PrefixScorer(parent, Slices(parent), split)
-    for heads in ({2: 1}, {3: 1}, {1: 1, 3: parent.shape.merged[-1].kv_groups}):
+    for heads in ({2: 1}, {3: 1}, {1: 1, 3: MergedChoice.of(parent.shape)[-1].kv_groups}):
         architecture = merging(parent.shape, heads)
         expected = score_windows(prune(parent, architecture, Slices(parent)), split)
         assert torch.equal(scorer.score(architecture).nats["a"], expected["a"])
@@ -207,7 +220,7 @@ def test_the_estimate_tells_heads_that_merge_well_from_those_that_do_not(tmp_pat
     windows = torch.tensor(ids[: len(ids) // 16 * 16]).reshape(-1, 16)[:48]
     split = Split("calibration", {"a": SourceTokens(windows, torch.full((48,), 16))}, {"a": 1.0}, 16, bos=False)
     space = Space.of(parent.shape, 1, 16, merge_kv=True)
-    merged = parent.shape.merged[0]
+    merged = MergedChoice.of(parent.shape)[0]
     losses = {}
     for refit in (True, False):
         library = build_library(parent, split, ImportanceRecipe(refit=refit), space)

@@ -8,7 +8,7 @@ from closeness import assert_close
 from families import CASES, IDS, tiny_model, tokens
 
 from llmprune.blocks.library import BlockLibrary, build_library
-from llmprune.choices.architecture import AttentionChoice
+from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.choices.space import Space
 from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import SourceTokens, Split
@@ -91,5 +91,5 @@ def test_a_norm_over_fewer_heads_gives_them_their_old_scale(parent: Parent, libr
         )
     near, far = ((logits - of_parent).abs().mean() for logits in (scaled, unscaled))
     assert near < 0.5 * far
-    kept_U = library.kept_units(0, quieter.layers[0].attention)
+    kept_U = library.kept(0, quieter.layers[0].attention).units_U
     assert 0 not in kept_U.tolist(), "the group that feeds nothing leaves first"

@@ -14,7 +14,10 @@ from families import CASES, IDS, LAYERS, Case, Slices, tiny_model, tiny_parent, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmprune.choices.architecture import Architecture, AttentionChoice, BlockKind, FfnChoice
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.dimensions import BlockKind
+from llmprune.choices.ffn import FfnChoice
+from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.core.errors import ArchitectureError, ModelError
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.measure.quality.perplexity import score_windows

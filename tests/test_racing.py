@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from llmprune.choices.architecture import Architecture, FfnChoice
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.ffn import FfnChoice
 from llmprune.core.errors import ModelError
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.measure.quality.perplexity import quality_from_windows, score

@@ -14,7 +14,7 @@ from conftest import Llmprune
 from tiny import paired_by_bytes, spread, tiny_recipe, tiny_space
 from transformers import PreTrainedModel
 
-from llmprune.choices.architecture import AttentionChoice
+from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.choices.space import Space
 from llmprune.core.errors import RecipeError
 from llmprune.core.recipe import Recipe, SpaceSize

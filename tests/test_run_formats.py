@@ -8,7 +8,8 @@ from unittest.mock import patch
 from test_run import changed
 from tiny import paired_by_bytes, tiny_recipe
 
-from llmprune.choices.architecture import AttentionChoice
+from llmprune.choices.kv_groups import AttentionChoice
+from llmprune.choices.merged import MergedChoice
 from llmprune.core.budgets import parse_pick
 from llmprune.pipeline.commands import export, front, search
 from llmprune.pipeline.prepare import lay_ground
@@ -30,7 +31,7 @@ def test_a_run_for_gguf_and_vllm_exports_both(tmp_path: Path) -> None:
         search(run)
         front(run)
         written = export(run, parse_pick(recipe.export.pick), tmp_path / "child")
-        assert lay_ground(run).space.attention == (AttentionChoice(0), AttentionChoice(1, 4), AttentionChoice(2))
+        assert lay_ground(run).space.attention == (AttentionChoice(0), MergedChoice(1), AttentionChoice(2))
     assert [entry["format"] for entry in written["formats"]] == ["gguf", "vllm"]
     assert written["formats"][0]["proof"].startswith("run in llama.cpp")
     assert (tmp_path / "child" / "model-F32.gguf").is_file()

@@ -11,7 +11,8 @@ from families import CASES, IDS, tiny_model
 from test_run import changed
 from tiny import paired_by_bytes, tiny_recipe, tiny_tokenizer, write_front
 
-from llmprune.choices.architecture import AttentionChoice
+from llmprune.choices.kv_groups import AttentionChoice
+from llmprune.choices.merged import MergedChoice
 from llmprune.core.budgets import parse_pick
 from llmprune.core.errors import RunDirectoryError, UnsupportedModelError
 from llmprune.models import checkpoint
@@ -23,7 +24,7 @@ from llmprune.pipeline.searching import study_facts
 from llmprune.search import judging
 from llmprune.tables import block_tables, reach
 
-MERGED = AttentionChoice(1, 4)
+MERGED = MergedChoice(1)
 
 
 @pytest.mark.parametrize("sampler", ["slp", "evopress", "nsga2"])
@@ -61,7 +62,7 @@ def test_a_run_finds_scores_and_proves_merged_children(
         heads = sum(layer.attention.kv_groups for layer in record.architecture.layers)
         assert record.kv_bytes_per_token == heads * 2 * 6 * 4
     metadata = json.loads((tmp_path / "child" / checkpoint.METADATA_FILE).read_text())
-    assert "queries_per_group" in json.dumps(metadata["architecture"])
+    assert "merged_kv_groups" in json.dumps(metadata["architecture"])
 
 
 def test_a_family_that_cannot_say_it_is_refused_before_anything_is_run(tmp_path: Path) -> None:

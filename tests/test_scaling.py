@@ -16,6 +16,7 @@ import torch
 from llmprune.blocks.library import build_library
 from llmprune.blocks.solve import gathered_choices
 from llmprune.blocks.statistics import statistics_bytes
+from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.core.recipe import ImportanceRecipe
 from llmprune.forecast.work import (
@@ -105,7 +106,7 @@ def test_exact_scores_run_the_parent_once_and_then_what_comes_after_the_change()
 def test_a_bound_on_statistics_is_paid_for_in_passes(merge_kv: bool) -> None:
     parent, split, rules = count_work.tiny_llama(4), count_work.tiny_split(), ImportanceRecipe()
     space = Space.of(parent.shape, 1, 16, merge_kv=merge_kv)
-    of_layer = statistics_bytes(parent.shape, len(gathered_choices(space, rules)))
+    of_layer = statistics_bytes(parent.shape, gathered_choices(space, rules))
     for layers_a_pass, passes in ((1, 4), (2, 2), (3, 2), (4, 1)):
         with counting.counted() as work:
             build_library(parent, split, rules, space, memory_bytes=layers_a_pass * of_layer)
@@ -142,7 +143,7 @@ def test_merged_kv_heads_are_counted_too() -> None:
     files = [2 * layer_library_bytes(space, 4) for space in spaces]
     assert files[1] - files[0] == pytest.approx(stored[1] - stored[0], rel=0.05)
     assert not gathered_choices(spaces[1], ImportanceRecipe(refit=False))
-    assert graph_bytes_per_token(shape, 4, 1) - graph_bytes_per_token(shape, 4) == 2 * 4 * 32
+    assert graph_bytes_per_token(shape, 4, MergedChoice.of(shape)[:1]) - graph_bytes_per_token(shape, 4) == 2 * 4 * 32
 
 
 def test_the_script_prints_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import linear_costs, tiny_space
 
-from llmprune.choices.architecture import BLOCK_KINDS, Architecture, AttentionChoice, BlockChoice
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.choice import Choice
+from llmprune.choices.dimensions import BLOCK_KINDS
+from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.choices.space import Space
 from llmprune.core.errors import ArchitectureError
 from llmprune.core.recipe import SpaceSize
@@ -21,7 +24,7 @@ from llmprune.search.warm_starts import MARGIN, depth_by_influence, uniform_widt
 from llmprune.tables.allocate import Allocator, Near
 from llmprune.tables.costs import CostTable
 
-DeltaNats = dict[tuple[int, BlockChoice], float]
+DeltaNats = dict[tuple[int, Choice], float]
 SIZES: tuple[SpaceSize, ...] = get_args(SpaceSize)
 COLUMNS = ("decode", "params")
 SOLVER_GAP = 1e-4
@@ -104,8 +107,8 @@ def problems(draw: st.DrawFn, columns: int = 1) -> Problem:
     # Multiples of a step, so that no sum lies within the solver's tolerance of the budget.
     steps = st.integers(0, 16)
 
-    def savings() -> dict[BlockChoice, float]:
-        saving: dict[BlockChoice, float] = {}
+    def savings() -> dict[Choice, float]:
+        saving: dict[Choice, float] = {}
         for kind in BLOCK_KINDS:
             ladder = space.ladder(kind)
             drawn = draw(st.lists(steps, min_size=len(ladder) - 1, max_size=len(ladder) - 1))

@@ -11,7 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import linear_costs, tiny_space
 
-from llmprune.choices.architecture import BLOCK_KINDS, DROPPED, Architecture, AttentionChoice, BlockChoice, FfnChoice
+from llmprune.choices.architecture import DROPPED, Architecture
+from llmprune.choices.choice import Choice
+from llmprune.choices.dimensions import BLOCK_KINDS
+from llmprune.choices.ffn import FfnChoice
+from llmprune.choices.kv_groups import AttentionChoice
+from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.tables.costs import PROBES_PER_KIND, CostTable, cost_table, probe_architectures, shrunk_to_line
 
@@ -81,8 +86,8 @@ def test_merged_kv_heads_are_probed_and_interpolated_apart() -> None:
     space = Space.of(shape, 1, 8, merge_kv=True)
     plain = Space.of(shape, 1, 8)
     probes = probe_architectures(space)
-    merged = [choice for choice in probes if shape.merges(choice) > 1]
-    assert merged == list(shape.merged) and len(merged) == 3
+    merged = [choice for choice in probes if isinstance(choice, MergedChoice)]
+    assert merged == list(MergedChoice.of(shape)) and len(merged) == 3
     assert probes.keys() - set(merged) == probe_architectures(plain).keys()
     for choice in merged:
         assert {own for _, own in probes[choice].blocks()} == {choice, shape.full("ffn")}
@@ -109,8 +114,21 @@ def test_sizes_between_two_probes_are_interpolated() -> None:
     assert savings[FfnChoice(40)] == savings[FfnChoice(48)] == pytest.approx(0.1)
 
 
+def test_of_two_probes_with_as_many_rows_the_later_on_the_ladder_counts() -> None:
+    """Once the order of a set decided, which is another in every process."""
+    space = tiny_space(kv_groups=3, size="large")
+    shape = replace(space.shape, queries_per_group=2)
+    wide, narrow = AttentionChoice(3, 1), AttentionChoice(2)
+    assert shape.rows(wide) == shape.rows(narrow) and space.attention.index(wide) > space.attention.index(narrow)
+    probes = probe_architectures(space)
+    assert {wide, narrow} <= probes.keys()
+    for order in (list(probes), list(probes)[::-1]):
+        speedups = {choice: {"decode": 1.3 if choice == wide else 1.4} for choice in order}
+        assert cost_table(space, speedups).saving["decode"][wide] == pytest.approx((1 - 1 / 1.3) / 3)
+
+
 def test_savings_add_up() -> None:
-    saving: dict[BlockChoice, float] = {
+    saving: dict[Choice, float] = {
         **dict(zip(tiny_space().attention, (0.2, 0.1, 0.0), strict=True)),
         **dict(zip(tiny_space().ffn, (0.3, 0.1, 0.0), strict=True)),
     }

@@ -12,7 +12,8 @@ from families import CASES, IDS, tiny_parent, tokens
 from tiny import paired_by_bytes
 
 from llmprune.blocks.library import BlockLibrary, build_library
-from llmprune.choices.architecture import Architecture, BlockChoice
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.choice import Choice
 from llmprune.choices.space import Space
 from llmprune.core.errors import ModelError
 from llmprune.core.progress import silent
@@ -50,7 +51,7 @@ def library(parent: Parent, split: Split) -> BlockLibrary:
     return build_library(parent, split, ImportanceRecipe(), Space.of(parent.shape, 1, 10))
 
 
-def lost(parent: Parent, library: BlockLibrary, split: Split, layer: int, choice: BlockChoice) -> float:
+def lost(parent: Parent, library: BlockLibrary, split: Split, layer: int, choice: Choice) -> float:
     """The oracle: the whole child is made and scored."""
 
     def nats(model: Any) -> float:
@@ -67,7 +68,7 @@ def built(parent: Parent, library: BlockLibrary, split: Split, rules: TablesReci
 def test_what_the_rules_want_exact(library: BlockLibrary) -> None:
     space = library.space
 
-    def wanted(*exact: Any) -> set[BlockChoice]:
+    def wanted(*exact: Any) -> set[Choice]:
         rules = TablesRecipe(exact=exact)
         return {choice for choice in (*space.attention, *space.ffn) if is_exact(choice, space, rules)}
 

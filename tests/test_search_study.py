@@ -20,7 +20,8 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from tiny import linear_costs, record_of, tiny_space
 
-from llmprune.choices.architecture import Architecture, FfnChoice
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.ffn import FfnChoice
 from llmprune.choices.space import Space
 from llmprune.core.errors import RecipeError
 from llmprune.core.recipe import OPTUNA_SAMPLERS, SearchRecipe

@@ -14,6 +14,7 @@ from tiny import paired_by_bytes
 
 from llmprune.blocks.library import build_library
 from llmprune.choices.architecture import Architecture
+from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.core.budgets import SIZE_METRICS
 from llmprune.core.progress import silent
@@ -76,7 +77,7 @@ def test_query_heads_save_parameters_and_no_cache() -> None:
 def test_merged_kv_heads_save_cache_and_keep_query_heads() -> None:
     parent = tiny_parent(CASES[IDS.index("llama-gqa")])
     space, shape = Space.of(parent.shape, 1, 16, merge_kv=True), parent.shape
-    savings, merged = count_savings(parent, space), shape.merged[0]
+    savings, merged = count_savings(parent, space), MergedChoice.of(shape)[0]
     assert savings["kv_bytes_per_token"][merged] == pytest.approx((1 - 1 / 3) / shape.layers)
     rows = shape.rows(shape.full("attention")) - shape.rows(merged)
     params = sum(parameter.numel() for parameter in parent.model.parameters())

@@ -16,7 +16,12 @@ from families import CASES, IDS, VOCAB, Slices, masked, merging, overwritten, ti
 from torch import Tensor, nn
 
 from llmprune.blocks.library import build_library
-from llmprune.choices.architecture import Architecture, AttentionChoice, BlockChoice, BlockKind, FfnChoice, ParentShape
+from llmprune.choices.architecture import Architecture, ParentShape
+from llmprune.choices.choice import Choice, Kept
+from llmprune.choices.dimensions import BlockKind
+from llmprune.choices.ffn import FfnChoice
+from llmprune.choices.kv_groups import AttentionChoice
+from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import SourceTokens, Split
@@ -27,7 +32,7 @@ from llmprune.models.surgery import prune
 from llmprune.tables.estimate import DeltaNats, block_influence, estimate_delta_nats
 
 SEQ_LEN = 16
-ONE: dict[BlockKind, BlockChoice] = {"attention": AttentionChoice(1), "ffn": FfnChoice(1)}
+ONE: dict[BlockKind, Choice] = {"attention": AttentionChoice(1), "ffn": FfnChoice(1)}
 EVERYTHING = 10_000
 LAYER = 1
 FINAL_NORMS = {
@@ -66,16 +71,13 @@ class Shrunk:
         shape = self.parent.shape
         return Space(shape, "medium", (ONE["attention"], shape.full("attention")), (ONE["ffn"], shape.full("ffn")))
 
-    def kept_units(self, layer: int, choice: BlockChoice) -> Tensor:
-        return torch.arange(self.parent.shape.units(choice.kind))
+    def kept(self, layer: int, choice: Choice) -> Kept:
+        return Kept(torch.arange(self.parent.shape.units(choice.kind)))
 
     def norm_squares(self, layer: int, name: str) -> None:
         return None
 
-    def kept_queries(self, layer: int, choice: BlockChoice) -> None:
-        return None
-
-    def output(self, layer: int, choice: BlockChoice) -> tuple[Tensor, Tensor | None]:
+    def output(self, layer: int, choice: Choice) -> tuple[Tensor, Tensor | None]:
         weight = self.parent.output_weight(layer, choice.kind).clone()
         bias = self.parent.output_bias(layer, choice.kind)
         weight[:, ::2] *= 1 - self.eps
@@ -147,7 +149,7 @@ def test_dropping_a_block_is_estimated_along_all_of_its_output(split: Split) -> 
             attention = (AttentionChoice(0), AttentionChoice(1), AttentionChoice(shape.kv_groups))
             return Space(shape, "medium", attention, (FfnChoice(0), FfnChoice(1), FfnChoice(shape.ffn_width)))
 
-        def output(self, layer: int, choice: BlockChoice) -> tuple[Tensor, Tensor | None]:
+        def output(self, layer: int, choice: Choice) -> tuple[Tensor, Tensor | None]:
             weight, bias = self.parent.output_weight(layer, choice.kind), self.parent.output_bias(layer, choice.kind)
             return weight * 0, None if bias is None else bias * 0
 
@@ -234,23 +236,23 @@ class Nudged(Sliced):
     eps: float = 0.0
     kind: BlockKind = "ffn"
 
-    def pair(self) -> tuple[BlockChoice, BlockChoice]:
+    def pair(self) -> tuple[Choice, Choice]:
         ladder = self.space.ladder(self.kind)
         return ladder[1], ladder[2]
 
-    def _same(self, layer: int, choice: BlockChoice) -> BlockChoice:
+    def _same(self, layer: int, choice: Choice) -> Choice:
         return self.pair()[0] if (layer, choice) == (LAST, self.pair()[1]) else choice
 
-    def kept_units(self, layer: int, choice: BlockChoice) -> Tensor:
+    def kept_units(self, layer: int, choice: Choice) -> Tensor:
         return super().kept_units(layer, self._same(layer, choice))
 
     def norm_squares(self, layer: int, name: str) -> None:
         return None
 
-    def kept_queries(self, layer: int, choice: BlockChoice) -> Tensor | None:
+    def kept_queries(self, layer: int, choice: Choice) -> Tensor | None:
         return super().kept_queries(layer, self._same(layer, choice))
 
-    def output(self, layer: int, choice: BlockChoice) -> tuple[Tensor, Tensor | None]:
+    def output(self, layer: int, choice: Choice) -> tuple[Tensor, Tensor | None]:
         same = self._same(layer, choice)
         weight, bias = super().output(layer, same)
         return (weight, bias) if same == choice else (self._nudged(weight, 1), bias)
@@ -341,7 +343,7 @@ def test_merged_kv_heads_are_estimated_on_inputs_of_their_own(case_id: str, spli
     parent = double_parent(case_id)
     library: Any = Merging(parent)
     estimated = estimate_delta_nats(parent, split, library, tokens=EVERYTHING)
-    for choice in parent.shape.merged:
+    for choice in MergedChoice.of(parent.shape):
         for layer in (0, LAST):
             # Only this layer's heads are overwritten, so what comes before it is the parent's.
             outputs = attention_outputs(overwritten(parent, {layer: choice.kv_groups}), split, layer)
@@ -356,7 +358,7 @@ def test_merged_kv_heads_are_estimated_on_inputs_of_their_own(case_id: str, spli
 def test_the_estimate_at_an_architecture_with_merged_kv_heads_runs_its_child(case_id: str, split: Split) -> None:
     parent, seen = double_parent(case_id), []
     library: Any = Merging(parent)
-    heads = {0: 1, 2: parent.shape.merged[-1].kv_groups}
+    heads = {0: 1, 2: MergedChoice.of(parent.shape)[-1].kv_groups}
     at = merging(parent.shape, heads).with_choices([(1, FfnChoice(20)), (3, FfnChoice(10))])
     handle = parent.model.register_forward_hook(lambda module, args, output: seen.append(output.logits.detach()))
     estimated = estimate_delta_nats(parent, split, library, tokens=EVERYTHING, at=at)
@@ -384,7 +386,9 @@ def test_merging_heads_that_are_alike_costs_nothing(case_id: str, split: Split) 
     space = Space.of(parent.shape, 1, 10, merge_kv=True)
     library = build_library(parent, split, ImportanceRecipe(), space)
     estimated = estimate_delta_nats(parent, split, library, tokens=EVERYTHING)
-    assert all(abs(estimated[layer, choice]) < tolerance(1.0) for layer in range(4) for choice in parent.shape.merged)
+    assert all(
+        abs(estimated[layer, choice]) < tolerance(1.0) for layer in range(4) for choice in MergedChoice.of(parent.shape)
+    )
     assert max(abs(value) for value in estimated.values()) > 1e-2, "other choices cost something"
     child = prune(parent, merging(parent.shape, dict.fromkeys(range(4), 1)), library)
     assert_close(child(tokens()).logits, parent.model(tokens()).logits)

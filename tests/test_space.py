@@ -10,16 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmprune.choices.architecture import (
-    BLOCK_KINDS,
-    DROPPED,
-    Architecture,
-    AttentionChoice,
-    BlockKind,
-    FfnChoice,
-    LayerChoice,
-    ParentShape,
-)
+from llmprune.choices.architecture import DROPPED, Architecture, LayerChoice, ParentShape
+from llmprune.choices.choice import Choice
+from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
+from llmprune.choices.ffn import FfnChoice
+from llmprune.choices.kv_groups import AttentionChoice
+from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.core.errors import ArchitectureError
 from llmprune.core.recipe import SpaceSize
@@ -86,7 +82,7 @@ def test_a_space_holds_what_its_ladders_hold() -> None:
 @pytest.mark.parametrize("size", ["small", "medium", "large"])
 def test_merging_adds_every_number_of_kv_heads_that_divides_the_parents(size: SpaceSize) -> None:
     plain, merging = (Space.of(SHAPE, 2, 16, size=size, merge_kv=merge) for merge in (False, True))
-    merged = {AttentionChoice(1, 12), AttentionChoice(2, 6)}
+    merged = {MergedChoice(1), MergedChoice(2)}
     assert set(merging.attention) == set(plain.attention) | merged and len(set(merging.attention)) == len(
         merging.attention
     )
@@ -118,17 +114,19 @@ def test_every_choice_of_a_merging_space_is_legal_and_has_one_meaning(
     architecture = shape.architecture.with_choice(0, choice)
     shape.check(architecture)
     assert Architecture.from_json(json.loads(architecture.canonical_json)) == architecture
-    if shape.merges(choice) > 1:
-        assert shape.merges(choice) * choice.kv_groups == groups
-        assert choice.kv_groups * shape.queries(choice) == groups * queries
+    heads, kv_heads = (choice.sizes(shape)[word] for word in ("heads", "kv_heads"))
+    if isinstance(choice, MergedChoice):
+        assert groups % kv_heads == 0 and kv_heads < groups and heads == groups * queries
     else:
-        assert choice.kv_groups <= groups and shape.queries(choice) <= queries
+        assert kv_heads <= groups and heads <= kv_heads * queries
 
 
-@given(kv_groups=st.integers(0, 9), queries=st.none() | st.integers(-1, 40))
-def test_a_shape_admits_just_the_choices_of_its_largest_space(kv_groups: int, queries: int | None) -> None:
+@given(
+    choice=st.builds(AttentionChoice, st.integers(0, 9), st.none() | st.integers(-1, 40))
+    | st.builds(MergedChoice, st.integers(-1, 9))
+)
+def test_a_shape_admits_just_the_choices_of_its_largest_space(choice: Choice) -> None:
     shape = ParentShape(2, 8, 8, 3, 4, 16)
-    choice = AttentionChoice(kv_groups, queries)
     inside = choice in Space.of(shape, 1, 16, size="large", merge_kv=True).attention
     try:
         shape.check(shape.architecture.with_choice(1, choice))

@@ -31,7 +31,8 @@ from rich.console import Console
 from rich.table import Table
 from tiny import tiny_space
 
-from llmprune.choices.architecture import AttentionChoice, FfnChoice
+from llmprune.choices.ffn import FfnChoice
+from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.core.progress import silent
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.measure.quality.scores import WindowScores

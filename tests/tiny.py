@@ -13,7 +13,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from llmprune.choices.architecture import BLOCK_KINDS, Architecture, BlockChoice, ParentShape
+from llmprune.choices.architecture import Architecture, ParentShape
+from llmprune.choices.choice import Choice
+from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.space import Space
 from llmprune.core.recipe import DataRecipe, Recipe, SourceRecipe, SpaceSize
 from llmprune.core.recipe_text import parse_recipe
@@ -110,7 +112,7 @@ def linear_costs(space: Space, attention: float = 0.1, ffn: float = 0.2) -> Cost
     In prefill attention and FFN change places.
     """
 
-    def savings(**whole: float) -> dict[BlockChoice, float]:
+    def savings(**whole: float) -> dict[Choice, float]:
         rows = space.shape.rows
         return {
             choice: whole[kind] * (1 - rows(choice) / rows(space.shape.full(kind)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from llmprune.baselines.given import Given, Path
-from llmprune.choices.architecture import BLOCK_KINDS, DROPPED, Architecture
+from llmprune.choices.architecture import DROPPED, Architecture
+from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.space import Space
 
 
@@ -16,7 +17,7 @@ def shortgpt(given: Given) -> Path:
     influence = given.tables.influence
     for layer in sorted(range(len(influence)), key=lambda layer: influence[layer]):
         shorter = architecture.without_layers([layer])
-        if may_drop(given.space) and _attends(shorter):
+        if may_drop(given.space) and shorter.attends:
             architecture = shorter
             yield architecture
 
@@ -46,13 +47,9 @@ def _greedy(given: Given, removals: Callable[[Architecture], Iterable[Architectu
     while architecture is not None:
         yield architecture
         given.remember(architecture)
-        legal = [child for child in removals(architecture) if _attends(child)] if may_drop(given.space) else []
+        legal = [child for child in removals(architecture) if child.attends] if may_drop(given.space) else []
         architecture = given.best(legal)
 
 
 def may_drop(space: Space) -> bool:
     return all(DROPPED[kind] in space.ladder(kind) for kind in BLOCK_KINDS)
-
-
-def _attends(architecture: Architecture) -> bool:
-    return any(layer.attention.units for layer in architecture.layers)

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from llmprune.baselines.given import Given, Path
 from llmprune.blocks.library import BlockLibrary
-from llmprune.blocks.refit import flap_bias
-from llmprune.choices.architecture import BLOCK_KINDS, Architecture, AttentionChoice, BlockChoice, BlockKind
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.choice import Choice
+from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
 from llmprune.choices.space import Space
 from llmprune.models.parent import Parent
-from llmprune.models.rows import input_columns
+from llmprune.numerics.refit import flap_bias
 from llmprune.search.judging import Finish
 
 SHARES = 200
@@ -88,8 +89,7 @@ def compensate(parent: Parent, library: BlockLibrary, child: PreTrainedModel, ar
         names = parent.names(choice.kind)
         path = f"{parent.family.layers}.{position[layer]}.{names.module}.{names.output}".replace("..", ".")
         weight_DI = parent.output_weight(layer, choice.kind)
-        kept_U, queries_UQ = library.kept_units(layer, choice), library.kept_queries(layer, choice)
-        columns_S = input_columns(kept_U, parent.shape, choice.kind, queries_UQ).to(weight_DI.device)
+        columns_S = choice.columns(library.kept(layer, choice), parent.shape).to(weight_DI.device)
         mean_I = library.fluctuation(layer, choice.kind)[1].to(weight_DI.device)
         bias_D = flap_bias(weight_DI, mean_I, columns_S)
         child.get_submodule(path).bias = nn.Parameter(bias_D, requires_grad=False)
@@ -105,7 +105,7 @@ def needs_bias(parent: Parent, architecture: Architecture) -> bool:
     return bool(_without_bias(parent, architecture))
 
 
-def _without_bias(parent: Parent, architecture: Architecture) -> list[tuple[int, BlockChoice]]:
+def _without_bias(parent: Parent, architecture: Architecture) -> list[tuple[int, Choice]]:
     """Thinned blocks whose output projection has no bias of its own."""
     return [
         (layer, choice)
@@ -114,10 +114,9 @@ def _without_bias(parent: Parent, architecture: Architecture) -> list[tuple[int,
     ]
 
 
-def _widths(space: Space, kind: BlockKind) -> list[BlockChoice]:
-    """Choices that keep some whole units."""
-    return [
-        choice
-        for choice in space.ladder(kind)
-        if choice.units and not (isinstance(choice, AttentionChoice) and choice.queries_per_group)
-    ]
+def _widths(space: Space, kind: BlockKind) -> list[Choice]:
+    """Choices that keep some whole units: of the parent's own kind, and with all inputs of these."""
+    shape, full = space.shape, space.shape.full(kind)
+    of_unit = full.inputs(shape) // full.units
+    same = [choice for choice in space.ladder(kind) if type(choice) is type(full) and choice.units]
+    return [choice for choice in same if choice.inputs(shape) == choice.units * of_unit]

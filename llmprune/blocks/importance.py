@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from llmprune.blocks.refit import damped_gram, unit_columns
 from llmprune.blocks.statistics import BlockStatistics
+from llmprune.numerics.refit import damped_gram, unit_columns
 
 ImportanceMethod = Literal["obs", "magnitude", "wanda-sp", "flap"]
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmprune.choices.architecture import BLOCK_KINDS
+from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
 from llmprune.choices.space import Space
 from llmprune.core.errors import RunDirectoryError
 from llmprune.core.files import atomic_path
@@ -25,11 +25,20 @@ _VERSION = 4
 
 @dataclass(frozen=True, eq=False)
 class LayerRepairs:
-    """One layer of the library: `KIND/order`, `attention/query_order` where query heads can leave, and for every choice
-    `KIND/CHOICE/weight` and, where the parent has one, `KIND/CHOICE/bias`; `KIND/score` and `KIND/mean` for "flap"; and
-    `attention/NORM/squares` for a norm over all heads."""
+    """One layer of the library: `KIND/order` and orders that kinds of choice have stored of their own, and for every
+    choice `KIND/LABEL/weight` and, where the parent has one, `KIND/LABEL/bias`; `KIND/score` and `KIND/mean` for
+    "flap"; and `attention/NORM/squares` for a norm over all heads."""
 
     tensors: Mapping[str, Tensor]
+
+    @cached_property
+    def orders(self) -> Mapping[BlockKind, Mapping[str, Tensor]]:
+        """Of each block what is not of one choice alone, by its name without the kind."""
+        parts = {name: name.split("/") for name in self.tensors}
+        return {
+            kind: {parts[name][1]: tensor for name, tensor in self.tensors.items() if parts[name][:-1] == [kind]}
+            for kind in BLOCK_KINDS
+        }
 
     @cached_property
     def hash(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +12,10 @@ from pathlib import Path
 from torch import Tensor
 
 from llmprune.blocks.layer_files import LayerRepairs, finished_layers, layer_keys, layer_path, read_layer, store_layer
-from llmprune.blocks.solve import gathered_choices, label, refitted, solve_layer, thinned_queries
+from llmprune.blocks.solve import gathered_choices, refitted, solve_layer
 from llmprune.blocks.statistics import collect_statistics, statistics_bytes
-from llmprune.choices.architecture import BLOCK_KINDS, AttentionChoice, BlockChoice, BlockKind
+from llmprune.choices.choice import Choice, Kept
+from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
 from llmprune.choices.space import Space
 from llmprune.core.errors import ArchitectureError
 from llmprune.core.progress import Advance, Steps
@@ -30,41 +31,28 @@ class BlockLibrary:
     space: Space
     layers: tuple[LayerRepairs, ...]
 
-    def kept_units(self, layer: int, choice: BlockChoice) -> Tensor:
-        """Indices of the units that a choice keeps, ascending: (units,) int64. Smaller choices keep subsets; one that
-        merges KV groups keeps all of the parent's, and their query heads.
+    def kept(self, layer: int, choice: Choice) -> Kept:
+        """What a choice keeps of the units; smaller choices of a kind keep subsets, where the kind says so.
 
         Raises ArchitectureError if the choice is not on the ladder.
         """
-        order = self._tensors(layer, choice)[f"{choice.kind}/order"]
-        if self.space.shape.merges(choice) > 1:
-            return order.sort().values
-        return order[len(order) - choice.units :].sort().values
+        return choice.kept(self._layer(layer, choice).orders[choice.kind], self.space.shape)
 
-    def kept_queries(self, layer: int, choice: BlockChoice) -> Tensor | None:
-        """Query heads that a choice keeps of each kept KV group, counted within it, ascending: (kv_groups,
-        queries_per_group) int64; None if all stay. Raises ArchitectureError if the choice is not on the ladder."""
-        if not isinstance(choice, AttentionChoice) or not thinned_queries(choice, self.space.shape):
-            return None
-        order_KQ = self._tensors(layer, choice)["attention/query_order"]
-        kept_KQ = order_KQ[:, order_KQ.shape[1] - thinned_queries(choice, self.space.shape) :].sort(dim=1).values
-        return kept_KQ[self.kept_units(layer, choice)]
-
-    def output(self, layer: int, choice: BlockChoice) -> tuple[Tensor, Tensor | None]:
+    def output(self, layer: int, choice: Choice) -> tuple[Tensor, Tensor | None]:
         """Weight (D, inputs of the kept units) and bias (D,) of the output projection, in the parent's dtype.
 
         The bias is None where the parent has none. Do not write into either: they may be views of a mapped file.
         Raises ArchitectureError unless the choice is on the ladder; it is neither a drop nor the parent's.
         """
-        tensors = self._tensors(layer, choice)
+        tensors = self._layer(layer, choice).tensors
         assert choice in refitted(self.space, choice.kind), f"{choice} has no output projection of its own"
-        name = f"{choice.kind}/{label(choice)}"
+        name = f"{choice.kind}/{choice.label}"
         return tensors[f"{name}/weight"], tensors.get(f"{name}/bias")
 
     def fluctuation(self, layer: int, kind: BlockKind) -> tuple[Tensor, Tensor]:
         """Of a library ordered by "flap": the units' standardised scores (U,), and the mean (I,) of the inputs of the
         output projection, both float64. Raises ArchitectureError if the layer is not the parent's."""
-        tensors = self._tensors(layer, self.space.shape.full(kind))
+        tensors = self._layer(layer, self.space.shape.full(kind)).tensors
         return tensors[f"{kind}/score"], tensors[f"{kind}/mean"]
 
     def norm_squares(self, layer: int, name: str) -> Tensor | None:
@@ -72,7 +60,7 @@ class BlockLibrary:
 
         With them the weights of what is left of the norm are scaled to what the parent gave those rows on average.
         """
-        return self._tensors(layer, self.space.shape.full("attention")).get(f"attention/{name}/squares")
+        return self._layer(layer, self.space.shape.full("attention")).tensors.get(f"attention/{name}/squares")
 
     @cached_property
     def hash(self) -> str:
@@ -80,16 +68,17 @@ class BlockLibrary:
         ladders = [[choice.to_json() for choice in self.space.ladder(kind)] for kind in BLOCK_KINDS]
         return hashlib.sha256(json.dumps([ladders, [layer.hash for layer in self.layers]]).encode()).hexdigest()
 
-    def _tensors(self, layer: int, choice: BlockChoice) -> Mapping[str, Tensor]:
+    def _layer(self, layer: int, choice: Choice) -> LayerRepairs:
         if not 0 <= layer < len(self.layers):
             raise ArchitectureError(f"layer must be from 0 to {len(self.layers) - 1}, got {layer}")
         ladder = self.space.ladder(choice.kind)
         if choice not in ladder:
             raise ArchitectureError(
-                f"the library knows the {choice.kind} block of layer {layer} with {', '.join(map(label, ladder))} "
-                f"units, got {label(choice)}; use one of these, or build a library with a finer or larger space"
+                f"the library knows the {choice.kind} block of layer {layer} with "
+                f"{', '.join(own.label for own in ladder)} units, got {choice.label}; use one of these, or build a "
+                "library with a finer or larger space"
             )
-        return self.layers[layer].tensors
+        return self.layers[layer]
 
 
 @dataclass(frozen=True)
@@ -145,13 +134,13 @@ def build_libraries(
         library.load(input_hash)
     every = range(parent.shape.layers)
     missing = [layer for layer in every if any(layer not in library.layers for library in built)]
-    merged = max((gathered_choices(space, plan.recipe) for plan in plans), key=len)
-    per_pass = max(1, memory_bytes // statistics_bytes(parent.shape, len(merged)))
+    own = max((gathered_choices(space, plan.recipe) for plan in plans), key=len)
+    per_pass = max(1, memory_bytes // statistics_bytes(parent.shape, own))
     passes = [missing[start : start + per_pass] for start in range(0, len(missing), per_pass)]
     windows = sum(len(source.windows) for source in split.sources.values())
     steps = Steps(len(passes) * windows + len(missing), progress)
     for some_layers in passes:
-        statistics = collect_statistics(parent, split, layers=some_layers, merged=merged, progress=steps.report)
+        statistics = collect_statistics(parent, split, layers=some_layers, own=own, progress=steps.report)
         steps.finish(windows)
         for layer in some_layers:
             blocks = {kind: statistics.pop((layer, kind)) for kind in BLOCK_KINDS}

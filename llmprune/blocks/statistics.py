@@ -13,28 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmprune.choices.architecture import BLOCK_KINDS, AttentionChoice, BlockKind, ParentShape
+from llmprune.choices.architecture import ParentShape
+from llmprune.choices.choice import Choice, OwnMoments
+from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
 from llmprune.core.errors import ModelError
 from llmprune.core.progress import Advance
 from llmprune.data.tokens import Split
-from llmprune.models.merging import merged_blocks, merged_inputs
-from llmprune.models.parent import Parent
-from llmprune.models.rows import is_norm
+from llmprune.models.beside import own_blocks, own_inputs
+from llmprune.models.parent import Parent, is_norm
 
 BATCH_TOKENS = 2048
 """Tokens of one forward pass, in whole windows."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class MergedMoments:
-    """Moments of what enters a projection once KV groups have merged, `z`, beside the parent's `x`, in float64."""
-
-    gram_II: Tensor
-    """`E[z z^T]`."""
-    cross_II: Tensor
-    """`E[z x^T]`."""
-    mean_I: Tensor
-    """`E[z]`."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -47,8 +36,8 @@ class BlockStatistics:
     """`E[x]`."""
     tokens: int
     """Tokens seen, over all sources."""
-    merged: Mapping[AttentionChoice, MergedMoments] = field(default_factory=dict)
-    """Of an attention block, for the choices with merged KV groups that were asked for."""
+    own: Mapping[Choice, OwnMoments] = field(default_factory=dict)
+    """For the choices with inputs of their own that were asked for."""
     norm_squares: Mapping[str, Tensor] = field(default_factory=dict)
     """By the name of a norm over all heads: `E[x_j^2]` (rows,) of what enters it."""
 
@@ -68,12 +57,12 @@ def collect_statistics(
     split: Split,
     *,
     layers: Sequence[int] | None = None,
-    merged: Sequence[AttentionChoice] = (),
+    own: Sequence[Choice] = (),
     progress: Advance | None = None,
 ) -> dict[tuple[int, BlockKind], BlockStatistics]:
     """Run the split through the parent and gather, for both blocks of `layers` (all by default), what enters their
-    output projections. Every source counts by its weight, however many tokens it has. For each of `merged`, every
-    attention block is run beside the parent's with its KV groups merged, on the parent's own input.
+    output projections. Every source counts by its weight, however many tokens it has. For each of `own`, choices with
+    inputs of their own, every block is run as the choice leaves it beside the parent's, on the parent's own input.
 
     A batch is multiplied out in float32 and summed in float64: summing in float32 would halve the memory, but then the
     error grows with the number of batches, and the float64 inverses of `damped_gram` start from it.
@@ -84,7 +73,7 @@ def collect_statistics(
     """
     moments: dict[tuple[int, BlockKind], _Moments] = {}
     layers = range(parent.shape.layers) if layers is None else layers
-    beside = {choice: merged_blocks(parent, choice, layers) for choice in merged}
+    beside = {choice: own_blocks(parent, choice, layers) for choice in own}
     windows = sum(len(source.windows) for source in split.sources.values())
     batch = max(1, BATCH_TOKENS // split.seq_len)
     done = 0
@@ -97,11 +86,10 @@ def collect_statistics(
                 for name, module in _norms_over_units(parent, layer, kind):
                     squares = block.norm_squares[name] = _Squares(block, module.get_parameter("weight"))
                     hooks.callback(module.register_forward_pre_hook(squares).remove)
-            if beside:
-                attention = moments[layer, "attention"]
-                attention.beside = {c: (blocks[layer], _MergedSums(attention)) for c, blocks in beside.items()}
-                handle = parent.block(layer, "attention").register_forward_pre_hook(attention.enter, with_kwargs=True)
-                hooks.callback(handle.remove)
+                block.beside = {c: (blocks[layer], _OwnSums(block)) for c, blocks in beside.items() if c.kind == kind}
+                if block.beside:
+                    handle = parent.block(layer, kind).register_forward_pre_hook(block.enter, with_kwargs=True)
+                    hooks.callback(handle.remove)
         for name, source in split.sources.items():
             for block in moments.values():
                 block.token_share = split.weights[name] / source.windows.numel()
@@ -135,12 +123,11 @@ def few_tokens_warning(shape: ParentShape, tokens: int) -> str | None:
     )
 
 
-def statistics_bytes(shape: ParentShape, merged: int = 0) -> int:
+def statistics_bytes(shape: ParentShape, own: Sequence[Choice] = ()) -> int:
     """What the statistics of one layer take: two float64 matrices (I, I), and two means; and two matrices and a mean
-    more for each of so many `merged` choices."""
-    attention = shape.kv_groups * shape.queries_per_group * shape.head_dim
-    plain = sum(8 * (width * width + width) for width in (attention, shape.ffn_width))
-    return plain + merged * 8 * (2 * attention * attention + attention)
+    more for each of the choices with inputs of their `own`."""
+    plain = sum(8 * (width * width + width) for width in (shape.inputs(shape.full(kind)) for kind in BLOCK_KINDS))
+    return plain + sum(8 * (2 * width * width + width) for width in (choice.inputs(shape) for choice in own))
 
 
 class _Moments:
@@ -155,13 +142,13 @@ class _Moments:
         with torch.inference_mode(False):
             self.gram_II = torch.zeros(2 * weight_DI.shape[1:], dtype=torch.float64, device=weight_DI.device)
             self.mean_I = torch.zeros(weight_DI.shape[1], dtype=torch.float64, device=weight_DI.device)
-        self.beside: dict[AttentionChoice, tuple[nn.Module, _MergedSums]] = {}
+        self.beside: dict[Choice, tuple[nn.Module, _OwnSums]] = {}
         self.norm_squares: dict[str, _Squares] = {}
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Pre-hook of the attention block: the same input goes through the merged blocks first."""
+        """Pre-hook of the block: the same input goes through those beside it first."""
         for block, sums in self.beside.values():
-            sums.inputs = merged_inputs(block, args, kwargs)
+            sums.inputs = own_inputs(block, args, kwargs)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x_NI = args[0].reshape(-1, len(self.mean_I)).float()
@@ -186,11 +173,9 @@ class _Moments:
         return gram_II
 
     def statistics(self) -> BlockStatistics:
-        merged = {
-            choice: MergedMoments(sums.gram_II, sums.cross_II, sums.mean_I) for choice, (_, sums) in self.beside.items()
-        }
+        own = {c: OwnMoments(sums.gram_II, sums.cross_II, sums.mean_I) for c, (_, sums) in self.beside.items()}
         squares = {name: found.square_R for name, found in self.norm_squares.items()}
-        return BlockStatistics(self.gram_II, self.mean_I, self.tokens, merged, squares)
+        return BlockStatistics(self.gram_II, self.mean_I, self.tokens, own, squares)
 
 
 def _norms_over_units(parent: Parent, layer: int, kind: BlockKind) -> Iterator[tuple[str, nn.Module]]:
@@ -213,8 +198,8 @@ class _Squares:
         self.square_R.add_(x_NR.square().sum(dim=0), alpha=self.block.token_share)
 
 
-class _MergedSums:
-    """Running weighted sums over the inputs of one projection behind merged KV groups."""
+class _OwnSums:
+    """Running weighted sums over the inputs of one projection that a choice computes for itself."""
 
     def __init__(self, like: _Moments) -> None:
         with torch.inference_mode(False):

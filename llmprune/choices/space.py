@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from llmprune.choices.architecture import (
-    BLOCK_KINDS,
-    DROPPED,
-    Architecture,
-    AttentionChoice,
-    BlockChoice,
-    BlockKind,
-    FfnChoice,
-    ParentShape,
-)
+from llmprune.choices.architecture import DROPPED, Architecture, ParentShape
+from llmprune.choices.choice import Choice
+from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
+from llmprune.choices.kinds import ladder_of
 from llmprune.core.errors import ArchitectureError
-from llmprune.core.recipe import SpaceSize
+from llmprune.core.recipe import SpaceRecipe, SpaceSize
 
-Assignment = tuple[int, BlockChoice]
+Assignment = tuple[int, Choice]
 """A choice for the block of its kind in a layer."""
 
 
@@ -36,56 +31,41 @@ class Space:
     """The architectures that a search may propose.
 
     `size` is how free it is: small, one choice a kind for all layers; layer, each layer whole or gone; medium, KV
-    groups and FFN width block by block; large, query heads a group besides. Any but layer may merge KV groups too.
+    groups and FFN width block by block; large, query heads a group besides.
     `attention` and `ffn` are the ladders of choices, ascending in size; the last of each is the parent's.
     """
 
     shape: ParentShape
     size: SpaceSize
-    attention: tuple[AttentionChoice, ...]
-    ffn: tuple[FfnChoice, ...]
+    attention: tuple[Choice, ...]
+    ffn: tuple[Choice, ...]
 
     @classmethod
-    def of(
-        cls,
-        shape: ParentShape,
-        kv_groups_step: int,
-        ffn_step: int,
-        *,
-        drop: bool = True,
-        size: SpaceSize = "medium",
-        merge_kv: bool = False,
-    ) -> Space:
-        """Multiples of each step up to the parent's size, the parent's own size, and 0 if `drop`; with `merge_kv` also
-        all query heads on any number of KV heads that divides the parent's.
+    def of(cls, shape: ParentShape, kv_groups_step: int, ffn_step: int, **rules: Any) -> Space:
+        """The space `under` rules with these steps, which are checked against the parent alone."""
+        return cls.under(shape, SpaceRecipe.model_construct(kv_groups_step=kv_groups_step, ffn_step=ffn_step, **rules))
 
-        Raises ArchitectureError on a step that is not between 1 and the parent's size, if nothing can be pruned, or if
-        nothing can be merged.
+    @classmethod
+    def under(cls, shape: ParentShape, rules: SpaceRecipe) -> Space:
+        """The ladders of all kinds of choice, under a recipe's rules.
+
+        Raises ArchitectureError on a step that is not between 1 and the parent's size, on a rule that can change
+        nothing, or if nothing can be pruned.
         """
-        groups = _rungs("space.kv_groups_step", kv_groups_step, shape.kv_groups, drop=drop)
-        widths = _rungs("space.ffn_step", ffn_step, shape.ffn_width, drop=drop)
-        attention = [AttentionChoice(n) for n in groups]
-        if size == "large":
-            fewer = range(1, shape.queries_per_group)
-            attention += [AttentionChoice(n, queries) for n in groups if n for queries in fewer]
-        if merge_kv:
-            _check_merging(shape, size)
-            attention += shape.merged
-        if size == "layer":
-            if not drop:
+        attention, ffn = (ladder_of(kind, shape, rules) for kind in BLOCK_KINDS)
+        if rules.size == "layer":
+            if not rules.drop:
                 raise ArchitectureError("space.size=layer leaves whole layers out; set space.drop=true")
-            space = cls(shape, size, (AttentionChoice(0), attention[-1]), (FfnChoice(0), FfnChoice(shape.ffn_width)))
-        else:
-            attention.sort(key=lambda choice: (shape.rows(choice), choice.kv_groups))
-            space = cls(shape, size, tuple(attention), tuple(FfnChoice(n) for n in widths))
+            attention, ffn = ((DROPPED[kind], shape.full(kind)) for kind in BLOCK_KINDS)
+        space = cls(shape, rules.size, attention, ffn)
         if all(len(decision.options) == 1 for decision in space.decisions):
             raise ArchitectureError(
                 "the space holds the parent alone; allow space.drop, or lower space.kv_groups_step from "
-                f"{kv_groups_step} or space.ffn_step from {ffn_step}"
+                f"{rules.kv_groups_step} or space.ffn_step from {rules.ffn_step}"
             )
         return space
 
-    def ladder(self, kind: BlockKind) -> tuple[BlockChoice, ...]:
+    def ladder(self, kind: BlockKind) -> tuple[Choice, ...]:
         return self.attention if kind == "attention" else self.ffn
 
     def blocks(self) -> Iterable[tuple[int, BlockKind]]:
@@ -145,21 +125,3 @@ class Space:
         except ArchitectureError:
             return False
         return True
-
-
-def _check_merging(shape: ParentShape, size: SpaceSize) -> None:
-    if size == "layer":
-        raise ArchitectureError(
-            "space.merge_kv changes attention, and space.size=layer keeps it whole or not at all; set "
-            "space.merge_kv=false, or space.size to small, medium or large"
-        )
-    if not shape.merged:
-        raise ArchitectureError(
-            f"space.merge_kv needs several KV groups, the parent has {shape.kv_groups}; set space.merge_kv=false"
-        )
-
-
-def _rungs(name: str, step: int, full: int, *, drop: bool) -> list[int]:
-    if not 1 <= step <= full:
-        raise ArchitectureError(f"{name} must be from 1 to the parent's {full}; got {step}")
-    return sorted({*range(0 if drop else step, full, step), full})

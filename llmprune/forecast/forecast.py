@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from llmprune.baselines.methods import METHODS, own_libraries
-from llmprune.blocks.solve import gathered_choices, merged_choices
+from llmprune.blocks.solve import gathered_choices, own_input_choices
 from llmprune.blocks.statistics import BATCH_TOKENS, statistics_bytes
 from llmprune.core.recipe import SamplerName, SplitName
 from llmprune.forecast.plan import Done, Plan, StageCost, Timing
@@ -99,8 +99,8 @@ def _library(plan: Plan, done: Done) -> StageCost:
 def _solving_bytes(plan: Plan, layers: int) -> int:
     """Statistics of a pass, and beside them what a batch, or solving a layer, takes."""
     shape = plan.space.shape
-    merged = gathered_choices(plan.space, plan.recipe.importance)
-    statistics = min(layers, plan.layers_a_pass) * statistics_bytes(shape, len(merged))
+    own = gathered_choices(plan.space, plan.recipe.importance)
+    statistics = min(layers, plan.layers_a_pass) * statistics_bytes(shape, own)
     batch = max(BATCH_TOKENS, plan.recipe.data.seq_len)
     activations = batch * (3 * shape.ffn_width + 4 * shape.hidden_size) * max(4, plan.dtype_bytes)
     gram = 4 * max(shape.ffn_width, shape.inputs(shape.full("attention"))) ** 2
@@ -112,8 +112,8 @@ def _estimating_bytes(plan: Plan) -> int:
     batch = WINDOWS_A_BATCH * plan.recipe.data.seq_len
     # The logits, then in float32 their copy, the log-softmax and its gradient, and the gradient of the logits.
     logits = batch * plan.vocabulary * (2 * plan.dtype_bytes + 3 * 4)
-    merged = len(merged_choices(plan.space))
-    return logits + batch * graph_bytes_per_token(plan.space.shape, plan.dtype_bytes, merged)
+    own = own_input_choices(plan.space)
+    return logits + batch * graph_bytes_per_token(plan.space.shape, plan.dtype_bytes, own)
 
 
 def _estimate(plan: Plan) -> StageCost:

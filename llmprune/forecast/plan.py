@@ -9,14 +9,12 @@ from typing import Any
 
 from llmprune.blocks.solve import gathered_choices
 from llmprune.blocks.statistics import statistics_bytes
-from llmprune.choices.architecture import BlockKind
+from llmprune.choices.dimensions import BlockKind
 from llmprune.choices.space import Assignment, Space
 from llmprune.core.recipe import Recipe, SplitName
 from llmprune.data.tokens import divide_windows, first_windows
 from llmprune.forecast.rates import Rates
-from llmprune.forecast.work import (
-    SolverFlops,
-)
+from llmprune.forecast.work import SolverFlops
 from llmprune.measure.quality.prefix import STATES_BYTES
 from llmprune.measure.speed.throughput import Workload
 from llmprune.tables.exact import is_exact
@@ -82,8 +80,8 @@ class Plan:
     @property
     def layers_a_pass(self) -> int:
         """Layers whose statistics are gathered together."""
-        merged = gathered_choices(self.space, self.recipe.importance)
-        return max(1, self.recipe.importance.memory_bytes // statistics_bytes(self.space.shape, len(merged)))
+        own = gathered_choices(self.space, self.recipe.importance)
+        return max(1, self.recipe.importance.memory_bytes // statistics_bytes(self.space.shape, own))
 
     def passes(self, layers: int) -> int:
         """Passes over the calibration tokens that the statistics of so many layers take."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from llmprune.blocks.importance import eliminate
 from llmprune.blocks.library import BlockLibrary
-from llmprune.choices.architecture import FfnChoice
+from llmprune.choices.architecture import DROPPED
 from llmprune.choices.space import Space
 from llmprune.measure.quality.perplexity import batch_windows, window_nats
 from llmprune.measure.speed.throughput import Workload, running, steady_process, token_ids
@@ -62,7 +62,7 @@ def measure_rates(parent: Parent, space: Space, workload: Workload, windows: int
         forward_s = _forward_s_per_token(parent, min(windows, batch_windows(parent.model, seq_len)), seq_len)
         prefill_s, step_s = _workload_s(parent, workload)
         float64, elimination, float32 = _solver_rates(parent)
-        one_less = parent.shape.architecture.with_choice(0, FfnChoice(0))
+        one_less = parent.shape.architecture.with_choice(0, DROPPED["ffn"])
         # A dropped block asks the library for nothing.
         child_s = _seconds(parent, lambda: prune(parent, one_less, BlockLibrary(space, ())))
         child = prune(parent, one_less, BlockLibrary(space, ()))

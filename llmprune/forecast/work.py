@@ -6,12 +6,14 @@ Shapes: D outputs and I inputs of an output projection, S inputs that a choice k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
-from llmprune.blocks.solve import merged_choices, thinned_queries
-from llmprune.choices.architecture import BLOCK_KINDS, AttentionChoice, BlockChoice, BlockKind, ParentShape
+from llmprune.blocks.solve import own_input_choices, refitted
+from llmprune.choices.architecture import ParentShape
+from llmprune.choices.choice import Choice, RefitWork
+from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
+from llmprune.choices.kinds import by_kind
 from llmprune.choices.space import Space
 from llmprune.core.recipe import ImportanceRecipe
 
@@ -29,8 +31,7 @@ class SolverFlops:
     eliminations: int = 0
     """Updates of weight and inverse while units leave: 2 I^3 / 3 + D I^2, whatever the batch."""
     refits: int = 0
-    """For each chain of nested choices one factor S^3 / 3 and its right-hand side, then S^2 D a choice; where KV groups
-    merge I^3 / 3 and 4 I^2 D a choice."""
+    """What each kind of choice takes (see their `refit_work`)."""
 
     @property
     def total(self) -> int:
@@ -50,71 +51,46 @@ def inputs_of(shape: ParentShape, kind: BlockKind) -> int:
     return shape.inputs(shape.full(kind))
 
 
-def stored_choices(space: Space, kind: BlockKind) -> list[BlockChoice]:
-    """The choices that have an output projection of their own: neither a drop nor the parent's."""
-    return [choice for choice in space.ladder(kind) if choice.units and choice != space.shape.full(kind)]
+def refit_works(space: Space, kind: BlockKind) -> list[RefitWork]:
+    """What each kind of choice takes in such a block."""
+    return [own.refit_work(choices, space.shape) for own, choices in by_kind(refitted(space, kind))]
 
 
 def layer_solver_flops(space: Space, recipe: ImportanceRecipe) -> SolverFlops:
     """Orders and refits of one layer, both blocks."""
     total = SolverFlops()
     for kind in BLOCK_KINDS:
-        inputs, outputs = inputs_of(space.shape, kind), space.shape.hidden_size
+        inputs, outputs, works = inputs_of(space.shape, kind), space.shape.hidden_size, refit_works(space, kind)
         if recipe.method == "obs":
-            # Where query heads can leave, they are ordered by themselves too.
-            orders = 2 if kind == "attention" and _has_queries(space) else 1
             once = SolverFlops(10 * inputs**3 // 3, 2 * inputs**3 // 3 + outputs * inputs**2)
-            total += once.times(orders)
+            total += once.times(1 + sum(work.orders for work in works))
         if recipe.refit:
-            total += SolverFlops(refits=sum(_refit_flops(space, counts, kind) for counts in _chains(space, kind)))
-            if kind == "attention":
-                total += SolverFlops(refits=inputs**3 // 3 + 4 * inputs**2 * outputs).times(len(merged_choices(space)))
+            total += SolverFlops(refits=sum(work.flops for work in works))
     return total
 
 
-def _refit_flops(space: Space, counts: list[int], kind: BlockKind) -> int:
-    inputs, outputs, most = inputs_of(space.shape, kind), space.shape.hidden_size, max(counts)
-    shared = most**3 // 3 + 2 * most * inputs * outputs + most**2 * outputs
-    return shared + sum(count**2 * outputs for count in counts)
-
-
-def _chains(space: Space, kind: BlockKind) -> Iterator[list[int]]:
-    """Inputs kept by the choices that are solved from one factor: those with as many query heads a group."""
-
-    def queries(choice: BlockChoice) -> int:
-        return thinned_queries(choice, space.shape)
-
-    nested = [choice for choice in stored_choices(space, kind) if space.shape.merges(choice) == 1]
-    for _, chain in groupby(sorted(nested, key=queries), key=queries):
-        yield [space.shape.inputs(choice) for choice in chain]
-
-
-def _has_queries(space: Space) -> bool:
-    return any(thinned_queries(choice, space.shape) for choice in space.attention)
-
-
-def gram_flops_per_token(shape: ParentShape, merged: Sequence[AttentionChoice] = ()) -> int:
-    """Multiplying out the inputs of one layer's output projections, in float32: 2 I^2 a block. Each of the choices that
-    merge KV groups (see `gathered_choices`) is run, and multiplied out twice."""
-    beside = sum(_merged_flops(shape, choice) + 4 * shape.inputs(choice) ** 2 for choice in merged)
+def gram_flops_per_token(shape: ParentShape, own: Sequence[Choice] = ()) -> int:
+    """Multiplying out the inputs of one layer's output projections, in float32: 2 I^2 a block. Each of the choices with
+    inputs of their `own` (see `gathered_choices`) is run, and multiplied out twice."""
+    beside = sum(_own_flops(shape, choice) + 4 * shape.inputs(choice) ** 2 for choice in own)
     return sum(2 * inputs_of(shape, kind) ** 2 for kind in BLOCK_KINDS) + beside
 
 
-def _merged_flops(shape: ParentShape, choice: AttentionChoice) -> int:
-    """The projections of a merged attention block, for one token, but for the one of its output."""
-    return 2 * shape.hidden_size * (shape.inputs(choice) + 2 * choice.kv_groups * shape.head_dim)
+def _own_flops(shape: ParentShape, choice: Choice) -> int:
+    """The projections of a block that a choice runs for itself, for one token, but for the one of its output."""
+    return 2 * shape.hidden_size * (shape.rows(choice) - shape.inputs(choice))
 
 
 def estimate_flops_per_token(space: Space, *, anywhere: bool = False) -> int:
     """Local products of one layer in the one-backward estimate at the parent: 2 D S a choice, in the model's dtype, and
-    the projections of choices that merge KV groups.
+    the projections of choices that have inputs of their own.
 
     `anywhere` else, at most: the parent's own choices are weighed as well.
     """
-    choices = [choice for kind in BLOCK_KINDS for choice in stored_choices(space, kind)]
+    choices = [choice for kind in BLOCK_KINDS for choice in refitted(space, kind)]
     choices += [space.shape.full(kind) for kind in BLOCK_KINDS] if anywhere else []
     products = sum(2 * space.shape.hidden_size * space.shape.inputs(choice) for choice in choices)
-    return products + sum(_merged_flops(space.shape, choice) for choice in merged_choices(space))
+    return products + sum(_own_flops(space.shape, choice) for choice in own_input_choices(space))
 
 
 def layer_library_bytes(
@@ -125,17 +101,17 @@ def layer_library_bytes(
     shape = space.shape
     total, tensors = _HEADER_BYTES, 0
     for kind in BLOCK_KINDS:
-        choices = stored_choices(space, kind)
+        choices = refitted(space, kind)
         weights = sum(shape.inputs(choice) for choice in choices) * shape.hidden_size
         biases = len(choices) * shape.hidden_size if kind in biased else 0
         total += dtype_bytes * (weights + biases) + 8 * shape.units(kind)
         tensors += 1 + len(choices) * (2 if kind in biased else 1)
+        for work in refit_works(space, kind):
+            total += 8 * work.order_numbers
+            tensors += work.orders
         if method == "flap":
             total += 8 * (shape.units(kind) + inputs_of(shape, kind))
             tensors += 2
-    if _has_queries(space):
-        total += 8 * shape.kv_groups * shape.queries_per_group
-        tensors += 1
     return total + _HEADER_BYTES_A_TENSOR * tensors
 
 
@@ -154,7 +130,7 @@ def solving_bytes(space: Space, recipe: ImportanceRecipe, dtype_bytes: int) -> i
 
 def _solved_bytes(space: Space, kind: BlockKind, dtype_bytes: int) -> int:
     """Output weights of all choices of a block."""
-    inputs = sum(space.shape.inputs(choice) for choice in stored_choices(space, kind))
+    inputs = sum(space.shape.inputs(choice) for choice in refitted(space, kind))
     return dtype_bytes * space.shape.hidden_size * inputs
 
 
@@ -166,27 +142,19 @@ def _order_bytes(space: Space, recipe: ImportanceRecipe, kind: BlockKind) -> int
 
 
 def _refit_bytes(space: Space, recipe: ImportanceRecipe, kind: BlockKind, dtype_bytes: int) -> int:
-    """Of the widest chain: H (I, I), its rows (S, I) and factor (S, S) or, later, two copies of the factor and the
-    right-hand sides (S, D); and all weights solved so far. Choices that merge KV groups hold five of (I, I)."""
+    """Of the kind that takes most: its scratch, H and weight at the least; and all weights solved so far."""
     if not recipe.refit:
         return 0
     inputs, outputs = inputs_of(space.shape, kind), space.shape.hidden_size
-    most = max((max(counts) for counts in _chains(space, kind)), default=0)
-    factored = inputs**2 + most * inputs + 2 * most**2
-    substituted = inputs**2 + 3 * most**2 + 4 * most * outputs
-    scratch = inputs * outputs + max(factored, substituted)
-    if kind == "attention" and merged_choices(space):
-        scratch = max(scratch, 5 * inputs**2 + 3 * inputs * outputs)
+    scratch = max([inputs**2 + inputs * outputs, *(work.numbers for work in refit_works(space, kind))])
     return 8 * scratch + _solved_bytes(space, kind, dtype_bytes)
 
 
-def graph_bytes_per_token(shape: ParentShape, dtype_bytes: int, merged: int = 0) -> int:
+def graph_bytes_per_token(shape: ParentShape, dtype_bytes: int, own: Sequence[Choice] = ()) -> int:
     """What all layers keep of a token for the backward pass, roughly: weights are frozen, so no inputs of theirs, but
-    those of norms (in float32), of attention and of the gate, and what the estimate keeps of each block: for each of so
-    many choices that merge KV groups its own inputs of the output projection."""
-    attention = inputs_of(shape, "attention")
+    those of norms (in float32), of attention and of the gate, and what the estimate keeps of each block: for each of
+    the choices with inputs of their `own` those."""
+    attention = inputs_of(shape, "attention") * 3 + sum(shape.inputs(choice) for choice in own)
     norms = 2 * (4 + dtype_bytes) * shape.hidden_size
-    blocks = (
-        (3 + merged) * attention + 2 * shape.kv_groups * shape.head_dim + 4 * shape.ffn_width + 2 * shape.hidden_size
-    )
+    blocks = attention + 2 * shape.kv_groups * shape.head_dim + 4 * shape.ffn_width + 2 * shape.hidden_size
     return shape.layers * (norms + dtype_bytes * blocks)

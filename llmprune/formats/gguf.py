@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.choices.architecture import AttentionChoice, BlockChoice, ParentShape
+from llmprune.choices.architecture import ParentShape
+from llmprune.choices.choice import Choice
 from llmprune.core.errors import ExportError
 from llmprune.core.files import atomic_path
 from llmprune.core.recipe import GgufType
@@ -80,11 +81,10 @@ def gguf_problem(config: Any, weights: GgufType = "f16") -> str | None:
     return None
 
 
-def gguf_choice_problem(shape: ParentShape, choice: BlockChoice, weights: GgufType = "f16") -> str | None:
+def gguf_choice_problem(shape: ParentShape, choice: Choice, weights: GgufType = "f16") -> str | None:
     """Why no block of a parent of this shape can keep this in a GGUF file; None if it can."""
-    if isinstance(choice, AttentionChoice):
-        return _row_problem(choice.kv_groups * shape.queries(choice), shape.head_dim, 0, weights)
-    return _row_problem(0, shape.head_dim, choice.ffn_width, weights)
+    sizes = choice.sizes(shape)
+    return _row_problem(sizes.get("heads", 0), shape.head_dim, sizes.get("ffn_width", 0), weights)
 
 
 def gguf_child_problem(config: Any, weights: GgufType = "f16") -> str | None:

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmprune.choices.architecture import BLOCK_KINDS, AttentionChoice, BlockChoice, LayerChoice
+from llmprune.choices.architecture import LayerChoice
+from llmprune.choices.choice import Choice
+from llmprune.choices.dimensions import BLOCK_KINDS
+from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.core.errors import ExportError, RecipeError, UnsupportedModelError
 from llmprune.core.recipe import DeployRecipe, EngineName, FormatName, SpaceSize
@@ -33,7 +36,7 @@ class Format:
     holds: str
     served_by: str
     parent_problem: Callable[[Any, DeployRecipe], Problem]
-    choice_problem: Callable[[Parent, BlockChoice, DeployRecipe], Problem]
+    choice_problem: Callable[[Parent, Choice, DeployRecipe], Problem]
     child_problem: Callable[[Any, DeployRecipe], Problem]
     constant_heads: bool = False
     sizes: tuple[SpaceSize, ...] = ("small", "layer", "medium", "large")
@@ -56,7 +59,7 @@ def check_parent(parent: Parent, rules: DeployRecipe, size: SpaceSize) -> None:
 def merging_helps(parent: Parent, rules: DeployRecipe, size: SpaceSize) -> bool:
     """Whether a format leaves attention nothing but merged KV groups to be pruned by, and the parent can have them."""
     wanted = any(FORMATS[name].constant_heads for name in rules.formats)
-    return wanted and size != "layer" and parent.family.kv_heads is not None and bool(parent.shape.merged)
+    return wanted and size != "layer" and parent.family.kv_heads is not None and bool(MergedChoice.of(parent.shape))
 
 
 def cut(space: Space, parent: Parent, rules: DeployRecipe, engine: EngineName = "torch") -> Space:
@@ -118,9 +121,9 @@ def _not_uniform(config: Any, rules: DeployRecipe) -> Problem:
     )
 
 
-def _no_stock_words(parent: Parent, choice: BlockChoice, rules: DeployRecipe) -> Problem:
+def _no_stock_words(parent: Parent, choice: Choice, rules: DeployRecipe) -> Problem:
     """Of a choice made in every layer; a drop is part of a whole layer's, which is deleted."""
-    full = LayerChoice(*(parent.shape.full(kind) for kind in BLOCK_KINDS))  # type: ignore[arg-type]
+    full = LayerChoice(*(parent.shape.full(kind) for kind in BLOCK_KINDS))
     if choice.units == 0 or stock_can_say(parent.family, parent.shape, [full.with_choice(choice)]):
         return None
     return f"the stock {parent.family.config} has no words for {choice.to_json()} in every layer"
@@ -138,11 +141,9 @@ def _not_decilm(config: Any, rules: DeployRecipe) -> Problem:
     return None
 
 
-def _other_heads(parent: Parent, choice: BlockChoice, rules: DeployRecipe) -> Problem:
-    if not isinstance(choice, AttentionChoice) or choice.units == 0:
-        return None
+def _other_heads(parent: Parent, choice: Choice, rules: DeployRecipe) -> Problem:
     heads = parent.shape.kv_groups * parent.shape.queries_per_group
-    kept = choice.kv_groups * parent.shape.queries(choice)
+    kept = choice.sizes(parent.shape).get("heads", heads)
     if kept == heads:
         return None
     return f"vllm wants the parent's {heads} query heads in every layer, and {choice.to_json()} leaves {kept}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.choices.architecture import BlockKind, ParentShape
+from llmprune.choices.architecture import ParentShape
+from llmprune.choices.choice import Choice
+from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind, SizeWord
 from llmprune.core.errors import RecipeError, UnsupportedModelError, quoted
 from llmprune.core.files import expanded
 from llmprune.core.recipe import ModelRecipe, Recipe
@@ -137,13 +140,22 @@ def check_config(config: Any, *, origin: str) -> None:
         )
 
 
-def check_merging(parent: Parent) -> None:
-    """Raises UnsupportedModelError unless a config of the family can say that query heads share KV heads."""
-    if parent.family.kv_heads is None:
-        raise UnsupportedModelError(
-            f"{parent.source} is a {parent.model.config.model_type} model, whose config has no number of KV heads: "
-            "they cannot be merged; set space.merge_kv=false"
-        )
+def config_words(family: Family) -> dict[SizeWord, str]:
+    """What a family's config can say of a layer, and the attribute that it says it by."""
+    words: dict[SizeWord, str] = {"heads": family.heads, "ffn_width": family.ffn_width}
+    if family.kv_heads:
+        words["kv_heads"] = family.kv_heads
+    if not family.derives_head_dim:
+        words["head_dim"] = "head_dim"
+    return words
+
+
+def check_choices(parent: Parent, choices: Iterable[Choice]) -> None:
+    """Raises UnsupportedModelError unless a config of the family can say these choices."""
+    words = config_words(parent.family).keys()
+    for choice in choices:
+        if problem := choice.config_problem(words):
+            raise UnsupportedModelError(f"{parent.source} is a {parent.model.config.model_type} model, {problem}")
 
 
 def check_lengths(parent: Parent, recipe: Recipe) -> None:
@@ -158,6 +170,12 @@ def check_lengths(parent: Parent, recipe: Recipe) -> None:
     for name, length in lengths.items():
         if limit is not None and length > limit:
             raise RecipeError(f"{name} must be at most {parent.source}'s {limit} positions; got {length}")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module whose rows belong to units is a norm over all of them (OLMo 2's queries and keys), so that what
+    is left of it sees another scale than the parent's did."""
+    return module.get_parameter("weight").ndim == 1
 
 
 def _quantisation(config: Any) -> str | None:
@@ -184,12 +202,12 @@ def _shape_of(config: Any, family: Family) -> ParentShape:
 
 def _check_weights(parent: Parent) -> None:
     shape = parent.shape
-    expected = {"attention": shape.kv_groups * shape.queries_per_group * shape.head_dim, "ffn": shape.ffn_width}
     for layer in range(shape.layers):
-        for kind in ("attention", "ffn"):
+        for kind in BLOCK_KINDS:
             found = tuple(parent.output_weight(layer, kind).shape)
-            if found != (shape.hidden_size, expected[kind]):
+            expected = (shape.hidden_size, shape.inputs(shape.full(kind)))
+            if found != expected:
                 raise UnsupportedModelError(
                     f"{parent.source}: the {kind} output of layer {layer} is {found}, its config implies "
-                    f"{(shape.hidden_size, expected[kind])}; only models whose layers are all alike can be pruned"
+                    f"{expected}; only models whose layers are all alike can be pruned"
                 )

@@ -28,12 +28,12 @@ class Size:
 
 def size_of(model: PreTrainedModel, shape: ParentShape, architecture: Architecture) -> Size:
     """Sizes of a parent (with its own architecture) or child in torch's memory."""
-    groups = sum(layer.attention.kv_groups for layer in architecture.layers)
+    kv_heads = sum(choice.sizes(shape).get("kv_heads", 0) for _, choice in architecture.blocks())
     return Size(
         params=parameter_count(model),
         bytes=parameter_bytes(model),
         stored_as=str(model.dtype).removeprefix("torch."),
-        kv_bytes_per_token=2 * groups * shape.head_dim * model.dtype.itemsize,
+        kv_bytes_per_token=2 * kv_heads * shape.head_dim * model.dtype.itemsize,
         decode_bytes=decode_bytes(model),
     )
 

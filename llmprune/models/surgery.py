@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -12,32 +13,63 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.choices.architecture import Architecture, AttentionChoice, BlockChoice, LayerChoice, ParentShape
+from llmprune.choices.architecture import Architecture, LayerChoice, ParentShape
+from llmprune.choices.choice import Choice, Kept
+from llmprune.choices.dimensions import BlockKind
 from llmprune.models import modeling_pruned
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, Family, input_axis
-from llmprune.models.parent import Parent, check_merging
-from llmprune.models.rows import is_norm, merged_rows, unit_rows
+from llmprune.models.parent import Parent, check_choices, config_words, is_norm
 
 
 class Repairs(Protocol):
-    """What a block library tells surgery: which units a choice keeps, and the output projection after the rest left."""
+    """What a block library tells surgery: what a choice keeps, and the output projection after the rest left."""
 
-    def kept_units(self, layer: int, choice: BlockChoice) -> torch.Tensor:
-        """Indices of the kept units, ascending: (units,) int64. Where KV groups merge, all of the parent's."""
+    def kept(self, layer: int, choice: Choice) -> Kept:
+        """What stays of the block's units."""
         ...
 
-    def kept_queries(self, layer: int, choice: BlockChoice) -> torch.Tensor | None:
-        """Query heads kept of each kept KV group, counted within it, ascending: (kv_groups, queries_per_group) int64.
-        None if the choice leaves them all (as every FFN choice does)."""
-        ...
-
-    def output(self, layer: int, choice: BlockChoice) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def output(self, layer: int, choice: Choice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight (D, kept inputs) and bias (D,) of the output projection."""
         ...
 
     def norm_squares(self, layer: int, name: str) -> torch.Tensor | None:
         """Mean square of every row that enters the norm `name` of the attention block: (rows,). None if unknown."""
         ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a parent, as choices ask for its tensors (`ParentBlock`)."""
+
+    parent: Parent
+    layer: int
+    kind: BlockKind
+    library: Repairs | None = None
+    """What is known of norms over all units; None: nothing."""
+
+    @property
+    def shape(self) -> ParentShape:
+        return self.parent.shape
+
+    @property
+    def layouts(self) -> Mapping[str, str]:
+        return self.parent.names(self.kind).rows
+
+    def rows(self, name: str, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        module = self._module(name)
+        return {
+            f"{name}.{parameter}": _take_rows(module, value.detach(), rows)
+            for parameter, value in module.named_parameters()
+        }
+
+    def norm_scale(self, name: str, rows: torch.Tensor) -> float:
+        if self.library is None or not is_norm(self._module(name)):
+            return 1.0
+        squares_R = self.library.norm_squares(self.layer, name)
+        return 1.0 if squares_R is None else math.sqrt(squares_R[rows].mean() / squares_R.mean())
+
+    def _module(self, name: str) -> nn.Module:
+        return self.parent.block(self.layer, self.kind).get_submodule(name)
 
 
 def prune(parent: Parent, architecture: Architecture, library: Repairs) -> PreTrainedModel:
@@ -47,12 +79,11 @@ def prune(parent: Parent, architecture: Architecture, library: Repairs) -> PreTr
     one); those of changed blocks are contiguous copies. The child is an instance of the class that its checkpoint
     will load as, filled strictly: a missing, unexpected or misshapen tensor is an error.
 
-    Raises ArchitectureError if the architecture is not a sub-network of the parent, and UnsupportedModelError if it
-    merges KV groups that the family cannot merge.
+    Raises ArchitectureError if the architecture is not a sub-network of the parent, and UnsupportedModelError if a
+    config of the family has no words for a choice.
     """
     parent.shape.check(architecture)
-    if any(parent.shape.merges(choice) > 1 for _, choice in architecture.blocks()):
-        check_merging(parent)
+    check_choices(parent, dict.fromkeys(choice for _, choice in architecture.blocks()))
     child = skeleton(parent, architecture)
     child.load_state_dict(_child_tensors(parent, architecture, library, child), strict=True, assign=True)
     child.tie_weights()
@@ -118,33 +149,23 @@ def is_stock(config: Any) -> bool:
 
 def stock_can_say(family: Family, shape: ParentShape, choices: Sequence[LayerChoice]) -> bool:
     """Whether the family's stock config has words for a model whose layers are these: all alike, nothing left out."""
-    if len(set(choices)) != 1 or 0 in (choices[0].attention.kv_groups, choices[0].ffn.ffn_width):
+    entries = [_layer_entry(family, shape, choice) for choice in choices]
+    if any(entry != entries[0] or "skip" in entry for entry in entries):
         return False
+    heads, of_parent = (own.sizes(shape)["heads"] for own in (choices[0].attention, shape.full("attention")))
     # Whatever a stock class demands of the head count, the parent's own has met.
-    if shape.inputs(choices[0].attention) == shape.inputs(shape.full("attention")):
-        return True
-    heads = choices[0].attention.kv_groups * shape.queries(choices[0].attention)
-    return not family.derives_head_dim and shape.hidden_size % heads == 0
+    return heads == of_parent or (not family.derives_head_dim and shape.hidden_size % heads == 0)
 
 
 def _own_attributes(family: Family, shape: ParentShape, choice: LayerChoice) -> dict[str, int]:
     """A layer's dimensions under the family's own attribute names; a dropped block keeps the parent's values."""
-    own = {}
-    if groups := choice.attention.kv_groups:
-        own[family.heads] = groups * shape.queries(choice.attention)
-        if family.kv_heads:
-            own[family.kv_heads] = groups
-        if not family.derives_head_dim:
-            own["head_dim"] = shape.head_dim
-    if width := choice.ffn.ffn_width:
-        own[family.ffn_width] = width
-    return own
+    names = config_words(family)
+    sizes = [size for own in choice.blocks for size in own.sizes(shape).items()]
+    return {names[word]: size for word, size in sizes if word in names}
 
 
 def _layer_entry(family: Family, shape: ParentShape, choice: LayerChoice) -> dict[str, Any]:
-    skip = [
-        name for name, units in (("attention", choice.attention.kv_groups), ("mlp", choice.ffn.ffn_width)) if not units
-    ]
+    skip = [name for name, own in zip(("attention", "mlp"), choice.blocks, strict=True) if not own.units]
     return {**_own_attributes(family, shape, choice), **({"skip": skip} if skip else {})}
 
 
@@ -175,51 +196,21 @@ def _child_tensors(
 
 
 def _changed_tensors(parent: Parent, layer: int, choice: LayerChoice, library: Repairs) -> dict[str, torch.Tensor]:
-    """The tensors of a layer whose block keeps some units only, by their name within the layer."""
+    """The tensors of a layer whose blocks do not stay as they are, by their name within the layer."""
     tensors: dict[str, torch.Tensor] = {}
-    for own in (choice.attention, choice.ffn):
+    for own in choice.blocks:
         kind = own.kind
         if own.units == 0 or own == parent.shape.full(kind):
             continue
-        names, block = parent.names(kind), parent.block(layer, kind)
+        names, output = parent.names(kind), parent.output_projection(layer, kind)
         prefix = f"{names.module}." if names.module else ""
-        if isinstance(own, AttentionChoice) and parent.shape.merges(own) > 1:
-            sliced = merged_tensors(parent, layer, own)
-        else:
-            sliced = {}
-            kept_U, queries_UQ = library.kept_units(layer, own), library.kept_queries(layer, own)
-            for name, layout in names.rows.items():
-                module = block.get_submodule(name)
-                rows = unit_rows(layout, kept_U, parent.shape, kind, queries_UQ)
-                squares_R = library.norm_squares(layer, name) if is_norm(module) else None
-                scale = 1.0 if squares_R is None else math.sqrt(squares_R[rows].mean() / squares_R.mean())
-                for parameter, value in module.named_parameters():
-                    sliced[f"{name}.{parameter}"] = _take_rows(module, value.detach(), rows) * scale
-        tensors |= {f"{prefix}{name}": value for name, value in sliced.items()}
+        changed = own.tensors(Block(parent, layer, kind, library), library.kept(layer, own))
+        tensors |= {f"{prefix}{name}": value for name, value in changed.items()}
         weight, bias = library.output(layer, own)
-        output = parent.output_projection(layer, kind)
         weight = weight if input_axis(output) == 1 else weight.T
         tensors[f"{prefix}{names.output}.weight"] = _like(parent.output_weight(layer, kind), weight)
         if bias is not None:
             tensors[f"{prefix}{names.output}.bias"] = _like(parent.output_weight(layer, kind), bias)
-    return tensors
-
-
-def merged_tensors(parent: Parent, layer: int, choice: AttentionChoice) -> dict[str, torch.Tensor]:
-    """The tensors of an attention block that change where its KV groups merge (but for the output projection), by their
-    name within the block: each KV head's are the mean of theirs that share it (GQA, arXiv 2305.13245)."""
-    tensors = {}
-    block = parent.block(layer, "attention")
-    for name, layout in parent.names("attention").rows.items():
-        if set(layout) <= set("q|"):
-            continue
-        module = block.get_submodule(name)
-        rows_MR = merged_rows(layout, parent.shape, parent.shape.merges(choice))
-        for parameter, value in module.named_parameters():
-            first, *others = (_take_rows(module, value.detach(), rows).double() for rows in rows_MR)
-            # As a mean of differences: heads that are alike come out as they were, to the last bit.
-            shift = torch.stack([other - first for other in others]).sum(dim=0) / len(rows_MR)
-            tensors[f"{name}.{parameter}"] = _like(value, first + shift)
     return tensors
 
 

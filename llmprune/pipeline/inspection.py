@@ -11,7 +11,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from llmprune.baselines.methods import own_libraries
 from llmprune.blocks.library import load_library, stored_layers
-from llmprune.choices.architecture import BLOCK_KINDS, BlockKind
+from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
 from llmprune.choices.space import Space
 from llmprune.core.budgets import parse_budget, parse_pick, pick_record
 from llmprune.core.errors import LlmpruneError, RunDirectoryError

@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from llmprune.blocks.library import BlockLibrary, build_library, load_library, stored_layers
 from llmprune.blocks.statistics import few_tokens_warning
-from llmprune.choices.architecture import BLOCK_KINDS
+from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.space import Space
 from llmprune.core.errors import RunDirectoryError
 from llmprune.core.files import exists, read_json, write_json
@@ -24,7 +24,7 @@ from llmprune.measure.speed.llamacpp_engine import check_engine
 from llmprune.measure.speed.throughput import Workload, check_compiler
 from llmprune.models.licence import stated_licence
 from llmprune.models.loading import dtype_of
-from llmprune.models.parent import Parent, check_lengths, check_merging, load_parent
+from llmprune.models.parent import Parent, check_choices, check_lengths, load_parent
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of
 from llmprune.tables.allocate import Scores
@@ -138,8 +138,6 @@ def _check_parent(parent: Parent, recipe: Recipe) -> None:
 
 def _space(parent: Parent, recipe: Recipe) -> Space:
     rules = recipe.space
-    if rules.merge_kv:
-        check_merging(parent)
     whole = Space.of(
         parent.shape,
         rules.kv_groups_step,
@@ -148,6 +146,7 @@ def _space(parent: Parent, recipe: Recipe) -> Space:
         size=rules.size,
         merge_kv=rules.merge_kv or merging_helps(parent, recipe.deploy, rules.size),
     )
+    check_choices(parent, (*whole.attention, *whole.ffn))
     return cut(whole, parent, recipe.deploy, recipe.workload.engine)
 
 

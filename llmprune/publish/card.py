@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from llmprune.choices.architecture import Architecture, ParentShape
+from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.core.errors import PushError
 from llmprune.measure.record import Record
 from llmprune.measure.speed.throughput import Spread
@@ -91,8 +92,8 @@ def architecture_map(architecture: Architecture, shape: ParentShape) -> str:
     """A line for each layer of the parent: KV groups, query heads and FFN width that stayed, drawn as bars."""
     lines = [f"layer  {'KV groups':<{BAR_WIDTH + 10}}{'query heads':<14}FFN width"]
     for index, layer in enumerate(architecture.layers):
-        groups, width = layer.attention.kv_groups, layer.ffn.ffn_width
-        queries = groups * shape.queries(layer.attention)
+        sizes = {**layer.attention.sizes(shape), **layer.ffn.sizes(shape)}
+        groups, queries, width = (sizes.get(word, 0) for word in ("kv_heads", "heads", "ffn_width"))
         attention = f"{_bar(groups, shape.kv_groups)} {groups}/{shape.kv_groups}" if groups else "attention dropped"
         heads = f"{queries}/{shape.kv_groups * shape.queries_per_group}" if groups else ""
         ffn = f"{_bar(width, shape.ffn_width)} {width}/{shape.ffn_width}" if width else "FFN dropped"
@@ -103,8 +104,7 @@ def architecture_map(architecture: Architecture, shape: ParentShape) -> str:
 
 def _kept(architecture: Architecture) -> str:
     stay = [architecture.layers[layer] for layer in architecture.kept_layers]
-    attention = sum(layer.attention.kv_groups == 0 for layer in stay)
-    ffn = sum(layer.ffn.ffn_width == 0 for layer in stay)
+    attention, ffn = (sum(layer.block(kind).units == 0 for layer in stay) for kind in BLOCK_KINDS)
     return (
         f"Of {len(architecture.layers)} layers {len(stay)} stay, {attention} of them without attention and {ffn} "
         "without FFN"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmprune.choices.architecture import BLOCK_KINDS, DROPPED, Architecture, LayerChoice
+from llmprune.choices.architecture import DROPPED, Architecture, LayerChoice
+from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.tables.allocate import Allocator, Scores
 from llmprune.tables.costs import CostTable
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from llmprune.choices.architecture import Architecture, BlockChoice
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.choice import Choice, attends
 from llmprune.choices.space import Assignment, Space
 from llmprune.tables.costs import CostTable
 
@@ -22,7 +23,7 @@ TOLERANCE = 1e-4
 """By how much, relatively, a solution may miss a ratio: the solver's own tolerance, and no more."""
 SECONDS = 20.0
 
-Scores = Mapping[tuple[int, BlockChoice], float]
+Scores = Mapping[tuple[int, Choice], float]
 Floats = NDArray[np.float64]
 
 
@@ -117,23 +118,23 @@ class Allocator:
         one_each = csr_array(
             (np.ones(count), (owners, range(count))), shape=(len(self._space.decisions), count + extra)
         )
-        attends = np.array([self._keeps_attention(option) for _, option in self._variables] + [0.0] * extra)
+        attend = [float(attends(choice for _, choice in option)) for _, option in self._variables] + [0.0] * extra
         with _no_stdout():
             solution = milp(
                 np.append(objective, np.ones(extra)),
                 integrality=np.append(np.ones(count), np.zeros(extra)),
                 bounds=Bounds(0, np.append(np.ones(count), np.full(extra, np.inf))),
-                constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(attends[None, :], 1, np.inf), *limits],
+                constraints=[
+                    LinearConstraint(one_each, 1, 1),
+                    LinearConstraint(np.array(attend)[None, :], 1, np.inf),
+                    *limits,
+                ],
                 options={"time_limit": SECONDS, "mip_rel_gap": 1e-4},
             )
         if solution.x is None:
             return None
         chosen = [option for (_, option), x in zip(self._variables, solution.x, strict=False) if x > 0.5]
         return self._space.shape.architecture.with_choices(a for option in chosen for a in option)
-
-    @staticmethod
-    def _keeps_attention(option: Sequence[Assignment]) -> float:
-        return float(any(choice.kind == "attention" and choice.units > 0 for _, choice in option))
 
 
 @contextmanager

@@ -8,7 +8,9 @@ from statistics import median
 from typing import Any
 
 from llmprune.blocks.library import BlockLibrary
-from llmprune.choices.architecture import BLOCK_KINDS, Architecture, BlockChoice
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.choice import Choice
+from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.space import Space
 from llmprune.core.budgets import SIZE_METRICS
 from llmprune.core.errors import RunDirectoryError
@@ -34,7 +36,7 @@ CALIBRATE_AT = (1.3, 1.6)
 class BlockTables:
     """`delta_nats` by (layer, choice), put alone into the parent; each layer's block influence; and the cost table."""
 
-    delta_nats: Mapping[tuple[int, BlockChoice], float]
+    delta_nats: Mapping[tuple[int, Choice], float]
     influence: Sequence[float]
     costs: CostTable
 
@@ -97,8 +99,8 @@ def build_tables(
             scorer = PrefixScorer(parent, library, scored)
             delta_nats |= exact_delta_nats(scorer, scored, library.space, wanted, advance, caution=rules.caution)
     probes = probe_architectures(library.space)
-    measured: dict[BlockChoice, dict[str, float]] = {}
-    errors: dict[BlockChoice, dict[str, float]] = {}
+    measured: dict[Choice, dict[str, float]] = {}
+    errors: dict[Choice, dict[str, float]] = {}
     with show("measuring what each choice saves") as advance:
         total = len(probes) + len(CALIBRATE_AT)
         for choice, architecture in probes.items():
@@ -119,9 +121,7 @@ def build_tables(
     return BlockTables(delta_nats, influence, CostTable(library.space, saving))
 
 
-def count_savings(
-    parent: Parent, space: Space, gguf_type: GgufType | None = None
-) -> dict[str, dict[BlockChoice, float]]:
+def count_savings(parent: Parent, space: Space, gguf_type: GgufType | None = None) -> dict[str, dict[Choice, float]]:
     """Share of each of the parent's sizes that a choice takes off, counted on children without weights; of the sizes
     of GGUF files if llama.cpp is what serves them.
 

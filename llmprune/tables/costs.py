@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from llmprune.choices.architecture import BLOCK_KINDS, Architecture, BlockChoice, BlockKind
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.choice import Choice, attends
+from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
+from llmprune.choices.kinds import by_kind
 from llmprune.choices.space import Assignment, Space
 
 PROBES_PER_KIND = 6
@@ -24,7 +27,7 @@ class CostTable:
     """
 
     space: Space
-    saving: Mapping[str, Mapping[BlockChoice, float]]
+    saving: Mapping[str, Mapping[Choice, float]]
 
     def option_saving(self, column: str, option: Iterable[Assignment]) -> float:
         """Share of the parent that an option of a decision saves, in one column of the table."""
@@ -68,13 +71,13 @@ class CostTable:
         )
 
 
-def probe_architectures(space: Space) -> dict[BlockChoice, Architecture]:
+def probe_architectures(space: Space) -> dict[Choice, Architecture]:
     """Children that differ from the parent in one kind of block, by the same choice in all layers.
 
     Some rungs of the ladder, the lowest among them; the rest is interpolated, since time is close to linear
-    in rows. Choices that merge KV groups are a ladder of their own: they keep the work of all query heads, but read
-    less of the cache. Dropping every attention would leave no model: there the first layer stays whole (and with one
-    layer, there is nothing to probe).
+    in rows. Every kind of choice has a ladder of its own: its rows may save other work than those of another. Dropping
+    every attention would leave no model: there the first layer stays whole (and with one layer, there is nothing to
+    probe).
     """
     probes = {}
     for ladder in (ladder for kind in BLOCK_KINDS for ladder in _ladders(space, kind)):
@@ -89,27 +92,28 @@ def probe_architectures(space: Space) -> dict[BlockChoice, Architecture]:
 
 def cost_table(
     space: Space,
-    speedups: Mapping[BlockChoice, Mapping[str, float]],
-    errors: Mapping[BlockChoice, Mapping[str, float]] | None = None,
+    speedups: Mapping[Choice, Mapping[str, float]],
+    errors: Mapping[Choice, Mapping[str, float]] | None = None,
 ) -> CostTable:
     """From the measured speed-ups (by phase) of the probes, and their standard errors if they are known, to savings a
     block.
 
     Time is close to linear in rows, and a mild choice saves less than a timing may be off: so savings are shrunk
-    towards a line, the more the less sure they are (see `shrunk_to_line`). They are kept monotone in rows: those of
-    choices that merge KV groups among themselves, those of all others likewise.
+    towards a line, the more the less sure they are (see `shrunk_to_line`). They are kept monotone in rows, for the
+    choices of each kind among themselves.
     """
     rows = space.shape.rows
-    saving: dict[str, dict[BlockChoice, float]] = {}
+    saving: dict[str, dict[Choice, float]] = {}
     for phase in next(iter(speedups.values())):
         saving[phase] = {space.shape.full(kind): 0.0 for kind in BLOCK_KINDS}
-        for ladder in (ladder for kind in BLOCK_KINDS for ladder in _ladders(space, kind) if ladder):
+        for ladder in (ladder for kind in BLOCK_KINDS for ladder in _ladders(space, kind)):
             full = rows(space.shape.full(ladder[0].kind))
+            # In the ladder's order: of two with as many rows the later one counts, in every process.
             probes = [choice for choice in ladder if choice in speedups]
             changed = [space.shape.layers - _first_changed(choice) for choice in probes]
             times = [1.0 / speedups[choice][phase] for choice in probes]
             savings = [(1.0 - time) / layers for time, layers in zip(times, changed, strict=True)]
-            if errors:
+            if errors and probes:
                 sure = [errors[c][phase] * time**2 / n for c, time, n in zip(probes, times, changed, strict=True)]
                 savings = shrunk_to_line([full - rows(choice) for choice in probes], savings, sure)
             points = {full: 0.0} | dict(zip(map(rows, probes), savings, strict=True))
@@ -144,12 +148,10 @@ def shrunk_to_line(x: Sequence[float], y: Sequence[float], errors: Sequence[floa
     return [float(found) for found in scale * x_P * drawn_P]
 
 
-def _ladders(space: Space, kind: BlockKind) -> list[list[BlockChoice]]:
-    """The kind's choices below the parent's, ascending: those that merge KV groups, if there are any, apart."""
-    below = space.ladder(kind)[:-1]
-    merged = [choice for choice in below if space.shape.merges(choice) > 1]
-    return [[choice for choice in below if choice not in merged], *([merged] if merged else [])]
+def _ladders(space: Space, kind: BlockKind) -> list[list[Choice]]:
+    """The choices below the parent's, ascending, each kind of choice apart."""
+    return [own for _, own in by_kind(space.ladder(kind)[:-1])]
 
 
-def _first_changed(choice: BlockChoice) -> int:
-    return 1 if choice.kind == "attention" and choice.units == 0 else 0
+def _first_changed(choice: Choice) -> int:
+    return 1 if choice.kind == "attention" and not attends([choice]) else 0

@@ -28,7 +28,7 @@ def random_architecture(costs: CostTable, phase: str, speedup: float, generator:
     for _ in range(RANDOM_ATTEMPTS):
         architecture = space.architecture([generator.choices(range(len(row)), row)[0] for row in weights])
         near = abs(costs.speedup(architecture, phase) / speedup - 1.0) <= SPEED_TOLERANCE
-        if near and any(layer.attention.kv_groups for layer in architecture.layers):
+        if near and architecture.attends:
             return architecture
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,27 +11,29 @@ import torch
 from torch import nn
 
 from llmprune.blocks.library import BlockLibrary
-from llmprune.choices.architecture import Architecture, AttentionChoice, BlockChoice, BlockKind
+from llmprune.blocks.solve import own_input_choices
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.choice import Choice
+from llmprune.choices.dimensions import BlockKind
 from llmprune.data.tokens import Split
-from llmprune.models.merging import merged_blocks, merged_inputs
+from llmprune.models.beside import own_blocks, own_inputs
 from llmprune.models.parent import Parent
-from llmprune.models.rows import input_columns
 
 WINDOWS_A_BATCH = 2
 
-DeltaNats = dict[tuple[int, BlockChoice], float]
+DeltaNats = dict[tuple[int, Choice], float]
 """Nats a token that each choice of each layer costs."""
-_Merged = Mapping[AttentionChoice, Mapping[int, nn.Module]]
-"""By choice and layer, the attention blocks with merged KV groups."""
+_Beside = Mapping[Choice, Mapping[int, nn.Module]]
+"""By choice and layer, the blocks of choices that have inputs of their own."""
 
 
 @dataclass(frozen=True)
 class _Candidate:
     """One choice of one block: the inputs it keeps, its output projection and bias."""
 
-    choice: BlockChoice
+    choice: Choice
     columns_S: torch.Tensor
-    """Of the parent's inputs; where KV groups merge, of those that the merged block computes."""
+    """Of the parent's inputs, or of the choice's own."""
     weight_DS: torch.Tensor
     bias_D: torch.Tensor
 
@@ -69,18 +71,18 @@ def estimate_delta_nats(
 
     Cost: one forward and one backward pass over activations (the parent's weights are frozen), and local matrix
     products. `at` is computed by the parent's modules with the output projections of `at` in place of its own, so that
-    blocks may grow back too. Choices that merge KV groups have inputs of their own: their attention is run beside the
-    parent's, on the same hidden states. What `at` has costs 0.
+    blocks may grow back too. The blocks of choices that have inputs of their own are run beside the parent's, on the
+    same hidden states. What `at` has costs 0.
     """
     at = at or parent.shape.architecture
     own = {(layer, choice.kind): choice for layer, choice in at.blocks()}
     keys = [(i, c) for i, kind in library.space.blocks() for c in library.space.ladder(kind)]
     per_source = {name: dict.fromkeys(keys, 0.0) for name in split.sources}
-    layers, choices = range(parent.shape.layers), library.space.attention
-    merged = {c: merged_blocks(parent, c, layers) for c in choices if parent.shape.merges(c) > 1}
+    layers = range(parent.shape.layers)
+    beside = {choice: own_blocks(parent, choice, layers) for choice in own_input_choices(library.space)}
     plan = _batches(split, tokens)
     for done, (name, windows, share) in enumerate(plan):
-        sums, count = _batch_scores(parent, library, own, merged, windows)
+        sums, count = _batch_scores(parent, library, own, beside, windows)
         for key, value in sums.items():
             per_source[name][key] += share * value / count
         if progress:
@@ -112,7 +114,7 @@ def _batches(split: Split, tokens: int) -> list[tuple[str, torch.Tensor, float]]
     return plan
 
 
-def _candidate(parent: Parent, library: BlockLibrary, layer: int, choice: BlockChoice) -> _Candidate:
+def _candidate(parent: Parent, library: BlockLibrary, layer: int, choice: Choice) -> _Candidate:
     weight_DI, bias = parent.output_weight(layer, choice.kind), parent.output_bias(layer, choice.kind)
     own_bias = weight_DI.new_zeros(weight_DI.shape[0]) if bias is None else bias
     if choice.units == 0:
@@ -120,8 +122,7 @@ def _candidate(parent: Parent, library: BlockLibrary, layer: int, choice: BlockC
         return _Candidate(choice, nothing, weight_DI[:, nothing], torch.zeros_like(own_bias))
     if choice == parent.shape.full(choice.kind):
         return _Candidate(choice, torch.arange(weight_DI.shape[1], device=weight_DI.device), weight_DI, own_bias)
-    kept_U, queries_UQ = library.kept_units(layer, choice), library.kept_queries(layer, choice)
-    columns_S = input_columns(kept_U, parent.shape, choice.kind, queries_UQ)
+    columns_S = choice.columns(library.kept(layer, choice), parent.shape)
     new_weight, new_bias = library.output(layer, choice)
     bias_D = own_bias if new_bias is None else new_bias.to(own_bias)
     return _Candidate(choice, columns_S.to(weight_DI.device), new_weight.to(weight_DI), bias_D)
@@ -130,21 +131,23 @@ def _candidate(parent: Parent, library: BlockLibrary, layer: int, choice: BlockC
 def _batch_scores(
     parent: Parent,
     library: BlockLibrary,
-    own: Mapping[tuple[int, BlockKind], BlockChoice],
-    merged: _Merged,
+    own: Mapping[tuple[int, BlockKind], Choice],
+    beside: _Beside,
     windows: torch.Tensor,
 ) -> tuple[DeltaNats, int]:
     """Sums over the batch's tokens of g.delta + (g.delta)^2 / 2 for every candidate, and the number of tokens."""
     sums: DeltaNats = {}
-    entered: dict[tuple[int, BlockChoice], torch.Tensor] = {}
+    entered: dict[tuple[int, Choice], torch.Tensor] = {}
     inputs: dict[tuple[int, BlockKind], torch.Tensor] = {}
 
-    def enter(layer: int) -> Any:
+    def enter(layer: int, choices: Sequence[Choice]) -> Any:
+        """Of a block: runs those of these choices beside it."""
+
         def pre_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for choice, blocks in merged.items():
+            for choice in choices:
                 # Gradients of earlier layers flow through what `at` has, and through nothing else.
-                with torch.set_grad_enabled(choice == own[layer, "attention"]):
-                    entered[layer, choice] = merged_inputs(blocks[layer], args, kwargs)
+                with torch.set_grad_enabled(choice == own[layer, choice.kind]):
+                    entered[layer, choice] = own_inputs(beside[choice][layer], args, kwargs)
 
         return pre_hook
 
@@ -166,15 +169,13 @@ def _batch_scores(
         def forward_hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             mine, x_BTI = own[layer, kind], inputs.pop((layer, kind))
             # A candidate's inputs are the parent's, but for those that compute their own.
-            beside: dict[BlockChoice, torch.Tensor] = {
-                choice: entered.pop((layer, choice)).detach() for choice in merged if choice.kind == kind
-            }
+            others = {choice: entered.pop((layer, choice)).detach() for choice in beside if choice.kind == kind}
 
             def backward_hook(gradient_BTD: torch.Tensor) -> None:
-                def along_gradient(choice: BlockChoice) -> torch.Tensor:
+                def along_gradient(choice: Choice) -> torch.Tensor:
                     candidate = _candidate(parent, library, layer, choice)
                     norm = parent.output_norm(layer, kind)
-                    return _along_gradient(gradient_BTD.detach(), beside.get(choice, x_BTI), candidate, norm)
+                    return _along_gradient(gradient_BTD.detach(), others.get(choice, x_BTI), candidate, norm)
 
                 own_N = along_gradient(mine)
                 for choice in library.space.ladder(kind):
@@ -191,9 +192,9 @@ def _batch_scores(
         # In this order: where the projection itself adds to the stream, it puts in what `at` has first.
         handles.append(parent.output_projection(layer, kind).register_forward_hook(project(layer, kind)))
         handles.append(parent.adds_to_stream(layer, kind).register_forward_hook(add(layer, kind)))
-    if merged:
-        blocks = [(layer, parent.block(layer, "attention")) for layer in range(parent.shape.layers)]
-        handles += [b.register_forward_pre_hook(enter(layer), with_kwargs=True) for layer, b in blocks]
+        if choices := [choice for choice in beside if choice.kind == kind]:
+            block = parent.block(layer, kind)
+            handles.append(block.register_forward_pre_hook(enter(layer, choices), with_kwargs=True))
     try:
         with torch.enable_grad():
             embedded = parent.model.get_input_embeddings()(windows.to(parent.device)).detach().requires_grad_()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from llmprune.choices.architecture import BlockChoice
+from llmprune.choices.choice import Choice
 from llmprune.choices.space import Space
 from llmprune.core.errors import ArchitectureError, ModelError
 from llmprune.core.progress import Advance
@@ -19,7 +19,7 @@ BROKEN = 100.0
 """Nats a token: more than any text costs, and still a number that a solver can add."""
 
 
-def is_exact(choice: BlockChoice, space: Space, rules: TablesRecipe) -> bool:
+def is_exact(choice: Choice, space: Space, rules: TablesRecipe) -> bool:
     """Whether the rules want this choice scored exactly; the parent's own costs nothing, exactly."""
     if choice == space.shape.full(choice.kind):
         return False
@@ -30,7 +30,7 @@ def exact_delta_nats(
     scorer: SplitScorer,
     split: Split,
     space: Space,
-    choices: Iterable[tuple[int, BlockChoice]],
+    choices: Iterable[tuple[int, Choice]],
     progress: Advance,
     *,
     caution: float = 0.0,

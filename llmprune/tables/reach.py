@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from llmprune.choices.architecture import Architecture, AttentionChoice, BlockChoice
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.choice import Choice, Kept, attends
 from llmprune.choices.space import Decision, Space
 from llmprune.core.budgets import parse_budget, parse_pick
 from llmprune.core.errors import RecipeError
@@ -122,11 +123,9 @@ def _fix(key: str, reach: PhaseReach, recipe: Recipe) -> str:
 def smallest(space: Space) -> Architecture:
     """The child of the space with the least work: every choice the smallest, but for one attention that has to stay."""
     indices = [0] * len(space.decisions)
-    if not any(layer.attention.kv_groups for layer in space.architecture(indices).layers):
+    if not space.architecture(indices).attends:
         first = space.decisions[0].options
-        indices[0] = next(
-            i for i, option in enumerate(first) if any(c.units for _, c in option if c.kind == "attention")
-        )
+        indices[0] = next(i for i, option in enumerate(first) if attends(choice for _, choice in option))
     return space.architecture(indices)
 
 
@@ -153,20 +152,13 @@ class _FirstUnits:
     def __init__(self, parent: Parent) -> None:
         self._parent = parent
 
-    def kept_units(self, layer: int, choice: BlockChoice) -> torch.Tensor:
-        shape = self._parent.shape
-        return torch.arange(choice.units if shape.merges(choice) == 1 else shape.units(choice.kind))
+    def kept(self, layer: int, choice: Choice) -> Kept:
+        return choice.kept({}, self._parent.shape)
 
     def norm_squares(self, layer: int, name: str) -> None:
         return None
 
-    def kept_queries(self, layer: int, choice: BlockChoice) -> torch.Tensor | None:
-        shape = self._parent.shape
-        if not isinstance(choice, AttentionChoice) or shape.merges(choice) > 1 or choice.queries_per_group is None:
-            return None
-        return torch.arange(choice.queries_per_group).expand(choice.kv_groups, -1)
-
-    def output(self, layer: int, choice: BlockChoice) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def output(self, layer: int, choice: Choice) -> tuple[torch.Tensor, torch.Tensor | None]:
         inputs = self._parent.shape.inputs(choice)
         weight = self._parent.output_weight(layer, choice.kind)[:, :inputs]
         return weight, self._parent.output_bias(layer, choice.kind)

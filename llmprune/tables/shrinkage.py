@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from llmprune.choices.architecture import Architecture, BlockChoice
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.choice import Choice
 from llmprune.tables.allocate import Scores
 
 
@@ -22,17 +23,17 @@ class Shrinkage:
     """`share` of every score is what its choice costs in the mean layer of the parent; 0 leaves scores alone."""
 
     share: float
-    mean_nats: Mapping[BlockChoice, float]
+    mean_nats: Mapping[Choice, float]
 
     @classmethod
     def of(cls, delta_nats: Scores, share: float) -> Shrinkage:
         """`delta_nats`: nats a token of every choice of every layer, put alone into the parent."""
-        layers: dict[BlockChoice, list[float]] = defaultdict(list)
+        layers: dict[Choice, list[float]] = defaultdict(list)
         for (_, choice), nats in delta_nats.items():
             layers[choice].append(nats)
         return cls(share, {choice: fmean(nats) for choice, nats in layers.items()})
 
-    def apply(self, delta_nats: Scores, at: Architecture) -> dict[tuple[int, BlockChoice], float]:
+    def apply(self, delta_nats: Scores, at: Architecture) -> dict[tuple[int, Choice], float]:
         """Scores of choices put alone into `at`, shrunk: a choice is pulled towards what the mean layer loses between
         what `at` has there and the choice, so that what `at` has still costs 0 where it did."""
         own = {(layer, choice.kind): self.mean_nats[choice] for layer, choice in at.blocks()}

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from llmprune.choices.architecture import Architecture, LayerChoice
+from llmprune.choices.choice import attends
 
 Steps = tuple[tuple[int, LayerChoice], ...]
 """The layers that run, in order: (the parent's layer, what it keeps). A prefix is the first few of a child's steps."""
@@ -33,7 +34,7 @@ def without_first_layers(architecture: Architecture, count: int) -> Architecture
 
 def last_start(steps: Steps) -> int:
     """The last step that a child can be started at: its rest must have attention to be a child itself."""
-    return max(i for i, (_, layer) in enumerate(steps) if layer.attention.kv_groups > 0)
+    return max(i for i, (_, layer) in enumerate(steps) if attends(layer.blocks))
 
 
 def common_steps(first: Steps, second: Steps) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmprune.choices.architecture import BLOCK_KINDS, BlockKind
+from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
 from llmprune.measure.speed.throughput import Generation, Workload, steady_process, token_ids
 from llmprune.models.parent import Parent
 

@@ -13,7 +13,8 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from llmprune.choices.architecture import Architecture, BlockKind
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.dimensions import BlockKind
 from llmprune.choices.space import Space
 from llmprune.core.recipe import Objective
 from llmprune.search.samplers.ladders import Indices, Ladders

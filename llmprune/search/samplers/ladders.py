@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from llmprune.choices.choice import attends
 from llmprune.tables.allocate import Allocator
 
 Ints = NDArray[np.int64]
@@ -43,9 +44,7 @@ class Ladders:
             np.array([len(decision.options) for decision in decisions]),
             np.array([[sum(allocator.delta_nats[a] for a in option) for option in row] for row in rows]),
             np.array([[allocator.costs.option_saving(phase, option) for option in row] for row in rows]),
-            np.array(
-                [[any(c.kind == "attention" and c.units > 0 for _, c in option) for option in row] for row in rows]
-            ),
+            np.array([[attends(choice for _, choice in option) for option in row] for row in rows]),
         )
 
     def nats(self, indices_PD: Ints) -> Floats:
