@@ -23,7 +23,8 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.core.recipe import GgufType, ModelRecipe, WorkloadRecipe
+from llmprune.core.recipe import GgufType, WorkloadRecipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.formats.gguf import write_gguf
 from llmprune.measure.quality import perplexity
 from llmprune.measure.speed.llamacpp import GgufModel, greedy, window_nats

@@ -41,7 +41,7 @@ from llmprune.search.judging import Judge
 from llmprune.tables.allocate import Allocator
 from llmprune.tables.costs import CostTable
 from llmprune.tables.estimate import DeltaNats, estimate_delta_nats
-from llmprune.tables.walk import path
+from llmprune.tables.walk import walk
 
 VOCABULARY, FFN_WIDTH, SEQ_LEN, WINDOWS = 128, 64, 16, 8
 SPEEDUP = 1.05
@@ -172,7 +172,7 @@ def measure_path_step(parent: Parent, split: Split, library: BlockLibrary, delta
         return estimate_delta_nats(parent, split, library, tokens=split.tokens, at=at)
 
     with counted() as work:
-        ((_, found),) = path(estimate, costs, "decode", [SPEEDUP], step=2 * SPEEDUP, progress=lambda done, total: None)
+        ((_, found),) = walk(estimate, costs, "decode", [SPEEDUP], step=2 * SPEEDUP, progress=lambda done, total: None)
     assert costs.speedup(found, "decode") >= SPEEDUP * 0.999, "the step reaches its speed"
     started = time.perf_counter()
     Allocator(delta_nats, costs).best({"decode": SPEEDUP})

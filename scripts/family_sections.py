@@ -19,7 +19,8 @@ from zoo_models import held_out_data
 from llmprune.choices.architecture import Architecture
 from llmprune.choices.choice import Choice
 from llmprune.choices.space import Space
-from llmprune.core.recipe import BaselinesRecipe, ModelRecipe, Recipe
+from llmprune.core.recipe import BaselinesRecipe, Recipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.measure.quality.prefix import PrefixScorer
 from llmprune.measure.quality.scores import SplitScorer, WindowScores
 from llmprune.pipeline.commands import baselines, front, search

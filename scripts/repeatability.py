@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 from statistics import median
 
-from llmprune.core.recipe import ModelRecipe, WorkloadRecipe
+from llmprune.core.recipe import WorkloadRecipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.measure.speed.throughput import Workload, measure_paired
 from llmprune.models.loading import load_model
 from llmprune.models.sizes import decode_bytes

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
 
 from llmprune.core.errors import ModelError
-from llmprune.core.recipe import ModelRecipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.measure.speed.llamacpp import GgufModel
 from llmprune.models.loading import load_model
 

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llmprune.core.errors import DataError
-from llmprune.core.recipe import SourceRecipe
+from llmprune.core.recipe_inputs import SourceRecipe
 from llmprune.data.sources import read_documents
 from llmprune.data.tokens import SourceTokens, Split, encode_with_bytes
 

@@ -31,7 +31,7 @@ from zoo_training import EMBEDDINGS, Schedule, encoded, train
 from llmprune.cli.terminal import console, print_json, shown
 from llmprune.core.files import read_json, write_json
 from llmprune.core.progress import Show
-from llmprune.core.recipe import ModelRecipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.data.tokens import build_token_splits
 from llmprune.models.parent import load_parent
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llmprune.core.files import atomic_path
-from llmprune.core.recipe import DataRecipe, SourceRecipe
+from llmprune.core.recipe_inputs import DataRecipe, SourceRecipe
 from llmprune.models.modeling_pruned import FAMILIES
 
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")

@@ -14,7 +14,8 @@ from llmprune.choices.architecture import Architecture
 from llmprune.choices.choice import Choice
 from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.space import Space
-from llmprune.core.recipe import ImportanceRecipe, SpaceSize, SplitName
+from llmprune.core.recipe import ImportanceRecipe, SpaceSize
+from llmprune.core.recipe_inputs import SplitName
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.measure.quality.perplexity import score
 from llmprune.measure.quality.prefix import PrefixScorer

@@ -21,7 +21,7 @@ from llmprune.baselines.flap import (
     params_per_unit,
 )
 from llmprune.blocks import library as module
-from llmprune.blocks.library import Plan, build_libraries, build_library
+from llmprune.blocks.library import LibrarySpec, build_libraries, build_library
 from llmprune.choices.architecture import Architecture
 from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.rows import input_columns
@@ -154,15 +154,15 @@ def test_one_pass_builds_what_separate_passes_build(tmp_path: Path) -> None:
     parent = random_parent()
     space, split = space_of(parent, size="large"), random_split("calibration")
     steps: list[tuple[int, int]] = []
-    plans = [Plan(recipe, tmp_path / recipe.method) for recipe in RECIPES]
+    specs = [LibrarySpec(recipe, tmp_path / recipe.method) for recipe in RECIPES]
     together = build_libraries(
-        parent, split, plans, space, input_hash="x", progress=lambda done, total: steps.append((done, total))
+        parent, split, specs, space, input_hash="x", progress=lambda done, total: steps.append((done, total))
     )
     # Twelve windows, once, and three layers.
     assert steps[-1] == (15, 15) and {total for _, total in steps} == {15}
     for recipe, library in zip(RECIPES, together, strict=True):
         assert library.hash == build_library(parent, split, recipe, space).hash
-    lean = build_libraries(parent, split, [Plan(recipe) for recipe in RECIPES], space, memory_bytes=1)
+    lean = build_libraries(parent, split, [LibrarySpec(recipe) for recipe in RECIPES], space, memory_bytes=1)
     assert [library.hash for library in lean] == [library.hash for library in together]
 
 
@@ -171,8 +171,8 @@ def test_a_killed_build_is_finished_for_the_layers_that_are_missing(
 ) -> None:
     parent = random_parent()
     space, split = space_of(parent), random_split("calibration")
-    plans = [Plan(recipe, tmp_path / recipe.method) for recipe in RECIPES]
-    whole = [library.hash for library in build_libraries(parent, split, plans, space, input_hash="x")]
+    specs = [LibrarySpec(recipe, tmp_path / recipe.method) for recipe in RECIPES]
+    whole = [library.hash for library in build_libraries(parent, split, specs, space, input_hash="x")]
     (tmp_path / "flap" / "layer_001.safetensors").unlink()
     (tmp_path / "magnitude" / "layer_002.safetensors").unlink()
     wanted: list[Any] = []
@@ -180,7 +180,7 @@ def test_a_killed_build_is_finished_for_the_layers_that_are_missing(
     monkeypatch.setattr(
         module, "collect_statistics", lambda *args, **kw: wanted.append(kw["layers"]) or collect(*args, **kw)
     )
-    assert [library.hash for library in build_libraries(parent, split, plans, space, input_hash="x")] == whole
+    assert [library.hash for library in build_libraries(parent, split, specs, space, input_hash="x")] == whole
     assert wanted == [[1, 2]]
-    build_libraries(parent, split, plans, space, input_hash="x")
+    build_libraries(parent, split, specs, space, input_hash="x")
     assert wanted == [[1, 2]]

@@ -27,7 +27,8 @@ from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
 from llmprune.core.errors import ModelError, RunDirectoryError
 from llmprune.core.progress import silent
-from llmprune.core.recipe import BaselineName, SplitName
+from llmprune.core.recipe import BaselineName
+from llmprune.core.recipe_inputs import SplitName
 from llmprune.measure.record import SCHEMA, Front, Record
 from llmprune.models.parent import Parent
 from llmprune.search import judging

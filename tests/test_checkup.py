@@ -10,7 +10,8 @@ from tiny import tiny_tokenizer
 
 from llmprune.core.errors import DataError, ModelError, RecipeError
 from llmprune.core.progress import silent
-from llmprune.core.recipe import ModelRecipe, WorkloadRecipe
+from llmprune.core.recipe import WorkloadRecipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.core.recipe_text import parse_recipe
 from llmprune.evaluation.bench import bench
 from llmprune.models.parent import check_lengths, make_parent

@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from llmprune.core.errors import DataError
-from llmprune.core.recipe import DataRecipe, SourceRecipe
+from llmprune.core.recipe_inputs import DataRecipe, SourceRecipe
 from llmprune.data.bos import opening_with_bos, puts_bos
 from llmprune.data.tokens import TokenSplits, build_token_splits, divide_windows, encode_with_bytes
 

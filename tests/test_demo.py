@@ -10,7 +10,8 @@ import pytest
 import sample_text
 from conftest import Finished
 
-from llmprune.core.recipe import DeployRecipe, ModelRecipe
+from llmprune.core.recipe import DeployRecipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.core.recipe_text import load_recipe
 from llmprune.models.loading import load_model
 from llmprune.publish.conversion import write_formats

@@ -15,8 +15,9 @@ from tiny import tiny_recipe, tiny_tokenizer
 
 from llmprune.core.errors import ModelError
 from llmprune.core.progress import silent
-from llmprune.core.recipe import ModelRecipe, WorkloadRecipe
+from llmprune.core.recipe import WorkloadRecipe
 from llmprune.core.recipe_files import DEFAULT_RECIPE, recipe_path
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.evaluation import bench as module
 from llmprune.evaluation.bench import bench
 from llmprune.models import loading

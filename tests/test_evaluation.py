@@ -18,7 +18,7 @@ from tiny import contents
 from transformers import AutoModelForCausalLM
 
 from llmprune.core.errors import ModelError
-from llmprune.core.recipe import ModelRecipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.data.store import load_token_splits
 from llmprune.evaluation import evaluate as evaluation
 from llmprune.evaluation.subjects import find_subjects, identity_of

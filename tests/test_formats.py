@@ -21,7 +21,8 @@ from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.core.errors import ExportError, RecipeError, UnsupportedModelError
 from llmprune.core.progress import silent
-from llmprune.core.recipe import FORMAT_NAMES, DeployRecipe, FormatName, ModelRecipe
+from llmprune.core.recipe import FORMAT_NAMES, DeployRecipe, FormatName
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.formats.gguf import write_gguf
 from llmprune.formats.layers import LayerSizes, layer_sizes
 from llmprune.formats.limits import FORMATS, check_child, check_parent, cut, merging_helps

@@ -28,7 +28,7 @@ from transformers import (
 
 from llmprune.choices.architecture import Architecture
 from llmprune.core.errors import ModelError, UnsupportedModelError
-from llmprune.core.recipe import ModelRecipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.data.bos import puts_bos
 from llmprune.models.modeling_pruned import FAMILIES
 from llmprune.models.parent import check_config, load_parent, make_parent, supported_families

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from llmprune.core.errors import RecipeError
-from llmprune.core.recipe import SPLIT_NAMES, ModelRecipe, Recipe
+from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_files import copy_recipe, recipe_names, recipe_path
+from llmprune.core.recipe_inputs import SPLIT_NAMES, ModelRecipe
 from llmprune.core.recipe_text import (
     apply_overrides,
     load_recipe,

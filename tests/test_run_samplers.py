@@ -111,7 +111,7 @@ def test_the_default_sampler_leaves_its_seeds_and_does_not_walk_again(
     assert finished_run.recipe.search.sampler == "slp"
     seeds = (copied / "seeds.json").read_bytes()
     assert [seed["label"] for seed in strict_json(copied / "seeds.json")] == ["path-1.2x"]
-    monkeypatch.setattr(guidance, "path", refuse)
+    monkeypatch.setattr(guidance, "walk", refuse)
     outcome = search(Run.start(copied, changed(finished_run.recipe, "search.trials=7")))
     assert (outcome.finished_trials, outcome.new_trials) == (7, 2)
     assert (copied / "seeds.json").read_bytes() == seeds
@@ -125,13 +125,13 @@ def test_a_path_is_walked_again_only_for_other_targets_or_if_it_is_gone(
     change: str | None, again: bool, finished_run: Finished, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walked: list[Any] = []
-    walk: Callable[..., Any] = guidance.path
+    walk: Callable[..., Any] = guidance.walk
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         walked.append(args)
         return walk(*args, **kwargs)
 
-    monkeypatch.setattr(guidance, "path", counted)
+    monkeypatch.setattr(guidance, "walk", counted)
     if change is None:
         RunDirectory(copied).seeds.unlink()
     recipe = changed(finished_run.recipe, change) if change else finished_run.recipe

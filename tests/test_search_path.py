@@ -12,14 +12,14 @@ from landscape import SPACES, Landscape, space_of
 from llmprune.choices.architecture import Architecture
 from llmprune.choices.space import Space
 from llmprune.tables.allocate import TOLERANCE, Allocator, Near
-from llmprune.tables.walk import CHANGED_A_STEP, path
+from llmprune.tables.walk import CHANGED_A_STEP, walk
 
 STEP = 1.06
 # The estimate at any place is what a change truly costs there.
 EXACT = Landscape(space_of(6), table_noise=0.0)
 
 
-def walk(
+def walked(
     landscape: Landscape, speedups: list[float], *, step: float = STEP, asked: list[Architecture] | None = None
 ) -> list[tuple[float, Architecture]]:
     def estimate(at: Architecture) -> Any:
@@ -28,7 +28,7 @@ def walk(
         return landscape.estimate(at)
 
     costs = landscape.allocator.costs
-    return list(path(estimate, costs, "decode", speedups, step=step, progress=lambda done, total: None))
+    return list(walk(estimate, costs, "decode", speedups, step=step, progress=lambda done, total: None))
 
 
 def changed(space: Space, one: Architecture, other: Architecture) -> int:
@@ -38,7 +38,7 @@ def changed(space: Space, one: Architecture, other: Architecture) -> int:
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 def test_every_child_holds_its_speedup_and_can_run(space: Space) -> None:
     landscape = Landscape(space)
-    found = walk(landscape, [1.5, 1.15, 1.3])
+    found = walked(landscape, [1.5, 1.15, 1.3])
     assert [speedup for speedup, _ in found] == [1.15, 1.3, 1.5]
     for speedup, architecture in found:
         assert landscape.allocator.costs.speedup(architecture, "decode") >= speedup * (1 - TOLERANCE)
@@ -51,7 +51,7 @@ def test_a_step_changes_no_more_than_the_trust_region_where_that_suffices() -> N
     radius = round(CHANGED_A_STEP * len(space.decisions))
     # Each stop is wanted, so each is seen.
     speedups = [1.05**power for power in range(1, 15)]
-    found = walk(EXACT, speedups)
+    found = walked(EXACT, speedups)
     assert len(found) == len(speedups)
     at = [space.shape.architecture, *(architecture for _, architecture in found)]
     for (before, after), speedup in zip(pairwise(at), speedups, strict=True):
@@ -61,7 +61,7 @@ def test_a_step_changes_no_more_than_the_trust_region_where_that_suffices() -> N
 
 
 def test_a_step_too_far_for_the_trust_region_is_taken_all_the_same() -> None:
-    ((_, architecture),) = walk(EXACT, [2.5], step=9.0)
+    ((_, architecture),) = walked(EXACT, [2.5], step=9.0)
     assert changed(EXACT.space, EXACT.space.shape.architecture, architecture) > 3
     assert EXACT.allocator.costs.speedup(architecture, "decode") >= 2.5 * (1 - TOLERANCE)
 
@@ -69,7 +69,7 @@ def test_a_step_too_far_for_the_trust_region_is_taken_all_the_same() -> None:
 def test_the_estimate_is_asked_once_a_stop_and_where_the_path_stands() -> None:
     asked: list[Architecture] = []
     wanted = [1.15, 1.3, 1.5, 2.0]
-    found = dict(walk(EXACT, wanted, asked=asked))
+    found = dict(walked(EXACT, wanted, asked=asked))
     assert asked[0] == EXACT.space.shape.architecture
     assert len(set(asked)) == len(asked)
     assert set(list(found.values())[:-1]) <= set(asked)
@@ -82,13 +82,13 @@ def test_the_estimate_is_asked_once_a_stop_and_where_the_path_stands() -> None:
 
 def test_a_path_ends_where_nothing_is_as_fast() -> None:
     landscape, asked = Landscape(space_of(3, drop=False)), list[Architecture]()
-    assert [speedup for speedup, _ in walk(landscape, [1.2, 90.0], asked=asked)] == [1.2]
+    assert [speedup for speedup, _ in walked(landscape, [1.2, 90.0], asked=asked)] == [1.2]
     assert landscape.allocator.costs.speedup(asked[-1], "decode") < 90
-    assert walk(landscape, [90.0], step=100.0) == []
+    assert walked(landscape, [90.0], step=100.0) == []
 
 
 def test_two_paths_are_one() -> None:
-    assert walk(EXACT, [1.3, 1.6]) == walk(EXACT, [1.6, 1.3, 1.3])
+    assert walked(EXACT, [1.3, 1.6]) == walked(EXACT, [1.6, 1.3, 1.3])
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -96,7 +96,7 @@ def test_where_blocks_lean_on_each_other_a_path_beats_one_allocation(seed: int) 
     landscape = Landscape(space_of(12), seed=seed, table_noise=0.0)
     parent = landscape.nats(landscape.space.shape.architecture)
     lost: Callable[[Architecture], float] = lambda architecture: landscape.nats(architecture) - parent  # noqa: E731
-    for speedup, architecture in walk(landscape, [1.6, 2.0]):
+    for speedup, architecture in walked(landscape, [1.6, 2.0]):
         at_once = landscape.allocator.best({"decode": speedup})
         assert at_once is not None
         assert lost(architecture) < lost(at_once)

@@ -15,7 +15,7 @@ import pytest
 from tiny import tiny_tokenizer
 
 from llmprune.core.errors import DataError
-from llmprune.core.recipe import SourceRecipe
+from llmprune.core.recipe_inputs import SourceRecipe
 from llmprune.data.chat import chat_renderer
 from llmprune.data.sources import HUB_BUFFER_DOCUMENTS, read_documents
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny import numbered_documents, small_data_recipe, tiny_tokenizer, write_jsonl
 
 from llmprune.core.errors import RunDirectoryError
-from llmprune.core.recipe import SPLIT_NAMES
+from llmprune.core.recipe_inputs import SPLIT_NAMES
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import TokenSplits, build_token_splits
 

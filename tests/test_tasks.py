@@ -16,7 +16,7 @@ from conftest import Finished, Llmprune
 from tasks_tiny import TASKS, write_tasks
 
 from llmprune.core.errors import TaskError
-from llmprune.core.recipe import ModelRecipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.data.bos import opening_with_bos
 from llmprune.evaluation.tasks import TaskSet, open_tasks, run_task
 from llmprune.models.loading import load_model

@@ -17,7 +17,7 @@ from test_cli import assert_one_error
 from tiny import contents
 
 from llmprune.core.errors import RunDirectoryError, StorageError
-from llmprune.core.recipe import SplitName
+from llmprune.core.recipe_inputs import SplitName
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.measure.speed.host import fingerprint
 from llmprune.models.parent import Parent

@@ -17,7 +17,8 @@ from llmprune.choices.architecture import Architecture, ParentShape
 from llmprune.choices.choice import Choice
 from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.space import Space
-from llmprune.core.recipe import DataRecipe, Recipe, SourceRecipe, SpaceSize
+from llmprune.core.recipe import Recipe, SpaceSize
+from llmprune.core.recipe_inputs import DataRecipe, SourceRecipe
 from llmprune.core.recipe_text import parse_recipe
 from llmprune.measure.quality.perplexity import SourceQuality
 from llmprune.measure.record import MeasuredOn, Record, child_id

@@ -82,7 +82,7 @@ class BlockLibrary:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LibrarySpec:
     """One library to build: how its units are ordered, and the directory it is kept in, if any."""
 
     recipe: ImportanceRecipe
@@ -101,9 +101,9 @@ def build_library(
     progress: Advance | None = None,
 ) -> BlockLibrary:
     """`build_libraries` for one library."""
-    plans = [Plan(recipe, directory)]
+    specs = [LibrarySpec(recipe, directory)]
     (library,) = build_libraries(
-        parent, split, plans, space, input_hash=input_hash, memory_bytes=memory_bytes, progress=progress
+        parent, split, specs, space, input_hash=input_hash, memory_bytes=memory_bytes, progress=progress
     )
     return library
 
@@ -111,14 +111,14 @@ def build_library(
 def build_libraries(
     parent: Parent,
     split: Split,
-    plans: Sequence[Plan],
+    specs: Sequence[LibrarySpec],
     space: Space,
     *,
     input_hash: str = "",
     memory_bytes: int = 2 << 30,
     progress: Advance | None = None,
 ) -> list[BlockLibrary]:
-    """Gather statistics on the calibration split once, then order and refit every block for each plan, layer by layer.
+    """Gather statistics on the calibration split once, then order and refit every block for each, layer by layer.
 
     With a `directory`, each layer is one file, written when it is ready and read back memory-mapped; files that are
     whole and were built from the same `input_hash` (of parent and split), recipe and space are kept, all others are
@@ -129,12 +129,12 @@ def build_libraries(
     `progress` counts windows run and layers solved. Raises ModelError, RecipeError and RunDirectoryError.
     """
     assert space.shape == parent.shape, "the space is not this parent's"
-    built = [_Built(plan, layer_keys(input_hash, plan.recipe, space)) for plan in plans]
+    built = [_Built(spec, layer_keys(input_hash, spec.recipe, space)) for spec in specs]
     for library in built:
         library.load(input_hash)
     every = range(parent.shape.layers)
     missing = [layer for layer in every if any(layer not in library.layers for library in built)]
-    own = max((gathered_choices(space, plan.recipe) for plan in plans), key=len)
+    own = max((gathered_choices(space, spec.recipe) for spec in specs), key=len)
     per_pass = max(1, memory_bytes // statistics_bytes(parent.shape, own))
     passes = [missing[start : start + per_pass] for start in range(0, len(missing), per_pass)]
     windows = sum(len(source.windows) for source in split.sources.values())
@@ -146,7 +146,7 @@ def build_libraries(
             blocks = {kind: statistics.pop((layer, kind)) for kind in BLOCK_KINDS}
             for library in built:
                 if layer not in library.layers:
-                    library.add(layer, solve_layer(parent, layer, blocks, library.plan.recipe, space))
+                    library.add(layer, solve_layer(parent, layer, blocks, library.spec.recipe, space))
             steps.report(1)
             steps.finish(1)
     return [BlockLibrary(space, tuple(library.layers[layer] for layer in every)) for library in built]
@@ -169,17 +169,17 @@ def stored_layers(directory: Path, recipe: ImportanceRecipe, space: Space, *, in
 
 @dataclass
 class _Built:
-    """A plan at work: the layers that are there, and the key of each layer's file."""
+    """A library at work: the layers that are there, and the key of each layer's file."""
 
-    plan: Plan
+    spec: LibrarySpec
     keys: Sequence[str]
     layers: dict[int, LayerRepairs] = field(default_factory=dict)
 
     def load(self, input_hash: str) -> None:
-        if self.plan.directory is not None:
+        if self.spec.directory is not None:
             assert input_hash, "a library on disk needs the hash of its inputs"
-            self.layers = finished_layers(self.plan.directory, self.keys)
+            self.layers = finished_layers(self.spec.directory, self.keys)
 
     def add(self, layer: int, solved: LayerRepairs) -> None:
-        directory = self.plan.directory
+        directory = self.spec.directory
         self.layers[layer] = solved if directory is None else store_layer(directory, layer, solved, self.keys[layer])

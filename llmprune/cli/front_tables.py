@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from llmprune.cli.terminal import spread_text
-from llmprune.core.recipe import SplitName
+from llmprune.core.recipe_inputs import SplitName
 from llmprune.measure.record import Front, MeasuredOn, Quoted, Record
 from llmprune.pipeline.comparison import Compared
 

@@ -11,8 +11,9 @@ import typer
 
 from llmprune.cli.terminal import console, error_console, print_json, print_trial, shown
 from llmprune.core.errors import RecipeError, TaskError, quoted, shortened
-from llmprune.core.recipe import SPLIT_NAMES, ModelRecipe, Recipe, SplitName, WorkloadRecipe
+from llmprune.core.recipe import Recipe, WorkloadRecipe
 from llmprune.core.recipe_files import DEFAULT_RECIPE, recipe_path
+from llmprune.core.recipe_inputs import SPLIT_NAMES, ModelRecipe, SplitName
 from llmprune.core.recipe_text import apply_overrides, load_recipe, parse_recipe, parse_section, with_absolute_paths
 from llmprune.core.yaml_text import read_yaml_file
 

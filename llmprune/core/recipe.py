@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from llmprune.core.errors import quoted
+from llmprune.core.recipe_base import PathText, Section
+from llmprune.core.recipe_inputs import DataRecipe, ModelRecipe
 
-SplitName = Literal["calibration", "estimate", "search", "validation", "test", "unseen"]
-SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
 Objective = Literal["decode", "prefill"]
 SpaceSize = Literal["small", "layer", "medium", "large"]
 SamplerName = Literal["slp", "evopress", "linas", "nsga2", "nsga3", "tpe", "gp", "random"]
@@ -22,155 +22,7 @@ GgufType = Literal["f32", "f16", "q8_0"]
 EngineName = Literal["torch", "llamacpp"]
 
 
-def _no_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("a path holds no NUL character")
-    return text
-
-
-PathText = Annotated[str, AfterValidator(_no_nul)]
-
-
-class _Strict(BaseModel):
-    # Strict, lest `trials: true` is 1 and `trust_remote_code: "yes"` is true; integers still do for floats.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
-    free: ClassVar[frozenset[str]] = frozenset()
-    """Keys that no figure depends on: they may change in a run that exists."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lists_are_tuples(cls, data: Any) -> Any:
-        """YAML and JSON have no tuples."""
-        if not isinstance(data, dict):
-            return data
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-
-    def decisive(self) -> dict[str, Any]:
-        """All other keys, as JSON values."""
-        return self.model_dump(mode="json", exclude=set(self.free))
-
-
-class ModelRecipe(_Strict):
-    """The parent: a Hub id, a local directory, or a GGUF file."""
-
-    path: PathText = Field(description="Hub id, local directory, or path of a .gguf file")
-    revision: str | None = Field(None, description="branch, tag or commit of a Hub model")
-    tokenizer: PathText | None = Field(None, description="Hub id or directory, if not the model's own")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
-        description="of weights and arithmetic; auto: the checkpoint's own on a GPU, float32 on a CPU, settled once a "
-        "run and recorded",
-    )
-    device: str = Field("auto", description="'auto' (CUDA if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1'")
-    trust_remote_code: bool = Field(False, description="let the tokenizer's or config's repository run its code")
-
-
-class SourceRecipe(_Strict):
-    """One domain of text: a Hub data set (`dataset`) or a local file (`path`: .txt, .jsonl or .parquet)."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="how figures of this source are labelled")
-    dataset: str | None = Field(None, description="Hub id of a data set")
-    config: str | None = Field(None, description="configuration of the Hub data set")
-    split: str = Field("train", description="split of the Hub data set")
-    revision: str | None = None
-    path: PathText | None = Field(None, description="local .txt, .jsonl or .parquet file")
-    text_field: str = Field("text", description="column or key that holds a document")
-    messages_field: str | None = Field(
-        None,
-        description="column or key that holds a chat (a list of {role, content}), in place of text_field: rendered "
-        "through the tokenizer's chat template",
-    )
-    separator: str = Field("\n\n\n", min_length=1, description="what stands between two documents of a .txt file")
-    weight: float = Field(1.0, gt=0, description="share in the mixture, relative to the other sources")
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> SourceRecipe:
-        if (self.dataset is None) == (self.path is None):
-            raise ValueError("give exactly one of `dataset` (Hub) and `path` (local file)")
-        if self.messages_field is not None and (self.path or "").lower().endswith(".txt"):
-            raise ValueError(f"messages_field is of .jsonl, .parquet and Hub data sets; {self.path} holds plain text")
-        return self
-
-    @property
-    def field(self) -> str:
-        """The column or key that is read."""
-        return self.messages_field or self.text_field
-
-
-class DataRecipe(_Strict):
-    """Text, and how it is cut: disjoint windows for each split, of `seq_len` tokens, or `unseen_seq_len`."""
-
-    sources: tuple[SourceRecipe, ...] = Field(min_length=1)
-    unseen: tuple[SourceRecipe, ...] = Field(
-        (),
-        description="text of other kinds, which is never calibrated, searched or chosen on: figures of it say what a "
-        "child is worth elsewhere",
-    )
-    seq_len: int = Field(
-        1_024,
-        ge=8,
-        description="tokens a window: short ones hide what attention is for",
-    )
-    unseen_seq_len: int = Field(1_024, ge=8, description="tokens a window of the unseen text")
-    bos: Literal["auto"] | bool = Field(
-        "auto",
-        description="open every window with the BOS token (it counts towards seq_len, is never scored); auto: if the "
-        "tokenizer itself puts it in front of a text",
-    )
-    calibration_tokens: int = Field(65_536, ge=256, description="for statistics of the blocks")
-    estimate_tokens: int = Field(
-        16_384,
-        ge=64,
-        description="for estimates of what a choice costs: least squares flatters itself on the tokens that it was "
-        "fitted to",
-    )
-    search_tokens: int = Field(16_384, ge=64, description="every trial is scored on these")
-    validation_tokens: int = Field(16_384, ge=64, description="for choosing on the front")
-    test_tokens: int = Field(16_384, ge=64, description="reported once")
-    unseen_tokens: int = Field(16_384, ge=64, description="reported of the unseen text, if there is some")
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> DataRecipe:
-        names = [source.name for source in (*self.sources, *self.unseen)]
-        if len(set(names)) != len(names):
-            raise ValueError(
-                f"every source needs a name of its own, in sources and unseen together; got {quoted(names)}"
-            )
-        return self
-
-    @property
-    def splits(self) -> tuple[SplitName, ...]:
-        """Those that there are: "unseen" only where `unseen` names a source."""
-        return tuple(name for name in SPLIT_NAMES if self.sources_of(name))
-
-    def identity(self) -> dict[str, Any]:
-        """What the tokens depend on, as JSON values. A key of what is not used is left out: a run that was made before
-        there was such a key keeps its tokens."""
-        unused = set() if self.unseen else {"unseen", "unseen_seq_len", "unseen_tokens"}
-        data = self.model_dump(mode="json", exclude=unused)
-        for source in (*data["sources"], *data.get("unseen", ())):
-            if source["messages_field"] is None:
-                del source["messages_field"]
-        return data
-
-    def sources_of(self, split: SplitName) -> tuple[SourceRecipe, ...]:
-        return self.unseen if split == "unseen" else self.sources
-
-    def weights_of(self, split: SplitName) -> dict[str, float]:
-        """Share of each source in a split; they sum to 1."""
-        total = sum(source.weight for source in self.sources_of(split))
-        return {source.name: source.weight / total for source in self.sources_of(split)}
-
-    def tokens_of(self, split: SplitName) -> int:
-        return int(getattr(self, f"{split}_tokens"))
-
-    def seq_len_of(self, split: SplitName) -> int:
-        return self.unseen_seq_len if split == "unseen" else self.seq_len
-
-
-class WorkloadRecipe(_Strict):
+class WorkloadRecipe(Section):
     """What is timed: the speed at which the child will be used."""
 
     batch: int = Field(1, ge=1)
@@ -196,7 +48,7 @@ class WorkloadRecipe(_Strict):
         return self
 
 
-class ImportanceRecipe(_Strict):
+class ImportanceRecipe(Section):
     """In which order units leave a block, and whether the rest is re-solved."""
 
     method: Literal["obs", "magnitude", "wanda-sp", "flap"] = "obs"
@@ -216,7 +68,7 @@ class ImportanceRecipe(_Strict):
         return int(self.memory_gb * 2**30)
 
 
-class TablesRecipe(_Strict):
+class TablesRecipe(Section):
     """What each choice costs in nats and saves in time, put alone into the parent."""
 
     tokens: int = Field(16_384, ge=64, description="tokens of the estimate split that choices are scored on")
@@ -244,7 +96,7 @@ class TablesRecipe(_Strict):
     path_step: float = Field(1.06, gt=1, description="factor in speed-up between two estimates along the path")
 
 
-class SpaceRecipe(_Strict):
+class SpaceRecipe(Section):
     """Which choices a search may make."""
 
     size: SpaceSize = Field(
@@ -262,7 +114,7 @@ class SpaceRecipe(_Strict):
     )
 
 
-class SearchRecipe(_Strict):
+class SearchRecipe(Section):
     """How architectures are proposed, and when to stop."""
 
     sampler: SamplerName = Field(
@@ -303,7 +155,7 @@ class SearchRecipe(_Strict):
         return self
 
 
-class FrontRecipe(_Strict):
+class FrontRecipe(Section):
     """What is re-measured once the search is over."""
 
     size: int = Field(6, ge=1, description="how many children at most")
@@ -330,7 +182,7 @@ class FrontRecipe(_Strict):
     free: ClassVar[frozenset[str]] = frozenset({"usable_ppl_ratio", "checkpoints"})
 
 
-class BaselinesRecipe(_Strict):
+class BaselinesRecipe(Section):
     """What `llmprune baselines` compares."""
 
     methods: tuple[BaselineName, ...] = Field(BASELINE_NAMES, min_length=1)
@@ -345,14 +197,14 @@ class BaselinesRecipe(_Strict):
     )
 
 
-class ExportRecipe(_Strict):
+class ExportRecipe(Section):
     """Which child `compress` exports, and where to."""
 
     pick: str = Field("decode_speedup>=1.3", description="e.g. 'decode_speedup>=1.5', 'ppl_ratio<=1.2', or an id")
     to: PathText | None = Field(None, description="directory; default RUN/export")
 
 
-class DeployRecipe(_Strict):
+class DeployRecipe(Section):
     """Where the child will be served, and on what terms."""
 
     formats: tuple[FormatName, ...] = Field(
@@ -370,7 +222,7 @@ class DeployRecipe(_Strict):
     free: ClassVar[frozenset[str]] = frozenset({"licence"})
 
 
-class Recipe(_Strict):
+class Recipe(Section):
     """Everything about a run."""
 
     model: ModelRecipe

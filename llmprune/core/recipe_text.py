@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from llmprune.core.errors import MAX_MESSAGE, RecipeError, quoted, shortened
 from llmprune.core.files import exists, expanded
-from llmprune.core.recipe import Recipe, SourceRecipe
+from llmprune.core.recipe import Recipe
+from llmprune.core.recipe_inputs import SourceRecipe
 from llmprune.core.yaml_text import read_yaml, read_yaml_file
 
 Section = TypeVar("Section", bound=BaseModel)

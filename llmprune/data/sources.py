@@ -12,7 +12,7 @@ from typing import Any
 
 from llmprune.core.errors import DataError, quoted, shortened
 from llmprune.core.files import expanded, sha256_file
-from llmprune.core.recipe import SourceRecipe
+from llmprune.core.recipe_inputs import SourceRecipe
 from llmprune.data.chat import Render
 
 HUB_BUFFER_DOCUMENTS = 1_000

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from llmprune.core.errors import RunDirectoryError
 from llmprune.core.files import atomic_path
-from llmprune.core.recipe import SplitName
+from llmprune.core.recipe_inputs import SplitName
 from llmprune.data.tokens import SourceTokens, Split, TokenSplits
 
 _VERSION = 2

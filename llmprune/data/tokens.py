@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from llmprune.core.errors import DataError, quoted
-from llmprune.core.recipe import DataRecipe, SplitName
+from llmprune.core.recipe_inputs import DataRecipe, SplitName
 from llmprune.data.bos import resolved_bos
 from llmprune.data.chat import chat_renderer
 from llmprune.data.sources import read_documents

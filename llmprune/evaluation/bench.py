@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from llmprune.core.errors import DataError, ModelError
 from llmprune.core.progress import Show
-from llmprune.core.recipe import GgufType, ModelRecipe, WorkloadRecipe
+from llmprune.core.recipe import GgufType, WorkloadRecipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.formats.gguf import gguf_child_problem, gguf_problem
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.llamacpp_library import library

@@ -16,7 +16,8 @@ import torch
 from llmprune.core.errors import DataError, RunDirectoryError
 from llmprune.core.files import write_json
 from llmprune.core.progress import Show
-from llmprune.core.recipe import SplitName, WorkloadRecipe
+from llmprune.core.recipe import WorkloadRecipe
+from llmprune.core.recipe_inputs import SplitName
 from llmprune.core.recipe_text import load_recipe
 from llmprune.data.store import load_token_splits
 from llmprune.data.tokens import Split, build_token_splits

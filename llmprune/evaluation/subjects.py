@@ -15,7 +15,8 @@ from transformers.utils.hub import cached_file
 from llmprune.core.errors import ModelError, RunDirectoryError
 from llmprune.core.files import expanded, read_json, sha256_file
 from llmprune.core.progress import Show
-from llmprune.core.recipe import ModelRecipe, Recipe
+from llmprune.core.recipe import Recipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.core.recipe_text import parse_recipe, parse_section
 from llmprune.measure.record import newer_schema
 from llmprune.models.checkpoint import METADATA_FILE

@@ -28,7 +28,8 @@ from typing import Literal
 from llmprune.baselines.methods import METHODS, own_libraries
 from llmprune.blocks.solve import gathered_choices, own_input_choices
 from llmprune.blocks.statistics import BATCH_TOKENS, statistics_bytes
-from llmprune.core.recipe import SamplerName, SplitName
+from llmprune.core.recipe import SamplerName
+from llmprune.core.recipe_inputs import SplitName
 from llmprune.forecast.plan import Done, Plan, StageCost, Timing
 from llmprune.forecast.work import (
     SolverFlops,

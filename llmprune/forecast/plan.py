@@ -11,7 +11,8 @@ from llmprune.blocks.solve import gathered_choices
 from llmprune.blocks.statistics import statistics_bytes
 from llmprune.choices.dimensions import BlockKind
 from llmprune.choices.space import Assignment, Space
-from llmprune.core.recipe import Recipe, SplitName
+from llmprune.core.recipe import Recipe
+from llmprune.core.recipe_inputs import SplitName
 from llmprune.data.tokens import divide_windows, first_windows
 from llmprune.forecast.rates import Rates
 from llmprune.forecast.work import SolverFlops

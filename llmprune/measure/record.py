@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, PlainSe
 
 from llmprune.choices.architecture import Architecture
 from llmprune.core.errors import RunDirectoryError, quoted
-from llmprune.core.recipe import SplitName
+from llmprune.core.recipe_inputs import SplitName
 from llmprune.measure.quality.perplexity import Figure, SourceQuality
 from llmprune.measure.speed.throughput import Spread
 

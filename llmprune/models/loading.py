@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmprune.core.errors import ModelError, UnsupportedModelError, quoted, shortened
 from llmprune.core.files import exists, expanded
-from llmprune.core.recipe import ModelRecipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.data.bos import opening_with_bos
 
 _PRE_TOKENIZERS_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")

@@ -18,7 +18,8 @@ from llmprune.choices.choice import Choice
 from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind, SizeWord
 from llmprune.core.errors import RecipeError, UnsupportedModelError, quoted
 from llmprune.core.files import expanded
-from llmprune.core.recipe import ModelRecipe, Recipe
+from llmprune.core.recipe import Recipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.models.loading import load_model
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, BlockNames, Family, input_axis
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from llmprune.baselines.methods import METHODS, own_libraries
-from llmprune.blocks.library import BlockLibrary, Plan, build_libraries
-from llmprune.core.recipe import BaselineName, SplitName
+from llmprune.blocks.library import BlockLibrary, LibrarySpec, build_libraries
+from llmprune.core.recipe import BaselineName
+from llmprune.core.recipe_inputs import SplitName
 from llmprune.data.tokens import Split
 from llmprune.measure.quality.perplexity import batch_windows
 from llmprune.measure.quality.prefix import STATES_BYTES, PrefixScorer
@@ -78,12 +79,12 @@ class Judges:
         own = own_libraries(names, rules)
         missing = [recipe for method, recipe in own.items() if method not in self._libraries]
         if missing:
-            plans = [Plan(recipe, self.run.directory.library_of(recipe.method)) for recipe in missing]
+            specs = [LibrarySpec(recipe, self.run.directory.library_of(recipe.method)) for recipe in missing]
             with self.run.show(f"ordering blocks by {', '.join(recipe.method for recipe in missing)}") as advance:
                 built = build_libraries(
                     self.stock.parent,
                     self.stock.tokens["calibration"],
-                    plans,
+                    specs,
                     self.stock.space,
                     input_hash=library_inputs(self.stock, self.stock.tokens),
                     memory_bytes=rules.memory_bytes,

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.core.errors import ExportError
 from llmprune.core.progress import Show
-from llmprune.core.recipe import DeployRecipe, FormatName, GgufType, ModelRecipe
+from llmprune.core.recipe import DeployRecipe, FormatName, GgufType
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.formats.gguf import write_gguf
 from llmprune.formats.limits import check_child
 from llmprune.formats.vllm import write_vllm

@@ -24,7 +24,7 @@ from llmprune.tables.allocate import Scores
 from llmprune.tables.costs import CostTable
 from llmprune.tables.estimate import estimate_delta_nats
 from llmprune.tables.shrinkage import Shrinkage
-from llmprune.tables.walk import path
+from llmprune.tables.walk import walk
 
 ESTIMATES_KEPT = 8
 """Tables that are remembered: a guided sampler asks for the same few incumbents again and again."""
@@ -73,7 +73,7 @@ def walked_seeds(
     """Labelled seeds, one for each of the search's targets that a path from the parent reaches."""
     aims = [target * MARGIN for target in search.targets]
     with show("walking from the parent to the targets") as advance:
-        found = dict(path(estimate, costs, search.objective, aims, step=rules.path_step, progress=advance))
+        found = dict(walk(estimate, costs, search.objective, aims, step=rules.path_step, progress=advance))
     targets = zip(search.targets, aims, strict=True)
     return [(f"path-{target:g}x", found[aim]) for target, aim in targets if aim in found]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,78 +138,91 @@ def _batch_scores(
     windows: torch.Tensor,
 ) -> tuple[DeltaNats, int]:
     """Sums over the batch's tokens of g.delta + (g.delta)^2 / 2 for every candidate, and the number of tokens."""
-    sums: DeltaNats = {}
-    entered: dict[tuple[int, Choice], torch.Tensor] = {}
-    inputs: dict[tuple[int, BlockKind], torch.Tensor] = {}
+    watched = _Watched(parent, library, own, beside)
+    with watched.hooked(), torch.enable_grad():
+        embedded = parent.model.get_input_embeddings()(windows.to(parent.device)).detach().requires_grad_()
+        logits = parent.model(inputs_embeds=embedded, use_cache=False).logits[:, :-1].float()
+        targets = windows[:, 1:].to(logits.device)
+        nats = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="sum")
+        nats.backward()  # type: ignore[no-untyped-call]
+    return watched.sums, int(targets.numel())
 
-    def enter(layer: int, choices: Sequence[Choice]) -> Any:
+
+@dataclass
+class _Watched:
+    """The parent's modules while one batch runs through them as `own` and back."""
+
+    parent: Parent
+    library: BlockLibrary
+    own: Mapping[tuple[int, BlockKind], Choice]
+    beside: _Beside
+    sums: DeltaNats = field(default_factory=dict)
+    _entered: dict[tuple[int, Choice], torch.Tensor] = field(default_factory=dict)
+    _inputs: dict[tuple[int, BlockKind], torch.Tensor] = field(default_factory=dict)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """With every block watched."""
+        with ExitStack() as hooks:
+            for layer, kind in self.own:
+                # In this order: where the projection itself adds to the stream, it puts in what `at` has first.
+                output, adds = self.parent.output_projection(layer, kind), self.parent.adds_to_stream(layer, kind)
+                hooks.callback(output.register_forward_hook(partial(self._project, layer, kind)).remove)
+                hooks.callback(adds.register_forward_hook(partial(self._add, layer, kind)).remove)
+                if choices := [choice for choice in self.beside if choice.kind == kind]:
+                    block, enter = self.parent.block(layer, kind), partial(self._enter, layer, choices)
+                    hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            yield
+
+    def _enter(
+        self, layer: int, choices: Sequence[Choice], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Of a block: runs those of these choices beside it."""
+        for choice in choices:
+            # Gradients of earlier layers flow through what `at` has, and through nothing else.
+            with torch.set_grad_enabled(choice == self.own[layer, choice.kind]):
+                self._entered[layer, choice] = own_inputs(self.beside[choice][layer], args, kwargs)
 
-        def pre_hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for choice in choices:
-                # Gradients of earlier layers flow through what `at` has, and through nothing else.
-                with torch.set_grad_enabled(choice == own[layer, choice.kind]):
-                    entered[layer, choice] = own_inputs(beside[choice][layer], args, kwargs)
-
-        return pre_hook
-
-    def project(layer: int, kind: BlockKind) -> Any:
+    def _project(
+        self, layer: int, kind: BlockKind, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor:
         """Of an output projection: puts in what `at` has."""
+        mine = self.own[layer, kind]
+        self._inputs[layer, kind] = args[0].detach()
+        if mine == self.parent.shape.full(kind):
+            return output
+        candidate = _candidate(self.parent, self.library, layer, mine)
+        return candidate.output(self._entered.get((layer, mine), args[0]))
 
-        def forward_hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            mine = own[layer, kind]
-            inputs[layer, kind] = args[0].detach()
-            if mine == parent.shape.full(kind):
-                return output
-            return _candidate(parent, library, layer, mine).output(entered.get((layer, mine), args[0]))
-
-        return forward_hook
-
-    def add(layer: int, kind: BlockKind) -> Any:
+    def _add(
+        self, layer: int, kind: BlockKind, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> None:
         """Of what adds to the residual stream: scores the candidates as soon as its gradient is known."""
+        x_BTI = self._inputs.pop((layer, kind))
+        # A candidate's inputs are the parent's, but for those that compute their own.
+        others = {c: self._entered.pop((layer, c)).detach() for c in self.beside if c.kind == kind}
+        hook = partial(self._score, layer, kind, x_BTI, others)
+        output.register_hook(hook)  # type: ignore[no-untyped-call]
 
-        def forward_hook(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            mine, x_BTI = own[layer, kind], inputs.pop((layer, kind))
-            # A candidate's inputs are the parent's, but for those that compute their own.
-            others = {choice: entered.pop((layer, choice)).detach() for choice in beside if choice.kind == kind}
+    def _score(
+        self,
+        layer: int,
+        kind: BlockKind,
+        x_BTI: torch.Tensor,
+        others: Mapping[Choice, torch.Tensor],
+        gradient_BTD: torch.Tensor,
+    ) -> None:
+        mine, norm = self.own[layer, kind], self.parent.output_norm(layer, kind)
 
-            def backward_hook(gradient_BTD: torch.Tensor) -> None:
-                def along_gradient(choice: Choice) -> torch.Tensor:
-                    candidate = _candidate(parent, library, layer, choice)
-                    norm = parent.output_norm(layer, kind)
-                    return _along_gradient(gradient_BTD.detach(), others.get(choice, x_BTI), candidate, norm)
+        def along_gradient(choice: Choice) -> torch.Tensor:
+            candidate = _candidate(self.parent, self.library, layer, choice)
+            return _along_gradient(gradient_BTD.detach(), others.get(choice, x_BTI), candidate, norm)
 
-                own_N = along_gradient(mine)
-                for choice in library.space.ladder(kind):
-                    if choice != mine:
-                        change_N = along_gradient(choice) - own_N
-                        sums[layer, choice] = float((change_N + 0.5 * change_N.square()).double().sum())
-
-            output.register_hook(backward_hook)  # type: ignore[no-untyped-call]
-
-        return forward_hook
-
-    handles = []
-    for layer, kind in own:
-        # In this order: where the projection itself adds to the stream, it puts in what `at` has first.
-        handles.append(parent.output_projection(layer, kind).register_forward_hook(project(layer, kind)))
-        handles.append(parent.adds_to_stream(layer, kind).register_forward_hook(add(layer, kind)))
-        if choices := [choice for choice in beside if choice.kind == kind]:
-            block = parent.block(layer, kind)
-            handles.append(block.register_forward_pre_hook(enter(layer, choices), with_kwargs=True))
-    try:
-        with torch.enable_grad():
-            embedded = parent.model.get_input_embeddings()(windows.to(parent.device)).detach().requires_grad_()
-            logits = parent.model(inputs_embeds=embedded, use_cache=False).logits[:, :-1].float()
-            targets = windows[:, 1:].to(logits.device)
-            nats = nn.functional.cross_entropy(
-                logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="sum"
-            )
-            nats.backward()  # type: ignore[no-untyped-call]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sums, int(targets.numel())
+        own_N = along_gradient(mine)
+        for choice in self.library.space.ladder(kind):
+            if choice != mine:
+                change_N = along_gradient(choice) - own_N
+                self.sums[layer, choice] = float((change_N + 0.5 * change_N.square()).double().sum())
 
 
 def _along_gradient(

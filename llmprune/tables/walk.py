@@ -19,7 +19,7 @@ CHANGED_A_STEP = 1 / 4
 """Share of the decisions that a step may change."""
 
 
-def path(
+def walk(
     estimate: Callable[[Architecture], Scores],
     costs: CostTable,
     phase: str,
