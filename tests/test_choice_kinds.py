@@ -15,8 +15,6 @@ import pytest
 import torch
 from closeness import assert_close
 from families import CASES, IDS, Slices, masked, overwritten, tiny_parent, tokens
-from llmprune.pipeline.stages import export, front, search
-from llmprune.pipeline.workspace import Run
 from test_run import changed
 from tiny import paired_by_bytes, tiny_recipe
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -43,6 +41,9 @@ from llmprune.models.modeling_pruned import input_axis
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import parameter_count, size_of
 from llmprune.models.surgery import prune
+from llmprune.pipeline.commands import export, front, search
+from llmprune.pipeline.prepare import Stock, prepare, stock_up
+from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
 from llmprune.search import judging
 from llmprune.tables import block_tables, reach
@@ -271,30 +272,30 @@ def test_a_kind_that_llmprune_does_not_know_is_searched_exported_and_reloaded(
     with monkeypatch.context() as patch, RunDirectory(tmp_path / "run").locked():
         patch.setattr(kinds, "KINDS", EVERY)
         run = Run.start(tmp_path / "run", recipe)
-        assert run.space.ffn == (FirstChannels(8), FirstChannels(24), FfnChoice(32))
         search(run)
         front(run)
-        again = Run.open(tmp_path / "run")
-        assert again.tables == run.tables and again.library.hash == run.library.hash
+        once, again = prepare(run), prepare(Run.open(tmp_path / "run"))
+        assert once.space.ffn == (FirstChannels(8), FirstChannels(24), FfnChoice(32))
+        assert again.tables == once.tables and again.library.hash == once.library.hash
         # Proven in a fresh process, which knows nothing of llmprune.
         export(run, parse_pick(recipe.export.pick), tmp_path / "child")
         metadata = json.loads((tmp_path / "child" / checkpoint.METADATA_FILE).read_text())
         architecture = Architecture.from_json(metadata["architecture"])
         found = [layer.ffn for layer in architecture.layers]
         assert any(isinstance(choice, FirstChannels) for choice in found)
-        expected = logits_of(cut_by_hand(run, found))
+        expected = logits_of(cut_by_hand(stock_up(run), found))
     child = AutoModelForCausalLM.from_pretrained(tmp_path / "child")
     assert_close(logits_of(child.eval()), expected)
     with pytest.raises(ArchitectureError, match=r"no choice for the ffn block of a layer is said so: .*first_channels"):
         Architecture.from_json(metadata["architecture"])
 
 
-def cut_by_hand(run: Run, choices: list[Choice]) -> PreTrainedModel:
+def cut_by_hand(stock: Stock, choices: list[Choice]) -> PreTrainedModel:
     """The parent at full size, that reads the first channels alone, through what was solved for them."""
-    model = copy.deepcopy(run.parent.model)
+    model = copy.deepcopy(stock.parent.model)
     for layer, choice in enumerate(choices):
         if isinstance(choice, FirstChannels):
             weight = model.get_submodule(f"model.layers.{layer}.mlp.down_proj").get_parameter("weight").data
             weight[:] = 0
-            weight[:, : choice.count] = run.library.output(layer, choice)[0]
+            weight[:, : choice.count] = stock.library.output(layer, choice)[0]
     return model

@@ -32,7 +32,7 @@ from llmprune.measure.speed.llamacpp_engine import loaded_runs
 from llmprune.measure.speed.throughput import Workload, measure_paired, token_ids
 from llmprune.models.surgery import prune
 from llmprune.pipeline.commands import front, search
-from llmprune.pipeline.prepare import stock_up
+from llmprune.pipeline.prepare import lay_ground, stock_up
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
 from llmprune.pipeline.searching import study_name
@@ -263,4 +263,4 @@ def test_recipes_that_llama_cpp_cannot_time_are_refused_at_once(
     sections: dict[str, Any], named: str, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=named):
-        assert Run.start(tmp_path / "run", changed(tiny_recipe(tmp_path), **sections)).parent
+        lay_ground(Run.start(tmp_path / "run", changed(tiny_recipe(tmp_path), **sections)))

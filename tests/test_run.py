@@ -105,7 +105,7 @@ def strict_json(path: Path) -> Any:
 def test_the_front_is_what_scripts_rely_on(finished_run: Finished) -> None:
     measured = strict_json(finished_run.path / "front.json")
     assert list(measured) == ["schema", "parent", "children", "baselines"] and measured["schema"] == SCHEMA
-    library = Run.open(finished_run.path).library
+    library = stock_up(Run.open(finished_run.path)).library
     assert 1 <= len(measured["children"]) <= finished_run.recipe.front.size
     assert {record["name"] for record in measured["baselines"]} <= {"uniform", "shortgpt", "random"}
     for record in (measured["parent"], *measured["children"], *measured["baselines"]):
