@@ -33,7 +33,7 @@ PARENT ?=
 TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
 
 .PHONY: setup demo compress search baselines export export-gguf export-vllm push bench bench-search bench-families bench-scaling eval \
-	test test-numerics lint typecheck check clean
+	test test-numerics test-oldest lint typecheck check clean
 
 setup: $(VENV)/.installed
 
@@ -103,6 +103,18 @@ eval: setup
 # A test process for every core.
 test: setup
 	$(BIN)/python -m pytest --numprocesses logical --dist worksteal
+
+# The lower bounds of pyproject.toml in a .venv of their own. OLDEST="torch=2.13.0" stands in for one that an index lacks.
+OLDEST ?=
+SMOKE := $(patsubst %,tests/test_%.py,recipe architecture space data sources blocks_library blocks_refit sensitivity families checkpoint run cli card)
+
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	$(PYTHON) scripts/oldest.py $(OLDEST) > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-oldest/constraints.txt torch
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-oldest/constraints.txt --editable . \
+		pytest pytest-timeout pytest-xdist hypothesis
+	.venv-oldest/bin/python -m pytest --numprocesses logical --dist worksteal --override-ini filterwarnings=default $(SMOKE)
 
 # Sums come out in another order on another CPU: the same tests with other kernels, on one thread and on two.
 NUMERIC := $(patsubst %,tests/test_%.py,merging blocks_refit blocks_library sensitivity measure baselines_flap gguf gguf_proof)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -32,12 +33,24 @@ from tiny import paired_by_bytes, tiny_recipe, write_front
 from llmprune.cli.main import main
 from llmprune.core.budgets import parse_pick
 from llmprune.core.recipe import Recipe
+from llmprune.forecast import rates
 from llmprune.models import checkpoint
+from llmprune.pipeline import inspection
 from llmprune.pipeline.commands import export, front, search
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
 from llmprune.search import judging
 from llmprune.tables import block_tables, reach
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_forecasts() -> Iterator[None]:
+    """What a machine does in a second is asked for a twentieth of one, and how long a process takes to start once."""
+    with (
+        patch.object(rates, "BUDGET_S", rates.BUDGET_S / 20),
+        patch.object(inspection, "process_seconds", cache(rates.process_seconds)),
+    ):
+        yield
 
 
 def pytest_sessionfinish() -> None:

@@ -135,9 +135,9 @@ def test_every_command_says_what_can_be_reached(
     assert "are outside of all blocks" in " ".join(inspected.out.split())
     result = llmprune("inspect", recipe.model.path, *quick, "--json").json
     assert result["reach"]["decode"]["fastest"] == 1.3 and 0 < result["outside_blocks"]["decode"] < 1
+    dry = llmprune("search", run, "--recipe", file, "--dry-run")
+    assert dry.code == 0 and told in dry.out, dry.err
     for command in (("compress", file, "--out", run), ("search", run, "--recipe", file)):
-        dry = llmprune(*command, "--dry-run")
-        assert dry.code == 0 and told in dry.out, dry.err
         refused = llmprune(*command, "--dry-run", "search.targets=[2]")
         assert refused.code == 2 and "search.targets asks for 2x in decode" in refused.err
         refused = llmprune(*command, "search.targets=[2]")

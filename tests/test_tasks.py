@@ -59,7 +59,7 @@ def by_its_own_command(checkpoint: Path, task_files: Path, scratch: Path, cache:
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}> {% endif %}"
 
 
-@pytest.mark.parametrize(("fewshot", "chat"), [(None, False), (2, False), (2, True)])
+@pytest.mark.parametrize(("fewshot", "chat"), [(None, False), (2, True)])
 def test_both_routes_give_the_same_figures(
     fewshot: int | None,
     chat: bool,
