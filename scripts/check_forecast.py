@@ -33,6 +33,7 @@ STAGES = {
     "cutting text": "tokens",
     "ordering and refitting": "library",
     "estimating what": "estimate",
+    "scoring what choices cost together": "together",
     "scoring choices exactly": "exact",
     "measuring what each choice": "probes",
     "walking from the parent": "path",

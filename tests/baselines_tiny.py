@@ -86,7 +86,12 @@ def tables_of(space: Space) -> BlockTables:
         for choice in space.ladder(kind)
     }
     influence = torch.rand(space.shape.layers, generator=generator).tolist()
-    return BlockTables(delta_nats, influence, CostTable(space, {"decode": saving, "prefill": saving}))
+    return BlockTables(
+        delta_nats,
+        influence,
+        CostTable(space, {"decode": saving, "prefill": saving}),
+        dict.fromkeys((*space.attention, *space.ffn), 1.0),
+    )
 
 
 def given_of(parent: Parent, library: BlockLibrary, nats: Nats | None = None, *, draws: int = 4) -> Given:

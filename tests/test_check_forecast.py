@@ -46,7 +46,8 @@ def test_a_whole_run_stands_beside_its_forecast(
     check_forecast.main()
     result = json.loads(capsys.readouterr().out)
     rows = {row["stage"]: row for row in result["stages"]}
-    assert {"tokens", "library", "estimate", "probes", "path", "search", "front", "checkpoints"} == set(rows)
+    of_tables = {"estimate", "together", "probes"}
+    assert {"tokens", "library", *of_tables, "path", "search", "front", "checkpoints"} == set(rows)
     for name, row in rows.items():
         assert row["actual_seconds"] > 0, name
     assert rows["library"]["forecast_disk_bytes"] == pytest.approx(rows["library"]["actual_disk_bytes"], rel=0.05)

@@ -69,7 +69,7 @@ def test_a_run_searches_with_shrunk_scores_and_keeps_its_table_as_it_was(finishe
     share = run.recipe.tables.shrinkage
     assert share > 0
     prepared = prepare(run)
-    nats, whole = prepared.tables.delta_nats, prepared.space.shape.architecture
+    nats, whole = prepared.tables.joint_nats, prepared.space.shape.architecture
     assert prepared.scores == Shrinkage.of(nats, share).apply(nats, whole)
     assert prepared.scores != nats
     guide = guide_for(run, prepared, Judges(run, prepared), estimates_for(run, prepared))

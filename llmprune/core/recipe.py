@@ -90,6 +90,13 @@ class TablesRecipe(Section):
         description="share of a choice's score that is what the choice costs in the layers on average: the more of it, "
         "the less is taken from a few blocks alone, and the less a search trusts few tokens",
     )
+    together: int = Field(
+        3,
+        ge=0,
+        le=16,
+        description="choices of each kind that are made in all layers at once, to hold the sums of scores to what that "
+        "really costs; 0 takes the sums as they are",
+    )
     path_tokens: int = Field(
         8_192, ge=64, description="tokens of the estimate split of each estimate along the path of seeds, and of slp's"
     )

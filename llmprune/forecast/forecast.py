@@ -50,6 +50,7 @@ from llmprune.search.warm_starts import MARGIN
 from llmprune.tables.block_tables import CALIBRATE_AT
 from llmprune.tables.costs import probe_architectures
 from llmprune.tables.estimate import WINDOWS_A_BATCH
+from llmprune.tables.together import together_architectures
 from llmprune.tables.walk import estimates_of
 
 RACED: Mapping[SamplerName, int] = {"slp": slp.POOL, "evopress": evopress.CHILDREN}
@@ -66,6 +67,7 @@ def forecast(plan: Plan, done: Done | None = None, *, until: Until = "export") -
         _library(plan, done),
         StageCost("estimate", done=True) if done.tables else _estimate(plan),
         *([StageCost("exact", done=True) if done.tables else _exact(plan)] if plan.exact_choices else []),
+        StageCost("together", done=True) if done.tables else _together(plan),
         StageCost("probes", done=True) if done.tables else _probes(plan),
         StageCost("path", done=True) if done.path else _path(plan),
         _search(plan, done),
@@ -143,6 +145,17 @@ def _exact(plan: Plan) -> StageCost:
         forward_tokens=-(-ran * tokens // layers),
         children=len(plan.exact_choices),
         peak_memory_bytes=_judged_bytes(plan, "estimate") + len(kept) * plan.state_bytes(tokens),
+    )
+
+
+def _together(plan: Plan) -> StageCost:
+    """The parent's pass, and one for each child that makes one choice in all layers."""
+    children = len(together_architectures(plan.space, plan.recipe.tables.together))
+    return StageCost(
+        "together",
+        forward_tokens=(1 + children) * plan.exact_tokens if children else 0,
+        children=children,
+        peak_memory_bytes=_judged_bytes(plan, "estimate"),
     )
 
 

@@ -25,6 +25,7 @@ from llmprune.search.judging import quote
 from llmprune.search.samplers.slp import FROM
 from llmprune.search.warm_starts import MARGIN
 from llmprune.search.workers.storage import opened_storage
+from llmprune.tables.together import together_architectures
 from llmprune.tables.walk import estimates_of
 
 
@@ -124,7 +125,8 @@ def _of_front(contest: Contest, targets: Sequence[float], book: Book) -> list[En
     estimates = len({trial.user_attrs[FROM] for trial in trials if FROM in trial.user_attrs} - tabled)
     if run.directory.seeds.is_file():
         estimates += estimates_of([target * MARGIN for target in run.recipe.search.targets], rules.path_step)
-    read = prepared.tokens["calibration"].tokens + ALL_TABLES * rules.tokens + 3 * estimates * rules.path_tokens
+    passes = ALL_TABLES + len(together_architectures(prepared.space, rules.together))
+    read = prepared.tokens["calibration"].tokens + passes * rules.tokens + 3 * estimates * rules.path_tokens
     seconds = sum(trial.duration.total_seconds() for trial in trials if trial.duration)
     effort = effort_of(evaluations, split.tokens, read, seconds)
     return front_entries(read_front(run.directory), run.speed, targets, effort)

@@ -67,8 +67,8 @@ class Prepared(Stock):
 
     @cached_property
     def scores(self) -> Scores:
-        """What a knapsack minimises: the tables' nats, shrunk."""
-        return self.shrinkage.apply(self.tables.delta_nats, self.space.shape.architecture)
+        """What a knapsack minimises: the tables' nats, held to what choices cost together, and shrunk."""
+        return self.shrinkage.apply(self.tables.joint_nats, self.space.shape.architecture)
 
 
 def prepare(run: Run, ground: Ground | None = None) -> Prepared:
@@ -223,7 +223,7 @@ def score_choices(run: Run, stock: Stock) -> Prepared:
     """What every choice loses and saves, in the tables."""
     tables = _tables(run, stock)
     return Prepared(
-        **vars(stock), tables=tables, shrinkage=Shrinkage.of(tables.delta_nats, run.recipe.tables.shrinkage)
+        **vars(stock), tables=tables, shrinkage=Shrinkage.of(tables.joint_nats, run.recipe.tables.shrinkage)
     )
 
 
@@ -236,7 +236,7 @@ def _tables(run: Run, stock: Stock) -> BlockTables:
         return BlockTables.from_json(stock.space, read_json(path))
     estimated, repeats = stock.tokens["estimate"], run.recipe.workload.repeats
     made_of = [stock.library.hash, estimated.hash, stock.workload.to_json(), fingerprint()]
-    key = hash_of(*made_of, rules.tokens, rules.exact, rules.caution)
+    key = hash_of(*made_of, rules.tokens, rules.exact, rules.caution, rules.together)
     if not run.directory.is_done("tables", key, path):
         tables = build_tables(stock.parent, estimated, stock.library, stock.workload, repeats, rules, show=run.show)
         write_json(path, tables.to_json())

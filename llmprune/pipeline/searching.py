@@ -46,6 +46,7 @@ def estimates_for(run: Run, prepared: Prepared) -> Estimates:
         rules.path_tokens,
         prepared.workload.device,
         prepared.shrinkage,
+        prepared.tables.together,
         of_parent=prepared.scores,
         caution=rules.caution,
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
+from llmprune.choices.choice import Choice
 from llmprune.choices.space import Space
 from llmprune.core.errors import ArchitectureError, RunDirectoryError
 from llmprune.core.progress import Show
@@ -24,6 +25,7 @@ from llmprune.tables.allocate import Scores
 from llmprune.tables.costs import CostTable
 from llmprune.tables.estimate import estimate_delta_nats
 from llmprune.tables.shrinkage import Shrinkage
+from llmprune.tables.together import weighed
 from llmprune.tables.walk import walk
 
 ESTIMATES_KEPT = 8
@@ -35,7 +37,8 @@ Seed = tuple[str, Architecture]
 
 @dataclass
 class Estimates:
-    """Estimated nats a token of every choice, put alone into any architecture, and shrunk; the last few are kept."""
+    """Estimated nats a token of every choice, put alone into any architecture, weighed and shrunk; the last few are
+    kept."""
 
     parent: Parent
     split: Split
@@ -44,8 +47,10 @@ class Estimates:
     """Of `split`, that each estimate takes."""
     device: str
     shrinkage: Shrinkage
+    together: Mapping[Choice, float]
+    """What choices cost together, over the sum of their scores (see `tables.together`)."""
     of_parent: Scores
-    """What the tables have of the parent itself, shrunk: it is not estimated again."""
+    """What the tables have of the parent itself, so weighed and shrunk: it is not estimated again."""
     caution: float = 0.0
     _kept: dict[Architecture, Scores] = field(default_factory=dict)
 
@@ -59,6 +64,7 @@ class Estimates:
                 )
             if len(self._kept) == ESTIMATES_KEPT:
                 del self._kept[next(iter(self._kept))]
+            found = weighed(found, self.together, architecture)
             self._kept[architecture] = self.shrinkage.apply(found, architecture)
         return self._kept[architecture]
 

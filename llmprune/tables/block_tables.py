@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -18,6 +19,7 @@ from llmprune.core.progress import Show
 from llmprune.core.recipe import GgufType, TablesRecipe
 from llmprune.data.tokens import Split
 from llmprune.formats.served_size import served_size
+from llmprune.measure.quality.perplexity import score
 from llmprune.measure.quality.prefix import PrefixScorer
 from llmprune.measure.speed.throughput import Workload, measure_paired, standard_errors
 from llmprune.measure.speed.turns import timing
@@ -27,6 +29,7 @@ from llmprune.tables.allocate import Allocator
 from llmprune.tables.costs import CostTable, cost_table, probe_architectures
 from llmprune.tables.estimate import block_influence, estimate_delta_nats
 from llmprune.tables.exact import exact_delta_nats, is_exact
+from llmprune.tables.together import together_factors, weighed
 
 CALIBRATE_AT = (1.3, 1.6)
 """Estimated speed-ups of the mixed children that the savings are scaled to."""
@@ -34,11 +37,18 @@ CALIBRATE_AT = (1.3, 1.6)
 
 @dataclass(frozen=True)
 class BlockTables:
-    """`delta_nats` by (layer, choice), put alone into the parent; each layer's block influence; and the cost table."""
+    """`delta_nats` by (layer, choice), put alone into the parent; each layer's block influence; the cost table; and by
+    choice what it costs where all layers make it, over the sum of its scores."""
 
     delta_nats: Mapping[tuple[int, Choice], float]
     influence: Sequence[float]
     costs: CostTable
+    together: Mapping[Choice, float]
+
+    @cached_property
+    def joint_nats(self) -> dict[tuple[int, Choice], float]:
+        """`delta_nats`, whose sums are what choices cost together."""
+        return weighed(self.delta_nats, self.together, self.costs.space.shape.architecture)
 
     def to_json(self) -> dict[str, Any]:
         space = self.costs.space
@@ -49,6 +59,7 @@ class BlockTables:
             ],
             "block_influence": list(self.influence),
             "time_saved_per_block": self.costs.to_json(),
+            "together": {kind: [self.together[choice] for choice in space.ladder(kind)] for kind in BLOCK_KINDS},
         }
 
     @classmethod
@@ -63,12 +74,17 @@ class BlockTables:
             }
             influence = [float(value) for value in data["block_influence"]]
             costs = CostTable.from_json(space, data["time_saved_per_block"])
+            together = {
+                choice: float(value)
+                for kind in BLOCK_KINDS
+                for choice, value in zip(space.ladder(kind), data["together"][kind], strict=True)
+            }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RunDirectoryError(
                 f"tables.json does not hold the tables of this run's space ({type(error).__name__}: {error}); "
                 "delete it and start again"
             ) from error
-        return cls(delta_nats, influence, costs)
+        return cls(delta_nats, influence, costs, together)
 
 
 def build_tables(
@@ -98,6 +114,12 @@ def build_tables(
             scored = split.head(split.first_windows(min(1.0, rules.tokens / split.tokens)))
             scorer = PrefixScorer(parent, library, scored)
             delta_nats |= exact_delta_nats(scorer, scored, library.space, wanted, advance, caution=rules.caution)
+    with show("scoring what choices cost together") as advance:
+        scored = split.head(split.first_windows(min(1.0, rules.tokens / split.tokens)))
+        together = together_factors(
+            library.space, delta_nats, rules.together, lambda one: _nats(parent, library, scored, one), advance
+        )
+    joint_nats = weighed(delta_nats, together, parent.shape.architecture)
     probes = probe_architectures(library.space)
     measured: dict[Choice, dict[str, float]] = {}
     errors: dict[Choice, dict[str, float]] = {}
@@ -110,7 +132,7 @@ def build_tables(
         shares: list[dict[str, float]] = []
         for speedup in CALIBRATE_AT:
             advance(len(measured) + len(shares), total)
-            mixed = Allocator(delta_nats, costs).best({"decode": speedup})
+            mixed = Allocator(joint_nats, costs).best({"decode": speedup})
             if mixed is not None:
                 found = speedups_of(parent, mixed, library, workload, repeats)
                 shares.append({c: _share(1 - 1 / found[c], 1 - costs.relative_time(mixed, c)) for c in found})
@@ -118,7 +140,12 @@ def build_tables(
     if shares:
         costs = costs.scaled({phase: median(share[phase] for share in shares) for phase in shares[0]})
     saving = {**costs.saving, **count_savings(parent, library.space, workload.gguf_type)}
-    return BlockTables(delta_nats, influence, CostTable(library.space, saving))
+    return BlockTables(delta_nats, influence, CostTable(library.space, saving), together)
+
+
+def _nats(parent: Parent, library: BlockLibrary, split: Split, architecture: Architecture) -> float:
+    """Nats a token of a child. Raises ModelError if it computes no numbers."""
+    return score(prune(parent, architecture, library), split).nats_per_token
 
 
 def count_savings(parent: Parent, space: Space, gguf_type: GgufType | None = None) -> dict[str, dict[Choice, float]]:
