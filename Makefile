@@ -32,7 +32,7 @@ OUTPUT ?=
 PARENT ?=
 TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
 
-.PHONY: setup demo compress search baselines export export-gguf export-vllm push bench bench-search bench-families bench-scaling eval \
+.PHONY: setup demo compress search baselines recover export export-gguf export-vllm push bench bench-search bench-families bench-scaling eval \
 	test test-numerics test-oldest lint typecheck check clean
 
 setup: $(VENV)/.installed
@@ -89,6 +89,11 @@ export-vllm: setup
 push: setup
 	$(LLMPRUNE) push '$(OUT)' '$(REPO)' $(if $(LICENCE),--licence '$(LICENCE)')
 
+# make recover OUT=runs/name MINUTES=30               distils the picked child (PICK) from its parent
+MINUTES ?= 10
+recover: setup
+	$(LLMPRUNE) recover '$(OUT)' --pick '$(PICK)' --minutes '$(MINUTES)' $(SET)
+
 bench: setup
 	$(LLMPRUNE) bench $(DIRS)
 
@@ -116,15 +121,18 @@ test-oldest:
 		pytest pytest-timeout pytest-xdist hypothesis
 	.venv-oldest/bin/python -m pytest --numprocesses logical --dist worksteal --override-ini filterwarnings=default $(SMOKE)
 
-# Sums come out in another order on another CPU: the same tests with other kernels, on one thread and on two.
-NUMERIC := $(patsubst %,tests/test_%.py,merging blocks_refit blocks_library sensitivity measure baselines_flap gguf gguf_proof)
+# Sums come out in another order on another CPU: the same tests with other kernels, on one thread and on two. CI takes
+# WAYS="default-2 avx2-1": each kernel and each number of threads once.
+WAYS ?= default-1 default-2 avx2-1 avx2-2
+NUMERIC := $(patsubst %,tests/test_%.py,merging blocks_refit blocks_library sensitivity measure baselines_flap gguf gguf_proof recover_sequential)
 
 test-numerics: setup
-	@set -e; for kernels in default avx2; do for threads in 1 2; do \
+	@set -e; for way in $(WAYS); do \
+		kernels=$${way%-*} threads=$${way#*-}; \
 		echo "ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads"; \
 		ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads OMP_WAIT_POLICY=passive \
 			$(BIN)/python -m pytest --numprocesses logical --dist worksteal $(NUMERIC); \
-	done; done
+	done
 
 lint: setup
 	$(BIN)/ruff check .

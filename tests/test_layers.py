@@ -22,6 +22,7 @@ FLOORS = [
     "pipeline/",
     "forecast/",
     "publish/",
+    "recover/",
     "baselines/",
     "search/",
     "tables/",

@@ -172,7 +172,12 @@ def test_the_schema_names_every_key() -> None:
 
 def test_splits_have_sizes_of_their_own() -> None:
     data = parse_recipe(apply_overrides(SMALLEST, ["data.unseen=[{name: b, path: b.txt}]"]), origin="").data
-    assert (parse_recipe(SMALLEST, origin="").data.splits, data.splits) == (SPLIT_NAMES[:5], SPLIT_NAMES)
+    assert (parse_recipe(SMALLEST, origin="").data.splits, data.splits) == (
+        SPLIT_NAMES[:5],
+        (*SPLIT_NAMES[:5], "unseen"),
+    )
+    recovering = data.model_copy(update={"recovery_tokens": 512})
+    assert recovering.splits == SPLIT_NAMES and recovering.identity() != data.identity()
     short = data.model_copy(update={"seq_len": 64})
     assert {short.seq_len_of(name) for name in SPLIT_NAMES[:5]} == {64} and short.seq_len_of("unseen") == 1024
     assert {name: data.tokens_of(name) for name in SPLIT_NAMES} == {
@@ -181,6 +186,7 @@ def test_splits_have_sizes_of_their_own() -> None:
         "search": data.search_tokens,
         "validation": data.validation_tokens,
         "test": data.test_tokens,
+        "recovery": 0,
         "unseen": data.unseen_tokens,
     }
 

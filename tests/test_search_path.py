@@ -12,7 +12,7 @@ from landscape import SPACES, Landscape, space_of
 from llmprune.choices.architecture import Architecture
 from llmprune.choices.space import Space
 from llmprune.tables.allocate import TOLERANCE, Allocator, Near
-from llmprune.tables.walk import CHANGED_A_STEP, walk
+from llmprune.tables.walk import radius_of, walk
 
 STEP = 1.06
 # The estimate at any place is what a change truly costs there.
@@ -48,7 +48,7 @@ def test_every_child_holds_its_speedup_and_can_run(space: Space) -> None:
 
 def test_a_step_changes_no_more_than_the_trust_region_where_that_suffices() -> None:
     space, costs = EXACT.space, EXACT.allocator.costs
-    radius = round(CHANGED_A_STEP * len(space.decisions))
+    radius = radius_of(1.05, len(space.decisions))
     # Each stop is wanted, so each is seen.
     speedups = [1.05**power for power in range(1, 15)]
     found = walked(EXACT, speedups)
@@ -58,6 +58,10 @@ def test_a_step_changes_no_more_than_the_trust_region_where_that_suffices() -> N
         assert changed(space, before, after) <= radius
         near = Allocator(EXACT.estimate(before), costs).best({"decode": speedup}, near=Near(before, radius))
         assert near == after
+
+
+def test_a_longer_step_may_change_more() -> None:
+    assert [radius_of(step, 60) for step in (1.001, 1.06, 1.06**2, 1.06**4, 2.0)] == [2, 15, 30, 60, 60]
 
 
 def test_a_step_too_far_for_the_trust_region_is_taken_all_the_same() -> None:

@@ -26,7 +26,8 @@ def saved(
 ) -> tuple[TokenSplits, Path]:
     sources = [write_jsonl(tmp_path / f"{name}.jsonl", numbered_documents(name)) for name in ("a", "b", "c")]
     unseen = {"unseen": (sources.pop(),), "unseen_seq_len": 48, "unseen_tokens": 96}
-    splits = build_token_splits(small_data_recipe(*sources, bos=True, **unseen), tiny_tokenizer())
+    recipe = small_data_recipe(*sources, bos=True, recovery_tokens=64, **unseen)
+    splits = build_token_splits(recipe, tiny_tokenizer())
     path = tmp_path / "run" / "tokens.safetensors"
     save_token_splits(splits, path)
     return splits, path

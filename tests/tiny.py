@@ -203,6 +203,7 @@ def tiny_recipe(root: Path) -> Recipe:
             "workload": {"prompt_tokens": 8, "generated_tokens": 4, "repeats": 1},
             "space": {"ffn_step": 16},
             "search": {"population": 4, "trials": 5, "targets": [1.2]},
+            "recover": {"refit": False},
             "front": {"size": 2, "repeats": 1, "baselines_at": 1.2, "random_draws": 2},
             "export": {"pick": "ppl_ratio<=1000"},
         },

@@ -84,8 +84,9 @@ def choose_beside(entrants: Iterable[Entrant], speedup: float, show: Show) -> di
 
 
 def front_entries(front: Front, speed: str, targets: Iterable[float], effort: Mapping[str, Any]) -> list[Entry]:
-    """The search itself at each target, between the measured children of its front."""
-    records = [front.parent, *front.children]
+    """The search itself at each target, between the measured children of its front: as they were before a repair, since
+    other methods' children are compared one-shot."""
+    records = [front.parent, *(front.before_repair(record) or record for record in front.children)]
     why = "out of reach: no child of the front is as fast"
     return [
         entry_of("llmprune", at, settle(records, front.parent.nats_per_token, speed, at), why, effort) for at in targets

@@ -58,11 +58,17 @@ def front_table(front: Front) -> Table:
     table.add_section()
     for record in front.baselines:
         table.add_row(*_cells(record.name, record, splits))
+    if front.one_shot:
+        table.add_section()
+    for record in front.one_shot:
+        name = record.name if any(record.hash == one.hash for one in front.baselines) else "child"
+        table.add_row(*_cells(f"{name}, before", record, splits))
     return table
 
 
 def _cells(label: str, record: Record, splits: Sequence[SplitName]) -> Iterator[str]:
-    yield f"{label}\n[dim]{record.id}[/dim]" + ("" if record.usable else "\n[red]unusable[/red]")
+    done = "".join(f"\n[dim]{name}[/dim]" for name in record.done)
+    yield f"{label}\n[dim]{record.id}[/dim]{done}" + ("" if record.usable else "\n[red]unusable[/red]")
     yield f"{record.params / 1e6:.1f}M"
     yield f"{record.bytes / 1e6:.0f}M\n[dim]{record.stored_as}[/dim]"
     yield f"{record.kv_bytes_per_token:,}"

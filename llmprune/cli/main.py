@@ -190,6 +190,27 @@ def baselines(
 
 
 @app.command()
+def recover(
+    run_path: RunPath,
+    overrides: Overrides = None,
+    pick: Annotated[str | None, typer.Option(help="decode_speedup>=1.5, ppl_ratio<=1.2, or a child's id.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="As recover.minutes=...")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Distil a child of the front from its parent, and put it in its place; a stopped training goes on."""
+    from llmprune.cli.front_tables import front_table
+    from llmprune.core.budgets import parse_pick
+    from llmprune.pipeline import commands
+
+    asked = [] if minutes is None else [f"recover.minutes={minutes}", "recover.tokens=null"]
+    recipe = recipe_of_run(run_path, None, [*(overrides or []), *asked])
+    with opened_run(run_path, recipe, quiet) as (run, _):
+        recovered = commands.recover(run, parse_pick(pick or recipe.export.pick))
+    emit(recovered.stored(), json, lambda: [front_table(recovered)])
+
+
+@app.command()
 def export(
     run_path: RunPath,
     pick: Annotated[str | None, typer.Option(help="decode_speedup>=1.5, ppl_ratio<=1.2, or a child's id.")] = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -162,6 +162,55 @@ class SearchRecipe(Section):
         return self
 
 
+class RecoverRecipe(Section):
+    """What gives back some of what the cut took."""
+
+    refit: bool = Field(
+        True,
+        description="solve the output projections of the front's children again, block by block on the child's own "
+        "inputs, and keep that where it helps on held-out tokens",
+    )
+    refit_tokens: int = Field(32_768, ge=256, description="tokens of the recovery split that take part in a refit")
+    baselines: bool = Field(True, description="refit the baselines beside the front as well")
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        description="distil the picked child from its parent for about so many minutes; they become a number of tokens "
+        "when it begins",
+    )
+    tokens: int | None = Field(None, ge=1, description="or for so many tokens, in place of minutes")
+    learning_rate: float = Field(1e-4, gt=0, description="of the distillation, at its peak")
+    windows_a_step: int = Field(2, ge=1, description="windows of recovery text that a step of it learns from")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of its matrix products; weights and updates are float32; auto: bfloat16 where a step is at least "
+        "1.3 times as fast",
+    )
+    memory_gb: float = Field(
+        4.0, gt=0, description="GiB of hidden states that a refit keeps in memory; more of them lie in files"
+    )
+
+    free: ClassVar[frozenset[str]] = frozenset({"memory_gb"})
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gb * 2**30)
+
+    @property
+    def distils(self) -> bool:
+        return self.minutes is not None or self.tokens is not None
+
+    def of_refit(self) -> dict[str, Any]:
+        """What figures of a front depend on."""
+        return self.model_dump(mode="json", include={"refit", "refit_tokens", "baselines"})
+
+    @model_validator(mode="after")
+    def _one_length(self) -> RecoverRecipe:
+        if self.minutes is not None and self.tokens is not None:
+            raise ValueError(f"give one of minutes and tokens; got minutes={self.minutes:g}, tokens={self.tokens}")
+        return self
+
+
 class FrontRecipe(Section):
     """What is re-measured once the search is over."""
 
@@ -239,6 +288,7 @@ class Recipe(Section):
     tables: TablesRecipe = TablesRecipe()
     space: SpaceRecipe = SpaceRecipe()
     search: SearchRecipe = SearchRecipe()
+    recover: RecoverRecipe = RecoverRecipe()
     front: FrontRecipe = FrontRecipe()
     baselines: BaselinesRecipe = BaselinesRecipe()
     export: ExportRecipe = ExportRecipe()

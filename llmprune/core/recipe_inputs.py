@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from llmprune.core.errors import quoted
 from llmprune.core.recipe_base import PathText, Section
 
-SplitName = Literal["calibration", "estimate", "search", "validation", "test", "unseen"]
+SplitName = Literal["calibration", "estimate", "search", "validation", "test", "recovery", "unseen"]
 SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
 
 
@@ -90,8 +90,16 @@ class DataRecipe(Section):
     search_tokens: int = Field(16_384, ge=64, description="every trial is scored on these")
     validation_tokens: int = Field(16_384, ge=64, description="for choosing on the front")
     test_tokens: int = Field(16_384, ge=64, description="reported once")
+    recovery_tokens: int = Field(
+        0,
+        ge=0,
+        description="for repairing a child that was cut, some of them held out to judge by; a distillation needs them, "
+        "a refit takes calibration text where there are none",
+    )
     unseen_tokens: int = Field(16_384, ge=64, description="reported of the unseen text, if there is some")
     seed: int = 0
+
+    free: ClassVar[frozenset[str]] = frozenset({"recovery_tokens"})
 
     @model_validator(mode="after")
     def _names_differ(self) -> DataRecipe:
@@ -104,13 +112,14 @@ class DataRecipe(Section):
 
     @property
     def splits(self) -> tuple[SplitName, ...]:
-        """Those that there are: "unseen" only where `unseen` names a source."""
-        return tuple(name for name in SPLIT_NAMES if self.sources_of(name))
+        """Those that there are: "unseen" only where `unseen` names a source, "recovery" only if it has tokens."""
+        return tuple(name for name in SPLIT_NAMES if self.sources_of(name) and self.tokens_of(name))
 
     def identity(self) -> dict[str, Any]:
         """What the tokens depend on, as JSON values. A key of what is not used is left out: a run that was made before
         there was such a key keeps its tokens."""
         unused = set() if self.unseen else {"unseen", "unseen_seq_len", "unseen_tokens"}
+        unused |= set() if self.recovery_tokens else {"recovery_tokens"}
         data = self.model_dump(mode="json", exclude=unused)
         for source in (*data["sources"], *data.get("unseen", ())):
             if source["messages_field"] is None:

@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
 IntArray = npt.NDArray[np.int64]
 
-SPLITS_BY_PRIORITY: tuple[SplitName, ...] = ("search", "validation", "test", "estimate", "calibration", "unseen")
-"""Which split takes its documents first: raising `calibration_tokens` leaves the scored text as it was."""
+SPLITS_BY_PRIORITY: tuple[SplitName, ...] = (
+    *("search", "validation", "test", "estimate", "calibration", "recovery", "unseen"),
+)
+"""Which split takes its documents first: raising `calibration_tokens` or `recovery_tokens` leaves the scored text as it
+was."""
 
 LARGEST_DOCUMENT_SHARE = 1 / 16
 """How much of a source's share of a split one document may fill: three long articles are no sample of Wikipedia."""

@@ -195,8 +195,15 @@ class Front(_Value):
     parent: Record
     children: tuple[Record, ...]
     baselines: tuple[Record, ...]
+    one_shot: tuple[Record, ...] = ()
+    """Of children and baselines that were repaired, what they were before."""
 
     @property
     def every(self) -> tuple[Record, ...]:
         """All records of it."""
-        return (self.parent, *self.children, *self.baselines)
+        return (self.parent, *self.children, *self.baselines, *self.one_shot)
+
+    def before_repair(self, record: Record) -> Record | None:
+        """The one-shot form of a repaired record; None if it is one itself."""
+        same = (one for one in self.one_shot if one.hash == record.hash and one.library == record.library)
+        return next(same, None) if record.done else None

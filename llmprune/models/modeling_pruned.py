@@ -54,6 +54,10 @@ class Family:
     kv_heads: str | None = "num_key_value_heads"
     ffn_width: str = "intermediate_size"
     derives_head_dim: bool = False
+    residual_scale: str | None = None
+    """The config's word for what a block's output is multiplied by before it is added to the residual stream."""
+    parallel_residual: str | None = None
+    """The config's word for whether both blocks of a layer read the same residual stream."""
 
 
 _LLAMA = Family(
@@ -84,7 +88,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2": replace(_LLAMA, config="Qwen2Config", causal_lm="Qwen2ForCausalLM"),
     "qwen3": replace(_LLAMA, config="Qwen3Config", causal_lm="Qwen3ForCausalLM"),
     "smollm3": replace(_LLAMA, config="SmolLM3Config", causal_lm="SmolLM3ForCausalLM"),
-    "granite": replace(_LLAMA, config="GraniteConfig", causal_lm="GraniteForCausalLM"),
+    "granite": replace(
+        _LLAMA, config="GraniteConfig", causal_lm="GraniteForCausalLM", residual_scale="residual_multiplier"
+    ),
     "gemma2": _GEMMA2,
     "gemma3_text": replace(_GEMMA2, config="Gemma3TextConfig", causal_lm="Gemma3ForCausalLM"),
     "olmo2": replace(
@@ -120,6 +126,7 @@ FAMILIES: dict[str, Family] = {
         layers="gpt_neox.layers",
         kv_heads=None,
         derives_head_dim=True,
+        parallel_residual="use_parallel_residual",
     ),
     "gpt2": Family(
         config="GPT2Config",

@@ -61,6 +61,18 @@ class Parent:
         """The module whose output is what the block adds to the residual stream (up to a constant factor)."""
         return self.output_norm(layer, kind) or self.output_projection(layer, kind)
 
+    @property
+    def stream_scale(self) -> float:
+        """What a block's output is multiplied by before it is added to the residual stream (Granite)."""
+        word = self.family.residual_scale
+        return 1.0 if word is None else float(getattr(self.model.config, word))
+
+    @property
+    def parallel_residual(self) -> bool:
+        """Whether both blocks of a layer read the same residual stream (GPT-NeoX)."""
+        word = self.family.parallel_residual
+        return word is not None and bool(getattr(self.model.config, word))
+
     def output_weight(self, layer: int, kind: BlockKind) -> torch.Tensor:
         """Weight of the output projection as (D, in), whatever way round the family stores it."""
         projection = self.output_projection(layer, kind)

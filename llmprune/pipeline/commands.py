@@ -17,6 +17,7 @@ from llmprune.pipeline.exports import export_pick, exported_id, write_children
 from llmprune.pipeline.fronts import make_front
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import lay_ground, prepare, stock_up, tell_reach
+from llmprune.pipeline.recovery import recover_pick
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import read_front
 from llmprune.pipeline.searching import go_on_with_study, join_stock, run_trials, start_study, tell_of_other_hardware
@@ -28,7 +29,8 @@ from llmprune.search.workers.studies import on_this_hardware, studies_of_run
 
 
 def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = False) -> dict[str, Any]:
-    """Every stage in order: search, front, the front's checkpoints, and the recipe's pick exported to `to`.
+    """Every stage in order: search, front, recovery of the recipe's pick if the recipe names its length, the front's
+    checkpoints, and the pick exported to `to`.
 
     A checkpoint that is at `to` already and is the picked child is left as it is. An unusable one is not exported:
     then `exported` is None, and `not_exported` says why.
@@ -47,6 +49,8 @@ def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = 
         for line in told(outcome.failed_because):
             run.say(line)
         measured = make_front(run, storage, prepared, judges)
+    if run.recipe.recover.distils:
+        measured = recover_pick(run, judges, measured, parse_pick(run.recipe.export.pick))
     if run.recipe.front.checkpoints == "all":
         write_children(run, judges, measured)
     pick = parse_pick(run.recipe.export.pick)
@@ -119,6 +123,12 @@ def baselines(run: Run, rules: BaselinesRecipe) -> Compared:
         raise RunDirectoryError(f"{run.directory.path} has no tables yet; run llmprune search first")
     prepared = prepare(run)
     return compare_methods(contest_of(run, prepared, Judges(run, prepared)), rules)
+
+
+def recover(run: Run, pick: Pick) -> Front:
+    """Distil the picked child of the front from its parent, as the recipe's `recover` says (see `recover_pick`)."""
+    measured = read_front(run.directory)
+    return recover_pick(run, Judges(run, stock_up(run)), measured, pick)
 
 
 def export(run: Run, pick: Pick, to: Path, *, force: bool = False) -> dict[str, Any]:

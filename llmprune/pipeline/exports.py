@@ -16,6 +16,7 @@ from llmprune.models.checkpoint import METADATA_FILE, write_checkpoint
 from llmprune.models.loading import dtype_of
 from llmprune.models.surgery import prune
 from llmprune.pipeline.judges import Judges
+from llmprune.pipeline.recovery import repairs_of
 from llmprune.pipeline.run import Run
 from llmprune.publish.conversion import write_formats
 from llmprune.search.front import unusable
@@ -30,7 +31,9 @@ def export_pick(run: Run, judges: Judges, front: Front, pick: Pick, to: Path, *,
     Raises BudgetError if no child holds the pick, ExportError if the directory is taken, the child is unusable or the
     proof fails; without `force` only, but for the proof.
     """
-    record = pick_record([*front.children, *front.baselines] if pick.child else front.children, pick)
+    # By its architecture's hash a child is picked as the front has it.
+    others = [*front.baselines, *(one for one in front.one_shot if one.id == pick.child)] if pick.child else []
+    record = pick_record([*front.children, *others], pick)
     if record.exportable is False:
         raise ExportError(
             f"{record.id} is a {record.name} child, whose biases no {judges.stock.parent.model.config.model_type} "
@@ -58,7 +61,9 @@ def _write(
     run: Run, judges: Judges, front: Front, record: Record, to: Path, *, force: bool, formats: bool = False
 ) -> dict[str, Any]:
     parent = judges.stock.parent
-    child = prune(parent, record.architecture, _library_of(run, judges, record))
+    child = prune(parent, record.architecture, library := _library_of(run, judges, record))
+    for repair in repairs_of(run, record, library):
+        repair.apply(child)
     written: list[dict[str, Any]] = []
 
     def further(staging: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
 
 from optuna.storages import BaseStorage
 
@@ -15,11 +16,12 @@ from llmprune.measure.record import Front, Record
 from llmprune.pipeline.comparison import Contest
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import Prepared
+from llmprune.pipeline.recovery import finishing, refit_child, refit_tokens
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of, read_front
 from llmprune.pipeline.searching import study_facts, study_name, tell_of_other_hardware, trials_of
 from llmprune.search.front import candidates_for_front, holding_budgets, non_dominated, with_verdicts
-from llmprune.search.judging import quote
+from llmprune.search.judging import Finish, Judge, quote
 from llmprune.search.samplers.guide import HOLDS_WITHIN
 from llmprune.search.trial_records import record_of
 from llmprune.search.warm_starts import MARGIN
@@ -42,7 +44,8 @@ def make_front(run: Run, storage: BaseStorage, prepared: Prepared, judges: Judge
     chosen = _chosen(run, trials)
     ids = [sorted(record.id for record in records) for records in (trials, chosen)]
     split_hashes = [prepared.tokens["validation"].hash, *prepared.quoted_hashes]
-    key = hash_of(study_name(run, prepared), ids, split_hashes, rules.decisive())
+    repairs = [run.recipe.recover.of_refit(), refit_tokens(run, judges).hash] if run.recipe.recover.refit else []
+    key = hash_of(study_name(run, prepared), ids, split_hashes, rules.decisive(), *repairs)
     if not run.directory.is_done("front", key, run.directory.front):
         judges.libraries(rules.baselines)
         contest = Contest(run, prepared, judges, finished)
@@ -95,11 +98,49 @@ def _measured(run: Run, judges: Judges, chosen: Sequence[Record], beside: Mappin
             with suppress(ModelError):
                 baselines.append((rival.measure(architecture), rival))
         advance(len(chosen) + len(beside), len(chosen) + len(beside))
-    chosen_children = non_dominated((record for record in children if record.is_finite), run.speed)
+    # What another child beats before it is repaired is not worth the minutes that a repair takes.
+    best = non_dominated((record for record in children if record.is_finite), run.speed)
+    own = _Forms(run, judges, judge, judges.quoting())
+    forms = {repaired.id: (record, repaired) for record in best for repaired in [own.repaired(record)]}
+    chosen_children = non_dominated((repaired for _, repaired in forms.values()), run.speed)
+    kept = [(*forms[record.id], own) for record in chosen_children]
+    for record, rival in baselines:
+        theirs = _Forms(run, judges, rival.judge, rival.quoting)
+        helped = run.recipe.recover.baselines and rival.judge.finish is None
+        kept.append((record, theirs.repaired(record) if helped else record, theirs))
     with run.show("measuring what is quoted, on text that nothing was chosen on"):
-        quoting = judges.quoting()
+        quoted = [forms.quoted(repaired) for _, repaired, forms in kept]
         return Front(
-            parent=quote(parent, quoting),
-            children=tuple(quote(record, quoting) for record in chosen_children),
-            baselines=tuple(quote(record, rival.quoting) for record, rival in baselines),
+            parent=quote(parent, judges.quoting()),
+            children=tuple(quoted[: len(chosen_children)]),
+            baselines=tuple(quoted[len(chosen_children) :]),
+            one_shot=tuple(forms.quoted(record) for record, repaired, forms in kept if repaired is not record),
         )
+
+
+@dataclass
+class _Forms:
+    """What children of one library are before and after they were repaired."""
+
+    run: Run
+    judges: Judges
+    judge: Judge
+    quoting: Sequence[Judge]
+    _repairs: dict[str, Finish] = field(default_factory=dict)
+
+    def repaired(self, record: Record) -> Record:
+        """The record of the repaired child; the same one if nothing is done to it, or nothing helps."""
+        if not self.run.recipe.recover.refit:
+            return record
+        repair = refit_child(self.run, self.judges, record.architecture, self.judge.library)
+        if repair is None:
+            return record
+        finish = finishing([repair])
+        found = replace(self.judge, finish=finish).again(record)
+        self._repairs[found.id] = finish
+        return found
+
+    def quoted(self, record: Record) -> Record:
+        """The record with what is quoted of it, as it was judged."""
+        finish = self._repairs.get(record.id)
+        return quote(record, [replace(one, finish=finish) if finish else one for one in self.quoting])

@@ -18,7 +18,7 @@ from llmprune.measure.record import QUOTED
 from llmprune.pipeline.prepare import Stock, library_inputs
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of
-from llmprune.search.judging import Judge
+from llmprune.search.judging import Finish, Judge
 
 
 @dataclass
@@ -31,22 +31,30 @@ class Judges:
     _libraries: dict[str, BlockLibrary] = field(default_factory=dict)
 
     def judge(
-        self, name: SplitName, repeats: int, baseline: BaselineName | None = None, *, tokens: int | None = None
+        self,
+        name: SplitName,
+        repeats: int,
+        baseline: BaselineName | None = None,
+        *,
+        tokens: int | None = None,
+        finish: Finish | None = None,
     ) -> Judge:
-        """What judges candidates, or a baseline's children, on a split, or on about so many of its first tokens."""
+        """What judges candidates, or a baseline's children, on a split, or on about so many of its first tokens;
+        children that are repaired as `finish` says."""
         stock, split = self.stock, self.stock.tokens[name]
         if tokens is not None:
             split = split.head(split.first_windows(min(1.0, tokens / split.tokens)))
-        library, finish = stock.library, None
+        library = stock.library
         if baseline is not None:
             library, finishing = self.libraries([baseline])[baseline], METHODS[baseline].finish
             finish = finishing(stock.parent, library) if finishing else None
         scorer = self.scorer(split, library)
         return Judge(stock.parent, library, split, stock.workload, repeats, scorer, finish)
 
-    def quoting(self, baseline: BaselineName | None = None) -> list[Judge]:
+    def quoting(self, baseline: BaselineName | None = None, *, finish: Finish | None = None) -> list[Judge]:
         """What measures the figures that are quoted of a child, or of a baseline's: on text nothing is chosen on."""
-        return [self.judge(name, 1, baseline) for name in QUOTED if name in self.stock.tokens.splits]
+        quoted = [name for name in QUOTED if name in self.stock.tokens.splits]
+        return [self.judge(name, 1, baseline, finish=finish) for name in quoted]
 
     def scorer(self, split: Split, library: BlockLibrary | None = None) -> StoredScorer:
         """Scores children of the run's (or another) library on a split, none of them twice in the life of the run."""

@@ -80,6 +80,10 @@ class RunDirectory:
         """A baseline's own library."""
         return self.path / f"library-{importance}"
 
+    def repair_of(self, child: str, what: str) -> Path:
+        """What was done to a one-shot child since it was cut."""
+        return self.path / "repairs" / f"{child}-{what}.safetensors"
+
     @property
     def children(self) -> Path:
         return self.path / "children"

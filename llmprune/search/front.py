@@ -33,6 +33,7 @@ def with_verdicts(front: Front, most_ppl_ratio: float) -> Front:
         parent=judged(front.parent),
         children=tuple(map(judged, front.children)),
         baselines=tuple(map(judged, front.baselines)),
+        one_shot=tuple(map(judged, front.one_shot)),
     )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -34,7 +34,8 @@ class Scorer(SplitScorer, Protocol):
 
 
 class Finish(NamedTuple):
-    """What is done to a pruned child before it is judged, and no checkpoint holds: for comparison's sake."""
+    """What is done to a pruned child before it is judged: a repair, or for comparison's sake what no checkpoint
+    holds."""
 
     name: str
     complete: Callable[[PreTrainedModel, Architecture], None]
@@ -111,6 +112,20 @@ class Judge:
             _, (speed,) = measure_paired(self.parent.model, [child], self.workload, self.repeats)
         return self._record(name, architecture, quality, speed, self._size(child, architecture))
 
+    def again(self, record: Record) -> Record:
+        """The record of a judged child that is finished since: size and speed are those of its shape, and stay."""
+        assert self.finish is not None, "something was done to it"
+        quality = self.quality(record.architecture)
+        done = (*record.done, self.finish.name)
+        return record.model_copy(
+            update={
+                "id": child_id(record.hash, self.library.hash, done),
+                "done": done,
+                **self._of_quality(quality),
+                "measured_on": self._measured_on(quality),
+            }
+        )
+
     def parent_record(self) -> Record:
         """The parent's own record; its speed-ups are 1 by definition, its tokens per second measured."""
         architecture = self.parent.shape.architecture
@@ -130,11 +145,7 @@ class Judge:
             hash=architecture.hash,
             architecture=architecture,
             **asdict(size),
-            nats_per_token=quality.nats_per_token,
-            nats_per_byte=quality.nats_per_byte,
-            ppl=quality.ppl,
-            ppl_ratio=quality.ppl / self.parent_quality.ppl,
-            per_source=dict(quality.per_source),
+            **self._of_quality(quality),
             prefill_tokens_per_s=speed.prefill_tokens_per_s,
             decode_tokens_per_s=speed.decode_tokens_per_s,
             prefill_speedup=speed.prefill_speedup,
@@ -142,6 +153,15 @@ class Judge:
             measured_on=self._measured_on(quality),
             done=done,
         )
+
+    def _of_quality(self, quality: Quality) -> dict[str, Any]:
+        return {
+            "nats_per_token": quality.nats_per_token,
+            "nats_per_byte": quality.nats_per_byte,
+            "ppl": quality.ppl,
+            "ppl_ratio": quality.ppl / self.parent_quality.ppl,
+            "per_source": dict(quality.per_source),
+        }
 
     def _measured_on(self, quality: Quality) -> MeasuredOn:
         return MeasuredOn(

@@ -8,6 +8,7 @@ when it re-ranks after every block (SLEB, arXiv 2402.09025), over all choices at
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from llmprune.choices.architecture import Architecture
@@ -15,8 +16,10 @@ from llmprune.core.progress import Advance
 from llmprune.tables.allocate import Allocator, Near, Scores
 from llmprune.tables.costs import CostTable
 
-CHANGED_A_STEP = 1 / 4
-"""Share of the decisions that a step may change."""
+CHANGED = 1 / 4
+"""Share of the decisions that a step of a factor OF_STEP in speed-up may change. A longer step may change more of them
+in proportion: with few to choose from it would have to empty whole blocks."""
+OF_STEP = 1.06
 
 
 def walk(
@@ -33,19 +36,24 @@ def walk(
     `estimate` gives the nats a token of every choice, put alone into an architecture; it is asked once for every factor
     `step` (or less) in speed-up. Ends early if the space has nothing as fast.
     """
-    space = costs.space
-    radius = max(2, round(CHANGED_A_STEP * len(space.decisions)))
-    at, stops = space.shape.architecture, stops_of(speedups, step)
+    decisions = len(costs.space.decisions)
+    at, stops, left = costs.space.shape.architecture, stops_of(speedups, step), 1.0
     for done, reached in enumerate(stops):
         progress(done, len(stops))
         allocator, wanted = Allocator(estimate(at), costs), {phase: reached}
+        radius = radius_of(reached / left, decisions)
         found = allocator.best(wanted, near=Near(at, radius)) or allocator.best(wanted)
         if found is None:
             return
-        at = found
+        at, left = found, reached
         if reached in speedups:
             yield reached, at
     progress(len(stops), len(stops))
+
+
+def radius_of(step: float, decisions: int) -> int:
+    """How many of so many decisions a step of this factor in speed-up may change."""
+    return max(2, round(min(1.0, CHANGED * math.log(step) / math.log(OF_STEP)) * decisions))
 
 
 def estimates_of(speedups: Sequence[float], step: float) -> int:
