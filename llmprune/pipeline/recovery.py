@@ -15,7 +15,6 @@ from llmprune.core.budgets import Pick, pick_record
 from llmprune.core.errors import DataError, ExportError, RecipeError
 from llmprune.core.files import read_json, write_json
 from llmprune.data.tokens import Split
-from llmprune.measure.quality.perplexity import score
 from llmprune.measure.record import Front, Record, child_id
 from llmprune.models.surgery import prune
 from llmprune.pipeline.judges import Judges
@@ -24,7 +23,7 @@ from llmprune.pipeline.run_directory import hash_of
 from llmprune.recover.distillation import Settings, distil, precision_for
 from llmprune.recover.held_out import held_out, windows_to_learn_from
 from llmprune.recover.repair import Repair
-from llmprune.recover.sequential import refit_sequentially
+from llmprune.recover.sequential import nats_on_the_way, on_the_way, refit_sequentially
 from llmprune.search.front import with_verdicts
 from llmprune.search.judging import Finish, quote
 
@@ -57,8 +56,8 @@ def refit_child(run: Run, judges: Judges, architecture: Architecture, library: B
         found.write(path, key)
     if not found.facts["helps"]:
         run.say(
-            f"the refit of {of} is left out: it loses {found.facts['nats_after']:.3f} nats a token on held-out text, "
-            f"and {found.facts['nats_before']:.3f} without"
+            f"the refit of {of} is left out: on held-out text nothing that was solved is better than the "
+            f"{found.facts['nats_before']:.3f} nats a token that the child has"
         )
         return None
     return found
@@ -77,12 +76,13 @@ def _refitted(run: Run, judges: Judges, architecture: Architecture, library: Blo
             scratch=run.directory.path,
             progress=advance,
         )
-    before = score(child, judged_by).nats_per_token
+    with run.show("how far to go to what was solved") as advance:
+        nats = nats_on_the_way(child, solved.tensors, judged_by, advance)
+    share = min(nats, key=nats.__getitem__)
     blocks = [{**asdict(block), "kinds": list(block.kinds)} for block in solved.blocks]
-    repair = Repair.of(REFIT, solved.tensors, {"tokens": split.tokens, "nats_before": before, "blocks": blocks})
-    repair.apply(child)
-    after = score(child, judged_by).nats_per_token
-    return Repair(repair.name, repair.tensors, {**repair.facts, "nats_after": after, "helps": after < before})
+    facts = {"tokens": split.tokens, "share": share, "nats_before": nats[0.0], "nats_after": nats[share]}
+    tensors = on_the_way(child, solved.tensors, share)
+    return Repair.of(REFIT, tensors, {**facts, "helps": share > 0, "blocks": blocks})
 
 
 def _held_out(split: Split) -> Split:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Shares of the mean diagonal of the inputs' second moment, tried on held-out tokens."""
 LEAST_GAIN = 0.1
 """A norm's gain below this share of its root mean square is no reason to move a row much."""

@@ -23,6 +23,7 @@ from llmprune.choices.architecture import Architecture
 from llmprune.choices.dimensions import BlockKind
 from llmprune.core.progress import Advance
 from llmprune.data.tokens import Split
+from llmprune.measure.quality.perplexity import score
 from llmprune.models.modeling_pruned import input_axis
 from llmprune.models.parent import Parent
 from llmprune.recover.held_out import windows_of
@@ -38,7 +39,8 @@ from llmprune.recover.streams import (
     until,
 )
 
-GIVE_BACK = 1.0
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of the way from the weights that are there to what was solved, tried on held-out tokens."""
 
 Stop = tuple[int, tuple[BlockKind, ...]]
 """A layer of the parent, and its kept blocks that are solved together."""
@@ -96,6 +98,29 @@ def refit_sequentially(
             blocks.append(walk.solve(stop, after))
         progress(len(stops), len(stops))
     return SequentialRefit({name: tensor.clone() for name, tensor in walk.solved.items()}, blocks)
+
+
+def on_the_way(child: PreTrainedModel, solved: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Tensors that go a share of the way from the child's own to what was solved."""
+    own = child.state_dict()
+    return {name: torch.lerp(own[name], value.to(own[name]), share) for name, value in solved.items()}
+
+
+def nats_on_the_way(
+    child: PreTrainedModel, solved: Mapping[str, Tensor], judged_by: Split, progress: Advance
+) -> dict[float, float]:
+    """Nats a token of the child with its tensors moved by each of SHARES towards what was solved; 0: as it is.
+
+    What squares gain goes with the share, and what few tokens have put into the solution by chance with its square: a
+    part of the way has most of the one and little of the other. The child is as it was afterwards.
+    """
+    own, nats = {name: child.state_dict()[name] for name in solved}, {}
+    for done, share in enumerate(SHARES):
+        progress(done, len(SHARES))
+        child.load_state_dict(on_the_way(child, solved, share), strict=False, assign=True)
+        nats[share] = score(child, judged_by).nats_per_token
+        child.load_state_dict(own, strict=False, assign=True)
+    return nats
 
 
 def stops_of(parent: Parent, architecture: Architecture) -> list[Stop]:
@@ -177,7 +202,6 @@ class _Walk:
         self._parents = _ParentStream(parent, windows_WT, self._batches, shelf)
         self._stream_WTD = shelf.place((*windows_WT.shape, parent.shape.hidden_size), parent.model.dtype)
         self._stream_WTD.copy_(self._parents.before(0, "attention"))
-        self._off_WTD = torch.empty_like(self._stream_WTD)
         shape = parent.shape
         together = sum if parent.parallel_residual else max
         most = max(together(choice.inputs(shape) for choice in layer.blocks) for layer in architecture.layers)
@@ -194,11 +218,7 @@ class _Walk:
         inputs_WTI = inputs_WTI.view(*self._stream_WTD.shape[:2], sum(widths))
         for rows in self._batches:
             inputs_WTI[rows] = self._inputs(layer, kinds, self._stream_WTD[rows]).to("cpu")
-        # How far the child is off already, which this block is asked to make good in part.
-        here_WTD = self._parents.before(layer, kinds[0])
-        torch.sub(here_WTD, self._stream_WTD, out=self._off_WTD).mul_(1 - GIVE_BACK)
         target_WTD = self._parents.behind_all() if after is None else self._parents.before(after[0], after[1][0])
-        target_WTD = target_WTD - self._off_WTD
         weight_DI = torch.cat([projection.weight_DI for projection in projections], dim=1)
         biases = [projection.bias_D for projection in projections if projection.bias_D is not None]
         bias_D = torch.stack(biases).sum(0) if biases else None
