@@ -24,7 +24,9 @@ from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.measure.quality.prefix import PrefixScorer
 from llmprune.measure.quality.scores import SplitScorer, WindowScores
 from llmprune.pipeline.commands import baselines, front, search
+from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import prepare, stock_up
+from llmprune.pipeline.recovery import finishing, refit_child
 from llmprune.pipeline.run import Run
 from llmprune.tables.estimate import estimate_delta_nats
 from llmprune.tables.exact import BROKEN, exact_delta_nats
@@ -79,6 +81,8 @@ def recipe_of(model: Path, text: Path, sizes: Sizes) -> Recipe:
             "tables": {"tokens": sizes.table_tokens, "path_tokens": sizes.table_tokens, "path_step": 1.08},
             "space": {"kv_groups_step": 1, "ffn_step": sizes.ffn_step},
             "search": {"objective": "prefill", "targets": sizes.targets, "trials": sizes.trials},
+            # Methods are compared one-shot; what a refit gives is a section of its own.
+            "recover": {"refit": False},
             "front": {
                 "repeats": 2 * sizes.repeats,
                 "baselines_at": sizes.targets[0],
@@ -225,6 +229,25 @@ def contest(run: Run, sizes: Sizes) -> dict[str, Any]:
     }
 
 
+def repair(run: Run, sizes: Sizes) -> dict[str, Any]:
+    """Nats a token that a child with half of every block loses on validation tokens, before and after its refit."""
+    stock = stock_up(run)
+    split, shape = stock.tokens["validation"], stock.space.shape
+    half = [ladder[len(ladder) // 2] for ladder in (stock.space.attention, stock.space.ffn)]
+    child = shape.architecture.with_choices((layer, choice) for layer in range(shape.layers) for choice in half)
+    judges = Judges(run, stock)
+    found = refit_child(run, judges, child, stock.library)
+    finishes = {"one_shot": None, "refit": None if found is None else finishing([found])}
+    base = judges.judge("validation", 1).parent_quality.nats_per_token
+    nats = {n: judges.judge("validation", 1, finish=f).quality(child).nats_per_token for n, f in finishes.items()}
+    return {
+        "tokens": split.tokens,
+        "kept": [choice.label for choice in half],
+        "nats_lost": {name: value - base for name, value in nats.items()},
+        "share": 0.0 if found is None else found.facts["share"],
+    }
+
+
 def never_worse(rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the search loses no more than any other method at each speed, but for ALIKE; what it does not reach, it
     loses if another method does reach it."""
@@ -242,4 +265,9 @@ def _finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-SECTIONS: dict[str, Callable[[Run, Sizes], dict[str, Any]]] = {"scores": scores, "times": times, "search": contest}
+SECTIONS: dict[str, Callable[[Run, Sizes], dict[str, Any]]] = {
+    "scores": scores,
+    "times": times,
+    "search": contest,
+    "repair": repair,
+}

@@ -108,6 +108,7 @@ def make_recipe(root: Path) -> Recipe:
             },
             "workload": {"batch": 2, "prompt_tokens": 8, "generated_tokens": 4, "threads": 1, "repeats": 1},
             "space": {"ffn_step": 64},
+            "recover": {"refit": False},
             "tables": {"tokens": 100, "path_tokens": 70},
             "search": {"sampler": "nsga2", "population": 4, "trials": 3, "targets": [1.2]},
             # These two score nothing before they choose, so their forecast is no upper limit; FLAP has its own library.
@@ -462,6 +463,27 @@ class TestDryRun:
         recipe = counted_run.path / "recipe.yaml"
         code, _, err = self.llmprune("compress", recipe, "--out", recipe, "--dry-run", "--quiet")
         assert code == 2 and "cannot use" in err
+
+
+def test_repairs_are_forecast(counted_run: Counted) -> None:
+    plan, rates = counted_run.plan, RATES
+
+    def with_(**recover: Any) -> Plan:
+        rules = plan.recipe.recover.model_copy(update=recover)
+        return replace(plan, recipe=plan.recipe.model_copy(update={"recover": rules}))
+
+    assert not {"repair", "recover"} & by_name(forecast(with_(refit=False))).keys()
+    children = min(plan.recipe.front.size, plan.recipe.search.trials - 1)
+    alone = by_name(forecast(with_(refit=True, baselines=False)))["repair"]
+    beside = by_name(forecast(with_(refit=True, baselines=True)))["repair"]
+    of_one = alone.forward_tokens / children
+    assert of_one > 2 * plan.tokens("calibration")
+    assert beside.forward_tokens == of_one * (children + len(plan.recipe.front.baselines))
+    few, many = (by_name(forecast(with_(tokens=tokens)))["recover"] for tokens in (1000, 3000))
+    assert many.seconds(rates) == pytest.approx(3 * few.seconds(rates))
+    assert few.peak_memory_bytes > 5 * plan.parent_bytes
+    assert by_name(forecast(with_(minutes=2.0)))["recover"].seconds(rates) == 120
+    assert by_name(forecast(with_(refit=True), Done(front=True)))["repair"].done
 
 
 def test_rates_are_measured_on_the_parent(counted_run: Counted) -> None:

@@ -155,3 +155,20 @@ def test_precision_is_measured() -> None:
     precision, seconds = precision_for(parent.model, child, tokens()[0])
     assert precision in ("float32", "bfloat16") and seconds > 0
     assert all(parameter.grad is None for parameter in child.parameters())
+
+
+def test_half_precision_is_of_products_alone() -> None:
+    parent, child = parent_and_child()
+    child.requires_grad_(True)
+    ids = tokens()
+    exact = kl_backward(parent.model, child, ids, ids[:, 1:].numel(), "float32")
+    wanted = {name: p.grad.clone() for name, p in child.named_parameters() if p.grad is not None}
+    child.zero_grad()
+    found = kl_backward(parent.model, child, ids, ids[:, 1:].numel(), "bfloat16")
+    assert found == pytest.approx(exact, rel=0.05)
+    for name, parameter in child.named_parameters():
+        assert parameter.dtype == torch.float32
+        if parameter.grad is not None:
+            assert parameter.grad.dtype == torch.float32
+            cosine = functional.cosine_similarity(parameter.grad.flatten(), wanted[name].flatten(), dim=0)
+            assert float(cosine) > 0.98, name

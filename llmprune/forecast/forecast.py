@@ -46,6 +46,7 @@ from llmprune.measure.quality.prefix_states import common_steps, last_start, spr
 from llmprune.measure.quality.racing import SHARES
 from llmprune.measure.record import QUOTED
 from llmprune.measure.speed.throughput import passes_of
+from llmprune.recover.distillation import CHUNK
 from llmprune.recover.held_out import HELD_OUT
 from llmprune.recover.least_squares import RIDGES
 from llmprune.search.samplers import evopress, slp
@@ -79,6 +80,8 @@ def forecast(plan: Plan, done: Done | None = None, *, until: Until = "export") -
         stages += [StageCost("front", done=True) if done.front else _front(plan, done)]
         if plan.recipe.recover.refit:
             stages.append(StageCost("repair", done=True) if done.front else _repair(plan, done))
+        if plan.recipe.recover.distils:
+            stages.append(_recover(plan))
         stages.append(_checkpoints(plan, done))
     return stages
 
@@ -302,6 +305,25 @@ def _repair(plan: Plan, done: Done) -> StageCost:
         peak_memory_bytes=2 * plan.parent_bytes + plan.timed_file_bytes + min(states, rules.memory_bytes) + solving,
         disk_bytes=children * plan.dtype_bytes * shape.layers * shape.hidden_size * sum(inputs)
         + max(0, states - rules.memory_bytes),
+    )
+
+
+def _recover(plan: Plan) -> StageCost:
+    """Distillation of one child: its own forward and backward pass, twice as long as for frozen weights, and the
+    parent's; or the minutes that it is given."""
+    rules = plan.recipe.recover
+    tokens = rules.tokens or 0
+    weights = 4 * plan.parent_bytes // plan.dtype_bytes
+    # Of a chunk of positions: both models' logits and log-softmaxes, and gradients of the child's.
+    logits = 6 * 4 * CHUNK * plan.vocabulary
+    graph = plan.recipe.data.seq_len * graph_bytes_per_token(plan.space.shape, 4)
+    return StageCost(
+        "recover",
+        forward_tokens=4 * tokens,
+        fixed_seconds=60 * (rules.minutes or 0.0),
+        # Beside the parent: weights, gradients and two moments, which are kept in a file together with the best ones.
+        peak_memory_bytes=plan.parent_bytes + plan.timed_file_bytes + 4 * weights + graph + logits,
+        disk_bytes=5 * weights,
     )
 
 

@@ -147,6 +147,8 @@ class StageCost:
     disk_bytes: int = 0
     done: bool = False
     most_seconds: float | None = None
+    fixed_seconds: float = 0.0
+    """What a recipe gives a stage, whatever it gets done."""
 
     @property
     def forward_equivalents(self) -> float:
@@ -165,6 +167,7 @@ class StageCost:
             + self.float32_flops / rates.float32_flops_per_s
             + self.children * rates.child_s
             + self.processes * rates.process_s
+            + self.fixed_seconds
         )
         return total if self.most_seconds is None else min(total, self.most_seconds)
 

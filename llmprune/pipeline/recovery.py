@@ -28,6 +28,8 @@ from llmprune.search.front import with_verdicts
 from llmprune.search.judging import Finish, quote
 
 REFIT, DISTIL = "refit", "distil"
+CHECKING = 0.15
+"""Share of a distillation's minutes that may go into looking how well it does."""
 SCHEMA = 1
 """Of repairs: what was made under another number is made again."""
 
@@ -203,14 +205,15 @@ def _settings(
         precision, seconds = precision_for(judges.stock.parent.model, child.requires_grad_(True), windows_WT[0])
     if rules.precision != "auto":
         precision = rules.precision
-    tokens = rules.tokens
+    tokens, checks = rules.tokens, Settings.checks
     if tokens is None:
         assert rules.minutes is not None, "the recipe was checked"
-        # A check is a forward pass, about a quarter of what learning takes.
-        checked = Settings.checks * judged_by.tokens / windows_WT.shape[1] * seconds / 4
-        left = max(60 * rules.minutes - checked, 0.5 * 60 * rules.minutes)
-        tokens = max(1, round(left / seconds) * windows_WT.shape[1])
-    settings = Settings(tokens, precision, rules.learning_rate, rules.windows_a_step)
+        # A check is a forward pass in float32: half of what learning takes, or less.
+        of_check = judged_by.tokens / windows_WT.shape[1] * seconds / 2
+        checks = max(2, min(checks, int(CHECKING * 60 * rules.minutes / of_check)))
+        left = max(60 * rules.minutes - checks * of_check, 30 * rules.minutes)
+        tokens = max(1, round(left / seconds)) * windows_WT.shape[1]
+    settings = Settings(tokens, precision, rules.learning_rate, rules.windows_a_step, checks=checks)
     write_json(file, {"inputs": inputs, "settings": asdict(settings)})
     return settings
 
