@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from llmprune.cli.front_tables import front_table
 from llmprune.core.budgets import parse_pick
-from llmprune.core.errors import ExportError, RunDirectoryError
+from llmprune.core.errors import ExportError, RecipeError, RunDirectoryError
 from llmprune.measure.quality.perplexity import score
 from llmprune.measure.record import child_id
 from llmprune.pipeline import recovery
-from llmprune.pipeline.commands import export, front
+from llmprune.pipeline.commands import compress, export, front
 from llmprune.pipeline.prepare import stock_up
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import read_front
@@ -206,3 +206,15 @@ def test_recovery_refuses_what_it_cannot_do(own: Path, llmprune: Llmprune, asked
     before = (own / "front.json").read_bytes()
     result = llmprune("recover", own, *asked)
     assert result.code == 2 and told in " ".join(result.err.split()) and (own / "front.json").read_bytes() == before
+
+
+def test_a_recovery_without_text_is_refused_before_the_search(repaired_run: Finished, tmp_path: Path) -> None:
+    recipe = repaired_run.recipe
+    changes: dict[str, Any] = {
+        "recover": recipe.recover.model_copy(update={"tokens": 480}),
+        "data": recipe.data.model_copy(update={"recovery_tokens": 0}),
+    }
+    run = Run.start(tmp_path / "run", recipe.model_copy(update=changes))
+    with pytest.raises(RecipeError, match=r"recovery needs text of its own; for example data\.recovery_tokens=262144"):
+        compress(run, tmp_path / "child")
+    assert not run.directory.library.exists()

@@ -17,7 +17,7 @@ from llmprune.pipeline.exports import export_pick, exported_id, write_children
 from llmprune.pipeline.fronts import make_front
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import lay_ground, prepare, stock_up, tell_reach
-from llmprune.pipeline.recovery import recover_pick
+from llmprune.pipeline.recovery import check_recovery, recover_pick
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import read_front
 from llmprune.pipeline.searching import go_on_with_study, join_stock, run_trials, start_study, tell_of_other_hardware
@@ -39,6 +39,8 @@ def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = 
     replaces_own = written is not None and to == run.directory.export
     # Found out now rather than after the search; whether a checkpoint that is there is the pick, only then.
     check_destination(to, force=force or written is not None)
+    if run.recipe.recover.distils:
+        check_recovery(run.recipe)
     with opened_storage(run.storage, run.directory.journal) as storage:
         ground = lay_ground(run)
         tell_reach(run, ground)
@@ -128,6 +130,9 @@ def baselines(run: Run, rules: BaselinesRecipe) -> Compared:
 def recover(run: Run, pick: Pick) -> Front:
     """Distil the picked child of the front from its parent, as the recipe's `recover` says (see `recover_pick`)."""
     measured = read_front(run.directory)
+    # Found out before anything is loaded.
+    check_recovery(run.recipe)
+    pick_record(measured.children, pick)
     return recover_pick(run, Judges(run, stock_up(run)), measured, pick)
 
 

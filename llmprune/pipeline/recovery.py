@@ -14,6 +14,7 @@ from llmprune.choices.architecture import Architecture
 from llmprune.core.budgets import Pick, pick_record
 from llmprune.core.errors import DataError, ExportError, RecipeError
 from llmprune.core.files import read_json, write_json
+from llmprune.core.recipe import Recipe
 from llmprune.data.tokens import Split
 from llmprune.measure.record import Front, Record, child_id
 from llmprune.models.surgery import prune
@@ -94,18 +95,22 @@ def _held_out(split: Split) -> Split:
     return found
 
 
+def check_recovery(recipe: Recipe) -> None:
+    """Raises RecipeError if a recipe says neither minutes nor tokens, or has no text to recover on."""
+    if not recipe.recover.distils:
+        raise RecipeError("recovery needs recover.minutes or recover.tokens; for example recover.minutes=10")
+    if not recipe.data.recovery_tokens:
+        raise RecipeError("recovery needs text of its own; for example data.recovery_tokens=262144")
+
+
 def recover_pick(run: Run, judges: Judges, front: Front, pick: Pick) -> Front:
     """Distil the picked child from its parent, and put what becomes of it in its place on the front, if it is better on
     the validation split; its one-shot form stays.
 
-    A training that was stopped goes on where it was. Raises RecipeError if the recipe says neither minutes nor tokens,
-    BudgetError if no child holds the pick.
+    A training that was stopped goes on where it was. Raises as `check_recovery` does, and BudgetError if no child holds
+    the pick.
     """
-    rules = run.recipe.recover
-    if not rules.distils:
-        raise RecipeError("recovery needs recover.minutes or recover.tokens; for example recover.minutes=10")
-    if "recovery" not in judges.stock.tokens.splits:
-        raise RecipeError("recovery needs text of its own; for example data.recovery_tokens=262144")
+    check_recovery(run.recipe)
     record = pick_record(front.children, pick)
     library = judges.stock.library
     if _is_distilled(run, judges, record, library):
