@@ -4,7 +4,7 @@ The widths stand in the config under transformers' own `per_layer_config` schema
 names, plus `skip` for blocks that are not there. A pruned class builds the stock model of its family and then
 shrinks every layer to what its entry says, so the forward pass is the family's own.
 
-This file needs torch and transformers (5.14 or newer) only: it is copied beside the weights of a checkpoint
+This file needs torch and transformers (tested with 5.23) only: it is copied beside the weights of a checkpoint
 (`auto_map`), so that the checkpoint loads with `trust_remote_code=True` where llmprune is not installed.
 """
 
