@@ -90,9 +90,11 @@ push: setup
 	$(LLMPRUNE) push '$(OUT)' '$(REPO)' $(if $(LICENCE),--licence '$(LICENCE)')
 
 # make recover OUT=runs/name MINUTES=30               distils the picked child (PICK) from its parent
+# make recover OUT=runs/name MINUTES=30 PROCESSES=8   on eight GPUs
 MINUTES ?= 10
+PROCESSES ?= 1
 recover: setup
-	$(LLMPRUNE) recover '$(OUT)' --pick '$(PICK)' --minutes '$(MINUTES)' $(SET)
+	$(if $(filter-out 1,$(PROCESSES)),$(BIN)/accelerate launch --num_processes '$(PROCESSES)' -m llmprune,$(LLMPRUNE)) recover '$(OUT)' --pick '$(PICK)' --minutes '$(MINUTES)' $(SET)
 
 bench: setup
 	$(LLMPRUNE) bench $(DIRS)

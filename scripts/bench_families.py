@@ -8,7 +8,7 @@ Sections, each stored in OUT/FAMILY/bench-SECTION.json when it is done, and not 
            correlation with its bootstrap interval, and bias
   times    predicted against measured prefill time of mixed children
   search   nats a token that the search's child loses beside random and uniform at equal measured prefill speed
-  repair   nats a token that a child with half of every block loses, before and after its sequential refit
+  repair   nats a token that a child with half of every block loses: one-shot, after its sequential refit, distilled
 OUT/FAMILY is a run directory; what a search keeps there (library, tables, trials) is used again, also after a change
 of the code, unless --again removes it too. OUT/families.json holds all figures. Models come from scripts/zoo.py. Exits
 with 1 if a family failed, and with 2 if one is not in the zoo.
@@ -125,7 +125,7 @@ def search_table(found: Found) -> Table:
     for at in speeds:
         for method in methods:
             table.add_column(f"{method}\n{at:g}x", justify="right", no_wrap=True)
-    for column in ("never\nworse", "trials", "half of all,\nits refit", "time error (n)"):
+    for column in ("never\nworse", "trials", "half of all,\nits refit,\ndistilled", "time error (n)"):
         table.add_column(column, justify="right", no_wrap=True)
     for family, sections in found.items():
         searched, timed = sections.get("search", {}), sections.get("times", {})
@@ -137,7 +137,11 @@ def search_table(found: Found) -> Table:
             absolute, signed = timed["median_absolute_error"], timed["median_error"]
             error = f"{100 * absolute:.1f}%, {100 * signed:+.1f}% ({len(timed['children'])})"
         repaired = sections.get("repair", {})
-        refit = "{one_shot:+.3f}\n{refit:+.3f}".format(**repaired["nats_lost"]) if "nats_lost" in repaired else ""
+        refit = (
+            "{one_shot:+.3f}\n{refit:+.3f}\n{distilled:+.3f}".format(**repaired["nats_lost"])
+            if "nats_lost" in repaired
+            else ""
+        )
         failed = "; ".join(s["failed"] for s in (searched, timed, repaired) if "failed" in s)
         ending = f"failed: {failed}" if failed else error
         table.add_row(family, *lost, verdict, str(searched.get("trials", "")), refit, ending)

@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["LLMPRUNE_TURNS"] = tempfile.mkdtemp(prefix="llmprune-turns-")
 
 import postgres
+from forked import Interpreters
 from tiny import paired_by_bytes, tiny_recipe, write_front
 
 from llmprune.cli.main import main
@@ -51,6 +52,24 @@ def quick_forecasts() -> Iterator[None]:
         patch.object(inspection, "process_seconds", cache(rates.process_seconds)),
     ):
         yield
+
+
+_started = checkpoint.run_script
+
+
+@pytest.fixture
+def started() -> Callable[..., Any]:
+    """What runs the scripts of proofs outside of this suite."""
+    return _started
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_proofs() -> Iterator[None]:
+    """Proofs in forks of an interpreter that has imported torch and transformers."""
+    interpreters = Interpreters()
+    with patch.object(checkpoint, "run_script", interpreters.run_script):
+        yield
+    interpreters.stop()
 
 
 def pytest_sessionfinish() -> None:

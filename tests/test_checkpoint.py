@@ -278,6 +278,19 @@ def test_written_checkpoint(case_id: str, name: str, tmp_path: Path, scratch: Pa
     assert list(scratch.iterdir()) == []
 
 
+def test_a_proof_starts_an_interpreter_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: Callable[..., Any]
+) -> None:
+    """As every proof does outside of this suite, which forks them (see forked.py)."""
+    monkeypatch.setattr(checkpoint, "run_script", started)
+    child, architecture, _ = child_of("llama-gqa")
+    proof = write_checkpoint(child, tiny_tokenizer(), architecture, {}, tmp_path / "child")
+    assert proof.max_logit_difference <= 1e-5 and not proof.stock_class
+    (tmp_path / "script.py").write_text("import os, sys; print(os.getppid(), 'torch' in sys.modules, *sys.argv[1:])")
+    finished = started(str(tmp_path / "script.py"), ["here"], dict(os.environ))
+    assert finished.stdout.split() == [str(os.getpid()), "False", "here"] and finished.returncode == 0
+
+
 def stub_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "prove", lambda *_: Proof(0.0, 0.0, 1, False))
 
@@ -406,7 +419,7 @@ def test_whatever_differs_fails_the_proof(
     }
     for answer in (good, {**good, **found}):
         finished = subprocess.CompletedProcess([], 0, stdout=f"a line of someone else's\n{json.dumps(answer)}\n")
-        monkeypatch.setattr(subprocess, "run", lambda *_, finished=finished, **__: finished)
+        monkeypatch.setattr(checkpoint, "run_script", lambda *_, finished=finished: finished)
         if answer is good:
             checkpoint.prove(child, None, tmp_path)
             continue
@@ -435,7 +448,7 @@ def test_the_limit_follows_the_largest_logit(dtype: torch.dtype, monkeypatch: py
 def test_a_checkpoint_that_does_not_load_fails_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child, _, _ = child_of("llama-gqa")
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback ...\nOSError: no weights\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(checkpoint, "run_script", lambda *_: failed)
     with pytest.raises(ExportError, match="does not load in a fresh process: OSError: no weights"):
         checkpoint.prove(child, None, tmp_path)
 

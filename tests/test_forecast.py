@@ -482,6 +482,10 @@ def test_repairs_are_forecast(counted_run: Counted) -> None:
     few, many = (by_name(forecast(with_(tokens=tokens)))["recover"] for tokens in (1000, 3000))
     assert many.seconds(rates) == pytest.approx(3 * few.seconds(rates))
     assert few.peak_memory_bytes > 5 * plan.parent_bytes
+    adapted = by_name(forecast(with_(tokens=1000, lora_rank=1)))["recover"]
+    assert adapted.peak_memory_bytes < few.peak_memory_bytes and adapted.disk_bytes < few.disk_bytes
+    frugal = by_name(forecast(with_(tokens=1000, gradient_checkpointing=True)))["recover"]
+    assert frugal.peak_memory_bytes < few.peak_memory_bytes and frugal.seconds(rates) > few.seconds(rates)
     assert by_name(forecast(with_(minutes=2.0)))["recover"].seconds(rates) == 120
     assert by_name(forecast(with_(refit=True), Done(front=True)))["repair"].done
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,8 +18,9 @@ from tiny import paired_by_bytes
 from transformers import AutoModelForCausalLM
 
 from llmprune.cli.front_tables import front_table
-from llmprune.core.budgets import parse_pick
+from llmprune.core.budgets import holding, parse_pick, pick_record
 from llmprune.core.errors import ExportError, RecipeError, RunDirectoryError
+from llmprune.core.recipe import RecoverRecipe
 from llmprune.measure.quality.perplexity import score
 from llmprune.measure.record import child_id
 from llmprune.pipeline import recovery
@@ -25,7 +28,8 @@ from llmprune.pipeline.commands import compress, export, front
 from llmprune.pipeline.prepare import stock_up
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import read_front
-from llmprune.recover.repair import Repair
+from llmprune.recover.repair import DISTIL, REFIT, Repair
+from llmprune.recover.team import Team
 from llmprune.search import judging
 
 __all__ = ["judged"]
@@ -71,7 +75,7 @@ def test_children_are_repaired_and_their_one_shot_forms_stay_beside_them(repaire
         )
         assert record.decode_speedup == before.decode_speedup and record.params == before.params
         assert record.test is not None and before.test is not None
-        repair = Repair.read(run.directory.repair_of(before.id, recovery.REFIT))
+        repair = Repair.read(run.directory.repair_of(before.id, REFIT))
         assert repair is not None and (repair.name,) == record.done
         assert repair.facts["nats_after"] < repair.facts["nats_before"]
     for record in (*measured.children, *measured.baselines):
@@ -96,7 +100,7 @@ def test_the_one_shot_form_is_exported_too(repaired_run: Finished, own: Path, tm
     run = Run.open(own)
     before = read_front(run.directory).one_shot[0]
     export(run, parse_pick(before.id), tmp_path / "child", force=True)
-    repaired = Run.open(repaired_run.path).directory.repair_of(before.id, recovery.REFIT)
+    repaired = Run.open(repaired_run.path).directory.repair_of(before.id, REFIT)
     repair = Repair.read(repaired)
     assert repair is not None
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "child", trust_remote_code=True)
@@ -186,7 +190,7 @@ def test_recovery_puts_what_it_makes_in_the_childs_place(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "child", trust_remote_code=True)
     found = score(model.eval(), stock_up(Run.open(own)).tokens["test"]).nats_per_token
     assert found == pytest.approx(record.test.nats_per_token, rel=1e-5)
-    course = Repair.read(Run.open(own).directory.repair_of(base.id, recovery.DISTIL))
+    course = Repair.read(Run.open(own).directory.repair_of(base.id, DISTIL))
     assert course is not None and len(course.facts["course"]["losses"]) > 0
     assert not list((own / "repairs").glob("*-state*")), "a training that is done leaves no state"
     again = llmprune(*asked)
@@ -197,7 +201,11 @@ def test_recovery_puts_what_it_makes_in_the_childs_place(
     ("asked", "told"),
     [
         ([], "recovery needs recover.minutes or recover.tokens"),
-        (["recover.tokens=480", "recover.minutes=1.0"], "give one of minutes and tokens"),
+        (
+            ["recover.tokens=480", "recover.minutes=1.0"],
+            "give one of minutes and tokens; got minutes=1, tokens=480. `llmprune schema`",
+        ),
+        (["recover.tokens=480", "--baselines", "--pick", "decode_speedup>=9"], "no child"),
         (["recover.tokens=480", "data.recovery_tokens=0"], "recovery needs text of its own"),
         (["--pick", "0123456789abcdef", "recover.tokens=480"], "no child has id or hash 0123456789abcdef"),
     ],
@@ -218,3 +226,96 @@ def test_a_recovery_without_text_is_refused_before_the_search(repaired_run: Fini
     with pytest.raises(RecipeError, match=r"recovery needs text of its own; for example data\.recovery_tokens=262144"):
         compress(run, tmp_path / "child")
     assert not run.directory.library.exists()
+
+
+def test_baselines_are_recovered_on_as_many_tokens(
+    copied: Path, llmprune: Llmprune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "measure_paired", paired_by_bytes)
+    directory = Run.open(copied).directory
+    before = read_front(directory)
+    asked = ["recover", copied, "--pick", "decode_speedup>=1.25", "--minutes", "0.02", "--baselines"]
+    result = llmprune(*asked, "recover.learning_rate=0.001", "data.recovery_tokens=1024", "--json")
+    assert result.code == 0, result.err
+    after, tokens = read_front(directory), set()
+    assert after.baselines != before.baselines
+    for record, base in zip(after.baselines, before.baselines, strict=True):
+        assert record.hash == base.hash and record.library == base.library
+        repair = Repair.read(directory.repair_of(base.id, DISTIL))
+        if repair is None:
+            assert record == base
+            continue
+        tokens.add(repair.facts["settings"]["tokens"])
+        assert (record.nats_per_token < base.nats_per_token) == (record.done == (repair.name,))
+        assert (after.before_repair(record) is not None) == bool(record.done)
+    (child,) = [one for one in after.children if one.done]
+    assert len(tokens) == 1 and f"{tokens.pop():,}" in result.err
+    assert child.done
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_processes_that_train_together_give_what_one_gives(
+    copied: Path, tmp_path: Path, llmprune: Llmprune, processes: int
+) -> None:
+    """Started as a user starts them; only sums in another order tell the two trainings apart."""
+    alone = Path(shutil.copytree(copied, tmp_path / "alone"))
+    asked = ["--pick", "decode_speedup>=1.25", "--json", "--quiet", "recover.tokens=960", "recover.learning_rate=0.001"]
+    asked += ["data.recovery_tokens=1024", "recover.precision=float32"]
+    expected = llmprune("recover", alone, *asked)
+    assert expected.code == 0, expected.err
+    launch = ["--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "-m", "llmprune", "recover", str(copied), *asked]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch]
+    launched = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert launched.returncode == 0, launched.stderr
+    courses = []
+    for path, told in ((alone, expected.json), (copied, json.loads(launched.stdout))):
+        directory = Run.open(path).directory
+        assert told == read_front(directory).stored()
+        (record,) = [one for one in read_front(directory).children if one.done]
+        base = read_front(directory).before_repair(record)
+        assert base is not None
+        repair = Repair.read(directory.repair_of(base.id, DISTIL))
+        assert repair is not None
+        courses.append(repair.facts["course"])
+    one, several = courses
+    assert len(one["losses"]) == len(several["losses"]) > 2
+    assert several["losses"] == pytest.approx(one["losses"], rel=1e-3)
+    assert several["checks"][-1][1] == pytest.approx(one["checks"][-1][1], rel=1e-3)
+
+
+def test_a_step_has_to_be_shared_evenly(copied: Path, llmprune: Llmprune, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Team, "of_launch", classmethod(lambda cls, device: cls(size=3, device="cpu")))
+    monkeypatch.setattr(Team, "__exit__", lambda *_: None)
+    result = llmprune("recover", copied, "recover.tokens=480", "data.recovery_tokens=1024")
+    told = " ".join(result.err.split())
+    assert result.code == 2 and "recover.windows_a_step=2 cannot be shared by 3 processes; give a multiple of 3" in told
+
+
+def test_the_best_of_some_children_goes_on(copied: Path, llmprune: Llmprune, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "measure_paired", paired_by_bytes)
+    directory = Run.open(copied).directory
+    before = read_front(directory)
+    pick = parse_pick("decode_speedup>=1.0001")
+    assert len(holding(before.children, pick)) >= 2, "there is something to choose"
+    asked = ["recover", copied, "--pick", pick.text, "recover.candidates=2", "recover.tokens=8000", "--json"]
+    asked += ["recover.learning_rate=0.0003", "data.recovery_tokens=1024", "recover.stored_logits=16"]
+    result = llmprune(*asked)
+    assert result.code == 0, result.err
+    after = read_front(directory)
+    cut = {one.id for one in before.children}
+    trained = {path.name.partition("-")[0] for path in (copied / "repairs").glob("*-distil.safetensors")}
+    assert len(trained & cut) == 2, "two were tried"
+    best = pick_record(after.children, pick)
+    # What it has become since is left out if it is no better by then.
+    assert best.done and (trained - cut == {best.id} or len(best.done) == 2)
+    assert not directory.teacher.exists(), "nobody learns any more"
+    assert "tried" in result.err and "goes on" in result.err
+    again = llmprune(*asked)
+    assert again.code == 0 and again.json == result.json, "what was tried is not tried again"
+
+
+def test_parts_of_a_length() -> None:
+    rules = RecoverRecipe(tokens=1000)
+    assert (rules.part(0.3).tokens, rules.part(0.3).minutes) == (300, None)
+    assert RecoverRecipe(minutes=10.0).part(0.25).minutes == 2.5

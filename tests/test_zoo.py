@@ -51,6 +51,7 @@ SMALL = Sizes(
     repeats=1,
     trials=2,
     targets=(1.15,),
+    learnt_tokens=512,
     choices_a_kind=4,
 )
 
@@ -266,7 +267,9 @@ def test_a_trained_model_is_a_checkpoint_and_is_not_trained_again(
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_whole_search_is_benched(small_zoo: Path, tmp_path: Path, family: str) -> None:
-    found = bench_families.bench(family, small_zoo, tmp_path / family, ["scores", "times", "search"], SMALL, silent)
+    found = bench_families.bench(
+        family, small_zoo, tmp_path / family, ["scores", "times", "search", "repair"], SMALL, silent
+    )
     kinds = found["scores"]["kinds"]
     assert {name: entry["n"] + entry["unusable"] for name, entry in kinds.items()} == {
         "widths": 4,
@@ -275,8 +278,12 @@ def test_a_whole_search_is_benched(small_zoo: Path, tmp_path: Path, family: str)
     }
     assert found["scores"]["tokens"] == 1024 and len(found["scores"]["choices"]) == 24
     assert found["times"]["children"] and found["search"]["trials"] >= 2
+    assert list(found["repair"]["nats_lost"]) == ["one_shot", "refit", "distilled"]
+    assert found["repair"]["learnt_tokens"] >= SMALL.learnt_tokens
     assert {entry["method"] for entry in found["search"]["results"]} == {"llmprune", "uniform", "random"}
-    again = bench_families.bench(family, small_zoo, tmp_path / family, ["scores", "times", "search"], SMALL, silent)
+    again = bench_families.bench(
+        family, small_zoo, tmp_path / family, ["scores", "times", "search", "repair"], SMALL, silent
+    )
     assert again == found
     drawn(bench_families.scores_table({family: found}))
     drawn(bench_families.search_table({family: found}))

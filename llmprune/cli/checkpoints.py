@@ -217,3 +217,26 @@ def push(
         pushed = hub.push(contents, card, repo, token, public=public, revision=revision, message=message, quiet=quiet)
         result = {"repo": repo, "files": files, **asdict(pushed)}
     emit(result, json, lambda: push_lines(result))
+
+
+@app.command()
+def prove(
+    directory: Annotated[Path, typer.Argument(help="Exported checkpoint that was trained or changed since.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Run directory whose text it is judged on; default: its own.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code beside the weights that is not llmprune's.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove and judge a changed checkpoint anew, under a name of its own: then it is pushed like any other."""
+    from llmprune.cli.front_tables import quoted_lines
+    from llmprune.evaluation.proving import prove_anew
+    from llmprune.measure.record import Record
+
+    result = prove_anew(directory, data, shown(quiet=quiet), trust_remote_code=trust_remote_code)
+    off = result["proof"]["max_logit_difference"]
+    proven = f"{directory} is {result['id']}, proven (logits within {off:.1e} after a reload)"
+    emit(result, json, lambda: [proven, *(f"  {line}" for line in quoted_lines(Record.from_json(result["figures"])))])

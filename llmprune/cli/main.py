@@ -19,6 +19,8 @@ from llmprune.cli.options import (
     RunPath,
     Storage,
     emit,
+    joined_run,
+    on_device,
     opened_run,
     recipe_from,
     recipe_of_run,
@@ -195,18 +197,29 @@ def recover(
     overrides: Overrides = None,
     pick: Annotated[str | None, typer.Option(help="decode_speedup>=1.5, ppl_ratio<=1.2, or a child's id.")] = None,
     minutes: Annotated[float | None, typer.Option(help="As recover.minutes=...")] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Those beside the front too, on as many tokens.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Distil a child of the front from its parent, and put it in its place; a stopped training goes on."""
+    """Distil a child of the front from its parent, and put it in its place; a stopped training goes on. Several
+    processes train together: accelerate launch -m llmprune recover RUN."""
     from llmprune.cli.front_tables import front_table
     from llmprune.core.budgets import parse_pick
     from llmprune.pipeline import commands
+    from llmprune.recover.team import Team
 
     asked = [] if minutes is None else [f"recover.minutes={minutes}", "recover.tokens=null"]
     recipe = recipe_of_run(run_path, None, [*(overrides or []), *asked])
-    with opened_run(run_path, recipe, quiet) as (run, _):
-        recovered = commands.recover(run, parse_pick(pick or recipe.export.pick))
+    wanted = parse_pick(pick or recipe.export.pick)
+    with Team.of_launch(recipe.model.device) as team:
+        if not team.leads:
+            commands.recover(joined_run(run_path, recipe, team.device), wanted, team, baselines=baselines)
+            return
+        with opened_run(run_path, recipe, quiet) as (run, _):
+            run.recipe = on_device(run.recipe, team.device)
+            recovered = commands.recover(run, wanted, team, baselines=baselines)
     emit(recovered.stored(), json, lambda: [front_table(recovered)])
 
 

@@ -104,6 +104,20 @@ def opened_run(path: Path, recipe: Recipe, quiet: bool, storage: str | None = No
         yield run, None if quiet else print_trial(error_console())
 
 
+def joined_run(path: Path, recipe: Recipe, device: str | None) -> Any:
+    """A run that another process holds, to read."""
+    from llmprune.pipeline.run import Run
+    from llmprune.pipeline.run_directory import RunDirectory
+
+    return Run(RunDirectory(path), on_device(recipe, device), joined=True)
+
+
+def on_device(recipe: Recipe, device: str | None) -> Recipe:
+    """The recipe for one process of several, if it was told where to compute."""
+    model = recipe.model.model_copy(update={"device": device}) if device else recipe.model
+    return recipe.model_copy(update={"model": model})
+
+
 def speaker(quiet: bool) -> Callable[[str], None]:
     """A line for the user beside the steps: on stderr, like them."""
     target = error_console()

@@ -74,6 +74,10 @@ class Pick:
         moved = (replace(b, limit=b.limit * factor if b.relation == ">=" else b.limit / factor) for b in self.budgets)
         return replace(self, budgets=tuple(moved))
 
+    def violation(self, record: Measured) -> float:
+        """By how much a record misses the budget that it misses most; nothing above 0 holds them all."""
+        return max(budget.violation(record.value(budget.metric)) for budget in self.budgets)
+
     def value_of(self, record: Measured) -> float:
         """How good a record is, higher is better."""
         value = record.value(self.best)
@@ -135,19 +139,19 @@ def pick_record(records: Iterable[MeasuredT], pick: Pick) -> MeasuredT:
         raise BudgetError("the front is empty; raise search.trials and run the search again")
     if pick.child is not None:
         return _named(records, pick.child)
-
-    def worst_violation(record: Measured) -> float:
-        return max(budget.violation(record.value(budget.metric)) for budget in pick.budgets)
-
-    holding = [record for record in records if worst_violation(record) <= 0]
-    if holding:
-        return max(holding, key=pick.value_of)
-    nearest = min(records, key=worst_violation)
+    if held := holding(records, pick):
+        return held[0]
+    nearest = min(records, key=pick.violation)
     values = ", ".join(f"{b.metric} {nearest.value(b.metric):.4g}" for b in pick.budgets)
     raise BudgetError(
         f"no child on the front holds {quoted(pick.text)}; the nearest is {nearest.id} with {values}. "
         "Loosen the pick, or search on with more trials"
     )
+
+
+def holding(records: Iterable[MeasuredT], pick: Pick) -> list[MeasuredT]:
+    """All records that hold the budgets of a pick, the best first."""
+    return sorted((one for one in records if pick.violation(one) <= 0), key=pick.value_of, reverse=True)
 
 
 def _named(records: Sequence[MeasuredT], name: str) -> MeasuredT:

@@ -61,7 +61,7 @@ class ImportanceRecipe(Section):
         "text, with the same result",
     )
 
-    free: ClassVar[frozenset[str]] = frozenset({"memory_gb"})
+    free: ClassVar[frozenset[str]] = frozenset({"memory_gb", "gradient_checkpointing"})
 
     @property
     def memory_bytes(self) -> int:
@@ -186,11 +186,33 @@ class RecoverRecipe(Section):
         description="of its matrix products; weights and updates are float32; auto: bfloat16 where a step is at least "
         "1.3 times as fast",
     )
+    candidates: int = Field(
+        1,
+        ge=1,
+        description="so many children that hold the pick, the best of them, are distilled for a part of the length "
+        "first, and the one goes on that is best then",
+    )
+    stored_logits: int | None = Field(
+        None,
+        ge=1,
+        description="learn from so many of the likeliest tokens of each position, and all others as one; they are "
+        "stored, so that the parent runs once for a window",
+    )
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="train adapters of this rank beside its linear maps (LoRA), in place of its weights; merged "
+        "in the end",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute activations again in its backward pass rather than keep them: slower, in less memory",
+    )
     memory_gb: float = Field(
         4.0, gt=0, description="GiB of hidden states that a refit keeps in memory; more of them lie in files"
     )
 
-    free: ClassVar[frozenset[str]] = frozenset({"memory_gb"})
+    free: ClassVar[frozenset[str]] = frozenset({"memory_gb", "gradient_checkpointing"})
 
     @property
     def memory_bytes(self) -> int:
@@ -199,6 +221,11 @@ class RecoverRecipe(Section):
     @property
     def distils(self) -> bool:
         return self.minutes is not None or self.tokens is not None
+
+    def part(self, share: float) -> RecoverRecipe:
+        """These rules for a share of the length."""
+        minutes, tokens = self.minutes and self.minutes * share, self.tokens and max(1, round(self.tokens * share))
+        return self.model_copy(update={"minutes": minutes, "tokens": tokens})
 
     def of_refit(self) -> dict[str, Any]:
         """What figures of a front depend on."""

@@ -57,6 +57,9 @@ def _explain(problem: Any) -> str:
         return "unknown key"
     if problem["type"] == "missing":
         return "missing"
+    # A rule about several keys says which values break it; the whole section would hide them.
+    if "; got " in problem["msg"]:
+        return str(problem["msg"])
     return f"{problem['msg']}, got {quoted(problem['input'])}"
 
 

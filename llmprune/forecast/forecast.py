@@ -28,10 +28,10 @@ from typing import Literal
 from llmprune.baselines.methods import METHODS, own_libraries
 from llmprune.blocks.solve import gathered_choices, own_input_choices
 from llmprune.blocks.statistics import BATCH_TOKENS, statistics_bytes
-from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.core.recipe import SamplerName
 from llmprune.core.recipe_inputs import SplitName
 from llmprune.forecast.plan import Done, Plan, StageCost, Timing
+from llmprune.forecast.repairs import distillation, refits
 from llmprune.forecast.work import (
     SolverFlops,
     estimate_flops_per_token,
@@ -46,9 +46,6 @@ from llmprune.measure.quality.prefix_states import common_steps, last_start, spr
 from llmprune.measure.quality.racing import SHARES
 from llmprune.measure.record import QUOTED
 from llmprune.measure.speed.throughput import passes_of
-from llmprune.recover.distillation import CHUNK
-from llmprune.recover.held_out import HELD_OUT
-from llmprune.recover.least_squares import RIDGES
 from llmprune.search.samplers import evopress, slp
 from llmprune.search.warm_starts import MARGIN
 from llmprune.tables.block_tables import CALIBRATE_AT
@@ -79,9 +76,9 @@ def forecast(plan: Plan, done: Done | None = None, *, until: Until = "export") -
     if until == "export":
         stages += [StageCost("front", done=True) if done.front else _front(plan, done)]
         if plan.recipe.recover.refit:
-            stages.append(StageCost("repair", done=True) if done.front else _repair(plan, done))
+            stages.append(StageCost("repair", done=True) if done.front else refits(plan, done))
         if plan.recipe.recover.distils:
-            stages.append(_recover(plan))
+            stages.append(distillation(plan))
         stages.append(_checkpoints(plan, done))
     return stages
 
@@ -279,51 +276,6 @@ def _front(plan: Plan, done: Done) -> StageCost:
         disk_bytes=sum(
             missing[m] * layer_library_bytes(space, plan.dtype_bytes, plan.biased, own[m].method) for m in own
         ),
-    )
-
-
-def _repair(plan: Plan, done: Done) -> StageCost:
-    """A sequential refit of every child of the front and, if asked for, of the baselines; each is then scored again."""
-    rules, data, shape = plan.recipe.recover, plan.recipe.data, plan.space.shape
-    trials = max(plan.recipe.search.trials, done.trials)
-    children = min(plan.recipe.front.size, trials - 1)
-    children += len(dict.fromkeys(plan.recipe.front.baselines)) if rules.baselines else 0
-    tokens = plan.first_tokens("recovery" if data.recovery_tokens else "calibration", rules.refit_tokens)
-    scored = ["validation", *(name for name in QUOTED if name in data.splits)]
-    inputs = [shape.inputs(shape.full(kind)) for kind in BLOCK_KINDS]
-    states = plan.dtype_bytes * tokens * (5 * shape.hidden_size + max(inputs))
-    # Moments, a factor for every ridge, and weights, in float64.
-    solving = 8 * max(3 * width**2 + 3 * width * shape.hidden_size for width in inputs)
-    refits = sum(len(RIDGES) * (width**3 // 3 + 4 * shape.hidden_size * width**2) for width in inputs)
-    return StageCost(
-        "repair",
-        # The parent and the child once each, and both forms on what is held out.
-        forward_tokens=children * (2 * tokens + 2 * tokens // HELD_OUT + sum(plan.tokens(name) for name in scored)),
-        solver=SolverFlops(refits=children * shape.layers * refits),
-        float32_flops=children * shape.layers * tokens * sum(2 * w * (w + 2 * shape.hidden_size) for w in inputs),
-        children=children * (2 + len(scored)),
-        peak_memory_bytes=2 * plan.parent_bytes + plan.timed_file_bytes + min(states, rules.memory_bytes) + solving,
-        disk_bytes=children * plan.dtype_bytes * shape.layers * shape.hidden_size * sum(inputs)
-        + max(0, states - rules.memory_bytes),
-    )
-
-
-def _recover(plan: Plan) -> StageCost:
-    """Distillation of one child: its own forward and backward pass, twice as long as for frozen weights, and the
-    parent's; or the minutes that it is given."""
-    rules = plan.recipe.recover
-    tokens = rules.tokens or 0
-    weights = 4 * plan.parent_bytes // plan.dtype_bytes
-    # Of a chunk of positions: both models' logits and log-softmaxes, and gradients of the child's.
-    logits = 6 * 4 * CHUNK * plan.vocabulary
-    graph = plan.recipe.data.seq_len * graph_bytes_per_token(plan.space.shape, 4)
-    return StageCost(
-        "recover",
-        forward_tokens=4 * tokens,
-        fixed_seconds=60 * (rules.minutes or 0.0),
-        # Beside the parent: weights, gradients and two moments, which are kept in a file together with the best ones.
-        peak_memory_bytes=plan.parent_bytes + plan.timed_file_bytes + 4 * weights + graph + logits,
-        disk_bytes=5 * weights,
     )
 
 

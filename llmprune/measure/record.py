@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, PlainSe
 from llmprune.choices.architecture import Architecture
 from llmprune.core.errors import RunDirectoryError, quoted
 from llmprune.core.recipe_inputs import SplitName
-from llmprune.measure.quality.perplexity import Figure, SourceQuality
+from llmprune.measure.quality.perplexity import Figure, Quality, SourceQuality
 from llmprune.measure.speed.throughput import Spread
 
 SCHEMA = 2
@@ -107,6 +107,23 @@ class Quoted(_Value):
     """Over the parent's, on the same tokens; `nats_lost` likewise."""
     nats_lost: Figure
     """Infinite also where the parent's own nats are."""
+
+    @classmethod
+    def beside(cls, quality: Quality, parent: Quality | Quoted) -> Quoted:
+        """Figures beside a parent's on the same tokens."""
+        nats_lost = quality.nats_per_token - parent.nats_per_token
+        return cls(
+            nats_per_token=quality.nats_per_token,
+            nats_per_byte=quality.nats_per_byte,
+            ppl=quality.ppl,
+            per_source=dict(quality.per_source),
+            dataset=quality.dataset,
+            seq_len=quality.seq_len,
+            tokens=quality.tokens,
+            bos=quality.bos,
+            ppl_ratio=quality.ppl / parent.ppl if math.isfinite(quality.ppl) else math.inf,
+            nats_lost=nats_lost if math.isfinite(nats_lost) else math.inf,
+        )
 
 
 class MeasuredOn(_Value):

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,11 +84,7 @@ def write_checkpoint(
                 "format": 1,
                 "hash": architecture.hash,
                 "architecture": architecture.to_json(),
-                "proof": {
-                    "max_logit_difference": proof.max_logit_difference,
-                    "params": proof.params,
-                    "stock_class": proof.stock_class,
-                },
+                "proof": proof_facts(proof),
                 "files": {file.relative_to(staging).as_posix(): sha256_file(file) for file in _files_below(staging)},
                 **metadata,
             },
@@ -96,6 +92,15 @@ def write_checkpoint(
         further(staging)
         move_into_place(staging, directory)
     return proof
+
+
+def proof_facts(proof: Proof) -> dict[str, Any]:
+    """JSON of what a checkpoint says of its proof."""
+    return {
+        "max_logit_difference": proof.max_logit_difference,
+        "params": proof.params,
+        "stock_class": proof.stock_class,
+    }
 
 
 def prove(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, checkpoint: Path) -> Proof:
@@ -124,19 +129,26 @@ def in_fresh_process(script: str, checkpoint: Path, *arguments: object) -> dict[
             "HF_HUB_OFFLINE": "1",
             "PYTHONWARNINGS": "ignore",
         }
-        finished = subprocess.run(
-            [sys.executable, "-P", script, str(checkpoint), *map(str, arguments)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        finished = run_script(script, [str(checkpoint), *map(str, arguments)], environment)
     if finished.returncode != 0:
         last = (finished.stderr.strip().splitlines() or ["no output"])[-1]
         raise ExportError(f"the checkpoint does not load in a fresh process: {last}")
     found: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
     return found
+
+
+def run_script(
+    script: str, arguments: Sequence[str], environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in an interpreter of its own, which finds no module beside it."""
+    return subprocess.run(
+        [sys.executable, "-P", script, *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def _proof_inputs(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, torch.Tensor]:

@@ -13,14 +13,16 @@ from llmprune.measure.record import Front
 from llmprune.measure.speed.host import fingerprint
 from llmprune.models.checkpoint import check_destination
 from llmprune.pipeline.comparison import Compared, compare_methods, contest_of
-from llmprune.pipeline.exports import export_pick, exported_id, write_children
+from llmprune.pipeline.distilling import check_recovery
+from llmprune.pipeline.exports import export_pick, exported_id, refuse_trained, write_children
 from llmprune.pipeline.fronts import make_front
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import lay_ground, prepare, stock_up, tell_reach
-from llmprune.pipeline.recovery import check_recovery, recover_pick
+from llmprune.pipeline.recovery import recover_pick
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import read_front
 from llmprune.pipeline.searching import go_on_with_study, join_stock, run_trials, start_study, tell_of_other_hardware
+from llmprune.recover.team import ALONE, Team
 from llmprune.search.failures import told
 from llmprune.search.front import unusable
 from llmprune.search.study import Report, SearchOutcome
@@ -35,6 +37,8 @@ def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = 
     A checkpoint that is at `to` already and is the picked child is left as it is. An unusable one is not exported:
     then `exported` is None, and `not_exported` says why.
     """
+    if not force:
+        refuse_trained(to)
     written = exported_id(to)
     replaces_own = written is not None and to == run.directory.export
     # Found out now rather than after the search; whether a checkpoint that is there is the pick, only then.
@@ -127,13 +131,14 @@ def baselines(run: Run, rules: BaselinesRecipe) -> Compared:
     return compare_methods(contest_of(run, prepared, Judges(run, prepared)), rules)
 
 
-def recover(run: Run, pick: Pick) -> Front:
+def recover(run: Run, pick: Pick, team: Team = ALONE, *, baselines: bool = False) -> Front:
     """Distil the picked child of the front from its parent, as the recipe's `recover` says (see `recover_pick`)."""
     measured = read_front(run.directory)
     # Found out before anything is loaded.
-    check_recovery(run.recipe)
+    check_recovery(run.recipe, team)
     pick_record(measured.children, pick)
-    return recover_pick(run, Judges(run, stock_up(run)), measured, pick)
+    stock = team.after_the_first(lambda: stock_up(run))
+    return recover_pick(run, Judges(run, stock), measured, pick, team, baselines=baselines)
 
 
 def export(run: Run, pick: Pick, to: Path, *, force: bool = False) -> dict[str, Any]:

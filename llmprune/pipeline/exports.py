@@ -16,9 +16,10 @@ from llmprune.models.checkpoint import METADATA_FILE, write_checkpoint
 from llmprune.models.loading import dtype_of
 from llmprune.models.surgery import prune
 from llmprune.pipeline.judges import Judges
-from llmprune.pipeline.recovery import repairs_of
+from llmprune.pipeline.repairs import repairs_of
 from llmprune.pipeline.run import Run
 from llmprune.publish.conversion import write_formats
+from llmprune.recover.repair import TRAINED
 from llmprune.search.front import unusable
 
 # Facts of a run directory that are no part of a checkpoint's provenance.
@@ -70,7 +71,7 @@ def _write(
         if formats:
             written.extend(write_formats(child, parent.tokenizer, run.recipe.deploy, staging))
 
-    metadata = _metadata(run, judges, front, record)
+    metadata = _metadata(run, judges, front, record, library)
     proof = write_checkpoint(child, parent.tokenizer, record.architecture, metadata, to, force=force, further=further)
     return {
         "directory": str(to),
@@ -94,7 +95,7 @@ def _library_of(run: Run, judges: Judges, record: Record) -> BlockLibrary:
     return library
 
 
-def _metadata(run: Run, judges: Judges, front: Front, record: Record) -> dict[str, Any]:
+def _metadata(run: Run, judges: Judges, front: Front, record: Record, library: BlockLibrary) -> dict[str, Any]:
     """What a checkpoint says of itself. It travels: it names files, not the places they had on this machine."""
     parent = judges.stock.parent
     provenance = {key: value for key, value in run.directory.read_provenance().items() if key not in _LOCAL}
@@ -108,6 +109,7 @@ def _metadata(run: Run, judges: Judges, front: Front, record: Record) -> dict[st
     of_parent = {"shape": asdict(parent.shape), "figures": front.parent.to_json()}
     return {
         "id": record.id,
+        "library": library.hash,
         "figures": record.stored(),
         "parent": of_parent,
         "provenance": provenance,
@@ -129,3 +131,14 @@ def exported_id(directory: Path) -> str | None:
     if problem := newer_schema(metadata.get("figures")):
         raise RunDirectoryError(f"{file} {problem}")
     return str(metadata.get("id", ""))
+
+
+def refuse_trained(directory: Path) -> None:
+    """Raises ExportError if a checkpoint was trained since it was exported: no run could write it again."""
+    metadata = read_json(directory / METADATA_FILE) if exported_id(directory) else {}
+    done = [name for name in metadata.get("figures", {}).get("done", []) if str(name).startswith(f"{TRAINED}-")]
+    if done:
+        raise ExportError(
+            f"{directory} holds a child that was trained since it was exported ({done[-1]}); use --force to replace "
+            "it, or another --to"
+        )

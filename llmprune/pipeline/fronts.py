@@ -16,7 +16,8 @@ from llmprune.measure.record import Front, Record
 from llmprune.pipeline.comparison import Contest
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import Prepared
-from llmprune.pipeline.recovery import finishing, refit_child, refit_tokens
+from llmprune.pipeline.recovery import refit_child
+from llmprune.pipeline.repairs import finishing, refit_tokens
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of, read_front
 from llmprune.pipeline.searching import study_facts, study_name, tell_of_other_hardware, trials_of

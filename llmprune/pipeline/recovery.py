@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-
+from llmprune.baselines.methods import METHODS
 from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
-from llmprune.core.budgets import Pick, pick_record
-from llmprune.core.errors import DataError, ExportError, RecipeError
-from llmprune.core.files import read_json, write_json
-from llmprune.core.recipe import Recipe
+from llmprune.core.budgets import Pick, holding, pick_record
+from llmprune.core.recipe import BaselineName, RecoverRecipe
 from llmprune.data.tokens import Split
-from llmprune.measure.record import Front, Record, child_id
+from llmprune.measure.record import QUOTED, Front, Record, child_id
 from llmprune.models.surgery import prune
+from llmprune.pipeline.distilling import Lesson, check_recovery, distil_child, distilled
 from llmprune.pipeline.judges import Judges
+from llmprune.pipeline.repairs import SCHEMA, finishing, judging_text, refit_tokens, repairs_of
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of
-from llmprune.recover.distillation import Settings, distil, precision_for
-from llmprune.recover.held_out import held_out, windows_to_learn_from
-from llmprune.recover.repair import Repair
+from llmprune.recover.repair import REFIT, Repair
 from llmprune.recover.sequential import nats_on_the_way, on_the_way, refit_sequentially
+from llmprune.recover.team import ALONE, Team
 from llmprune.search.front import with_verdicts
-from llmprune.search.judging import Finish, quote
+from llmprune.search.judging import quote
 
-REFIT, DISTIL = "refit", "distil"
-CHECKING = 0.15
-"""Share of a distillation's minutes that may go into looking how well it does."""
-SCHEMA = 1
-"""Of repairs: what was made under another number is made again."""
-
-
-def refit_tokens(run: Run, judges: Judges) -> Split:
-    """The part of the recovery split, or without one of the calibration split, that a refit is fitted to and repairs
-    are judged by."""
-    tokens = judges.stock.tokens
-    split = tokens["recovery" if "recovery" in tokens.splits else "calibration"]
-    share = min(1.0, run.recipe.recover.refit_tokens / split.tokens)
-    return split.head(split.first_windows(share))
+TRIED = 0.3
+"""Share of a distillation's length that goes into trying several children first."""
 
 
 def refit_child(run: Run, judges: Judges, architecture: Architecture, library: BlockLibrary) -> Repair | None:
@@ -68,7 +53,7 @@ def refit_child(run: Run, judges: Judges, architecture: Architecture, library: B
 
 def _refitted(run: Run, judges: Judges, architecture: Architecture, library: BlockLibrary, split: Split) -> Repair:
     parent = judges.stock.parent
-    child, judged_by = prune(parent, architecture, library), _held_out(split)
+    child, judged_by = prune(parent, architecture, library), judging_text(run, judges)
     with run.show("solving output projections on the child's own inputs") as advance:
         solved = refit_sequentially(
             parent,
@@ -88,164 +73,93 @@ def _refitted(run: Run, judges: Judges, architecture: Architecture, library: Blo
     return Repair.of(REFIT, tensors, {**facts, "helps": share > 0, "blocks": blocks})
 
 
-def _held_out(split: Split) -> Split:
-    found = held_out(split)
-    if not found.sources:
-        raise DataError("a repair is judged by recovery text that is held out; raise data.recovery_tokens")
-    return found
-
-
-def check_recovery(recipe: Recipe) -> None:
-    """Raises RecipeError if a recipe says neither minutes nor tokens, or has no text to recover on."""
-    if not recipe.recover.distils:
-        raise RecipeError("recovery needs recover.minutes or recover.tokens; for example recover.minutes=10")
-    if not recipe.data.recovery_tokens:
-        raise RecipeError("recovery needs text of its own; for example data.recovery_tokens=262144")
-
-
-def recover_pick(run: Run, judges: Judges, front: Front, pick: Pick) -> Front:
+def recover_pick(
+    run: Run, judges: Judges, front: Front, pick: Pick, team: Team = ALONE, *, baselines: bool = False
+) -> Front:
     """Distil the picked child from its parent, and put what becomes of it in its place on the front, if it is better on
-    the validation split; its one-shot form stays.
+    the validation split; its one-shot form stays. With `recover.candidates` above one, children that hold the pick are
+    tried first, and the best goes on. With `baselines`, those beside it are then trained on as many tokens.
 
-    A training that was stopped goes on where it was. Raises as `check_recovery` does, and BudgetError if no child holds
-    the pick.
+    A training that was stopped goes on where it was. Every process of `team` calls this alike; the first one writes the
+    front. Raises as `check_recovery` does, and BudgetError if no child holds the pick.
     """
-    check_recovery(run.recipe)
-    record = pick_record(front.children, pick)
-    library = judges.stock.library
-    if _is_distilled(run, judges, record, library):
+    check_recovery(run.recipe, team)
+    rules = run.recipe.recover
+    tried = _to_try(front, pick, rules.candidates)
+    if len(tried) > 1:
+        front, rules = _tried(run, judges, front, pick, tried, team), rules.part(1 - TRIED)
+    front, tokens = _recovered(run, judges, front, pick_record(front.children, pick), rules, team)
+    as_long = rules.model_copy(update={"tokens": tokens, "minutes": None})
+    for rival in front.baselines if baselines else ():
+        if (method := _method(rival)) and METHODS[method].finish is None:
+            front, _ = _recovered(run, judges, front, rival, as_long, team)
+    team.wait()
+    if team.leads:
+        shutil.rmtree(run.directory.teacher, ignore_errors=True)
+    return front
+
+
+def _to_try(front: Front, pick: Pick, count: int) -> list[Record]:
+    """The children that are tried: the best by what they were when cut, so that what was tried already is no other."""
+    if pick.child is not None:
+        return [pick_record(front.children, pick)]
+    cut = {one.hash: front.before_repair(one) or one for one in front.children}
+    best = [one.hash for one in holding(cut.values(), pick)[:count]]
+    return sorted((one for one in front.children if one.hash in best), key=lambda one: best.index(one.hash))
+
+
+def _tried(run: Run, judges: Judges, front: Front, pick: Pick, tried: Sequence[Record], team: Team) -> Front:
+    """The front after each of some children was distilled for its part of the time: rankings change by it."""
+    rules, library = run.recipe.recover, judges.stock.library
+    chosen = pick_record(front.children, pick)
+    if team.agreed(lambda: distilled(run, judges, chosen, library, rules.part(1 - TRIED))) is not None:
         return front
-    repair = distil_child(run, judges, record, library)
-    finish = finishing([*repairs_of(run, record, library), repair])
+    for record in tried:
+        front, _ = _recovered(run, judges, front, record, rules.part(TRIED / len(tried)), team)
+    hashes = {one.hash for one in tried}
+    nats = [f"{one.id} {one.nats_per_token:.3f}" for one in front.children if one.hash in hashes]
+    run.say(f"tried {', '.join(nats)} nats a token; {pick_record(front.children, pick).id} goes on")
+    return front
+
+
+def _recovered(
+    run: Run, judges: Judges, front: Front, record: Record, rules: RecoverRecipe, team: Team
+) -> tuple[Front, int]:
+    """The front with a record's child distilled, and the tokens that took."""
+    method = _method(record)
+    library = judges.libraries([method])[method] if method else judges.stock.library
+    if (done := team.agreed(lambda: distilled(run, judges, record, library, rules))) is not None:
+        return front, done
+    repair = distil_child(Lesson(run, judges, record, library, rules, team))
+    found = team.agreed(lambda: _in_its_place(run, judges, front, record, library, repair))
+    return found, repair.facts["settings"]["tokens"]
+
+
+def _in_its_place(
+    run: Run, judges: Judges, front: Front, record: Record, library: BlockLibrary, repair: Repair
+) -> Front:
+    """The front, written, with what a repair makes of a record in the record's place; the same one if that is worse."""
+    method, finish = _method(record), finishing([*repairs_of(run, record, library), repair])
     # `again` notes what was done last; the record has the rest.
-    judge = judges.judge("validation", run.recipe.front.repeats, finish=finish._replace(name=repair.name))
-    recovered = judge.again(record)
+    judge = judges.judge("validation", run.recipe.front.repeats, method)
+    recovered = replace(judge, finish=finish._replace(name=repair.name)).again(record)
     if recovered.nats_per_token >= record.nats_per_token:
         run.say(f"what distillation made of {record.id} is not better on the validation split, and is left out")
         return front
-    recovered = quote(recovered.model_copy(update=dict.fromkeys(("test", "unseen"))), judges.quoting(finish=finish))
+    quoting = [replace(one, finish=finish) for one in judges.quoting(method)]
+    recovered = quote(recovered.model_copy(update=dict.fromkeys(QUOTED)), quoting)
     before = front.before_repair(record) or record
-    one_shot = [*(one for one in front.one_shot if one.id != before.id), before]
-    children = tuple(recovered if one.id == record.id else one for one in front.children)
-    found = front.model_copy(update={"children": children, "one_shot": tuple(one_shot)})
-    found = with_verdicts(found, run.recipe.front.usable_ppl_ratio)
+    changes = {
+        # A baseline may be a child of the front too: this is about one of them.
+        "children": tuple(recovered if one is record else one for one in front.children),
+        "baselines": tuple(recovered if one is record else one for one in front.baselines),
+        "one_shot": (*(one for one in front.one_shot if one.id != before.id), before),
+    }
+    found = with_verdicts(front.model_copy(update=changes), run.recipe.front.usable_ppl_ratio)
     run.directory.write_front(found)
     return found
 
 
-def _is_distilled(run: Run, judges: Judges, record: Record, library: BlockLibrary) -> bool:
-    """Whether the last that was done to a child is what the recipe asks for."""
-    if not record.done:
-        return False
-    of = child_id(record.hash, library.hash, record.done[:-1])
-    found = Repair.read(run.directory.repair_of(of, DISTIL), _inputs(run, judges, of))
-    return found is not None and found.name == record.done[-1]
-
-
-def _inputs(run: Run, judges: Judges, of: str) -> str:
-    """Hash of what a distillation of the child with this id depends on."""
-    stock = judges.stock
-    tokens = [stock.tokens["recovery"].hash, refit_tokens(run, judges).hash]
-    return hash_of(of, stock.parent_hash, tokens, run.recipe.recover.decisive(), SCHEMA)
-
-
-def distil_child(run: Run, judges: Judges, record: Record, library: BlockLibrary) -> Repair:
-    """What distillation makes of a child; kept in the run directory, and found there for the same inputs."""
-    stock, of_refit = judges.stock, refit_tokens(run, judges)
-    judged_by, inputs = _held_out(of_refit), _inputs(run, judges, record.id)
-    path = run.directory.repair_of(record.id, DISTIL)
-    if (found := Repair.read(path, inputs)) is not None:
-        return found
-    child = _own(prune(stock.parent, record.architecture, library))
-    for repair in repairs_of(run, record, library):
-        repair.apply(child)
-    child = _own(child)
-    windows_WT = windows_to_learn_from(stock.tokens["recovery"], of_refit)
-    settings = _settings(run, judges, record, child, windows_WT, judged_by, inputs)
-    state = path.with_name(f"{path.stem}-state.safetensors")
-    with run.show(f"distilling {record.id} on {settings.tokens:,} tokens, {settings.precision}") as advance:
-        course = distil(
-            stock.parent.model,
-            child,
-            windows_WT,
-            judged_by,
-            settings,
-            state,
-            hash_of(inputs, asdict(settings)),
-            lambda done, total, told: advance(done, total),
-        )
-    if course.ended:
-        run.say(f"distillation ended early, and keeps its best state: {course.ended}")
-    tensors = {name: parameter.detach() for name, parameter in child.named_parameters()}
-    repair = Repair.of(DISTIL, tensors, {"settings": asdict(settings), "course": asdict(course)})
-    repair.write(path, inputs)
-    for file in state.parent.glob(f"{state.stem}*"):
-        file.unlink()
-    return repair
-
-
-def _own(child: PreTrainedModel) -> PreTrainedModel:
-    """The child, its tensors no longer the parent's."""
-    for module in child.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(parameter.detach().to(torch.float32).clone(), requires_grad=False))
-    child.tie_weights()
-    return child
-
-
-def _settings(
-    run: Run,
-    judges: Judges,
-    record: Record,
-    child: PreTrainedModel,
-    windows_WT: torch.Tensor,
-    judged_by: Split,
-    inputs: str,
-) -> Settings:
-    """How long and in which precision: measured once, and kept, so that a training that goes on is the same one."""
-    rules, file = run.recipe.recover, run.directory.repair_of(record.id, DISTIL).with_suffix(".json")
-    if file.is_file() and (kept := read_json(file)).get("inputs") == inputs:
-        return Settings(**kept["settings"])
-    with run.show("measuring how fast the child learns"):
-        precision, seconds = precision_for(judges.stock.parent.model, child.requires_grad_(True), windows_WT[0])
-    if rules.precision != "auto":
-        precision = rules.precision
-    tokens, checks = rules.tokens, Settings.checks
-    if tokens is None:
-        assert rules.minutes is not None, "the recipe was checked"
-        # A check is a forward pass in float32: half of what learning takes, or less.
-        of_check = judged_by.tokens / windows_WT.shape[1] * seconds / 2
-        checks = max(2, min(checks, int(CHECKING * 60 * rules.minutes / of_check)))
-        left = max(60 * rules.minutes - checks * of_check, 30 * rules.minutes)
-        tokens = max(1, round(left / seconds)) * windows_WT.shape[1]
-    settings = Settings(tokens, precision, rules.learning_rate, rules.windows_a_step, checks=checks)
-    write_json(file, {"inputs": inputs, "settings": asdict(settings)})
-    return settings
-
-
-def repairs_of(run: Run, record: Record, library: BlockLibrary) -> list[Repair]:
-    """What was done to a record's child since it was cut, in order. Raises ExportError if the run no longer has it."""
-    return list(_repairs(run, record, library))
-
-
-def _repairs(run: Run, record: Record, library: BlockLibrary) -> Iterator[Repair]:
-    for done, name in enumerate(record.done):
-        of = child_id(record.hash, library.hash, record.done[:done])
-        path = run.directory.repair_of(of, name.rpartition("-")[0])
-        found = Repair.read(path)
-        if found is None or found.name != name:
-            raise ExportError(
-                f"{path} does not hold the repair {name} of {record.id}; delete {run.directory.front} and run llmprune "
-                "front again"
-            )
-        yield found
-
-
-def finishing(repairs: Sequence[Repair]) -> Finish:
-    """Repairs, as what is done to a pruned child before it is judged."""
-
-    def complete(child: PreTrainedModel, architecture: Architecture) -> None:
-        for repair in repairs:
-            repair.apply(child)
-
-    return Finish(repairs[-1].name, complete, lambda architecture: True)
+def _method(record: Record) -> BaselineName | None:
+    """Which baseline made it; None if the search did."""
+    return next((name for name in METHODS if name == record.name), None)

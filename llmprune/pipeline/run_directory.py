@@ -85,6 +85,11 @@ class RunDirectory:
         return self.path / "repairs" / f"{child}-{what}.safetensors"
 
     @property
+    def teacher(self) -> Path:
+        """What was stored of the parent's logits, while children learn from them."""
+        return self.path / "teacher"
+
+    @property
     def children(self) -> Path:
         return self.path / "children"
 

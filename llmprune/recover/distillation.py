@@ -2,8 +2,7 @@
 
 No label is needed, nor another loss (Minitron, arXiv 2407.14679, found the KL of the logits alone to be best). AdamW,
 warm-up and cosine over a number of tokens that is settled before the training begins, so that one that was killed goes
-on exactly where it was. The parent runs beside the child: where both fit into one machine its forward pass is cheaper
-than reading stored logits back. On held-out text the child is judged again and again; the best state is what stays.
+on exactly where it was. On held-out text the child is judged again and again; the best state is what stays.
 
 Shapes: W windows, B windows of a pass, T tokens of a window, N positions, D hidden size.
 """
@@ -13,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,10 +29,10 @@ from llmprune.core.errors import ModelError, RunDirectoryError
 from llmprune.core.files import atomic_path
 from llmprune.data.tokens import Split
 from llmprune.measure.quality.perplexity import score
-from llmprune.recover.chunks import last_states, logits_of
+from llmprune.recover.step_memory import last_states, logits_of
+from llmprune.recover.teacher import CHUNK, LiveTeacher, Teacher
+from llmprune.recover.team import ALONE, Team
 
-CHUNK = 256
-"""Positions whose logits are in memory together."""
 BETAS = (0.9, 0.95)
 CLIP = 1.0
 WORTH_IT = 1.3
@@ -42,6 +41,7 @@ PATIENCE = 3
 """Checks in a row that are worse than the best before a training is ended."""
 
 Precision = Literal["float32", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 Report = Callable[[int, int, str], None]
 """Called with tokens done, tokens in all, and what there is to say."""
 
@@ -97,7 +97,7 @@ class Course:
 
 
 def distil(
-    parent: PreTrainedModel,
+    teacher: Teacher,
     child: PreTrainedModel,
     windows_WT: Tensor,
     judged_by: Split,
@@ -105,77 +105,85 @@ def distil(
     state: Path,
     key: str,
     report: Report = lambda done, total, told: None,
+    team: Team = ALONE,
 ) -> Course:
-    """Train `child`, whose tensors must be its own, on the windows; it ends as the best state that a check has seen.
+    """Train those of the child's tensors that require a gradient, which must be its own, on the windows; it ends as the
+    best state that a check has seen.
 
     `state` is where the training is kept, under `key`, a hash of what it depends on: one that is there goes on, and a
     killed one gives the same losses as one that was not. It ends early when it gets worse, or computes no numbers.
-    Memory beside both models: gradients, two moments a weight, and the logits of CHUNK positions.
+    Memory beside both models: a gradient and two moments a weight that is trained, and the logits of CHUNK positions.
+    Every process of `team` calls this alike, and holds the same child after it.
     """
-    names = [name for name, _ in child.named_parameters()]
-    weights = [parameter.requires_grad_(True) for parameter in child.parameters()]
+    trained = {name: weight for name, weight in child.named_parameters() if weight.requires_grad}
+    names, weights = list(trained), list(trained.values())
     optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, betas=BETAS, weight_decay=0.0)
     course = _resumed(state, key, names, weights, optimiser)
+    team.wait()
     if course is None:
-        course = Course(checks=[(0, score(child, judged_by).nats_per_token)])
-        _keep(state, key, names, weights, optimiser, course, best=True)
+        course = Course(checks=[(0, team.agreed(lambda: score(child, judged_by).nats_per_token))])
+        _keep(state, key, names, weights, optimiser, course, best=True, team=team)
     order_W = torch.randperm(len(windows_WT), generator=torch.Generator().manual_seed(settings.seed))
-    began = time.monotonic() - course.seconds
+    began, positions = time.monotonic() - course.seconds, windows_WT.shape[1] - 1
     while course.tokens < settings.tokens and not course.ended:
         rows = (course.steps * settings.windows_a_step + torch.arange(settings.windows_a_step)) % len(order_W)
-        ids_BT = windows_WT[order_W[rows]]
+        chosen = order_W[rows]
         for group in optimiser.param_groups:
             group["lr"] = settings.rate(course.tokens)
-        loss = sum(
-            kl_backward(parent, child, ids_T[None], ids_BT[:, 1:].numel(), settings.precision) for ids_T in ids_BT
+        loss = team.total(
+            sum(
+                kl_backward(teacher, child, row, windows_WT[row, None], positions * len(chosen), settings.precision)
+                for row in team.share(chosen.tolist())
+            )
         )
+        team.add_up(weights)
         norm = float(torch.nn.utils.clip_grad_norm_(weights, CLIP))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             course.ended = f"the loss is {loss}, and the gradient's norm {norm}, at {course.tokens:,} tokens"
             break
         optimiser.step()
         optimiser.zero_grad()
-        before, course.tokens = course.tokens, course.tokens + ids_BT.numel()
+        before, course.tokens = course.tokens, course.tokens + len(chosen) * windows_WT.shape[1]
         course.steps, course.seconds = course.steps + 1, time.monotonic() - began
         course.losses.append(loss)
         report(course.tokens, settings.tokens, f"KL {loss:.3f}")
         every = settings.tokens / settings.checks
         if before // every < course.tokens // every or course.tokens >= settings.tokens:
-            _check(child, judged_by, course)
+            _check(child, judged_by, course, team)
             course.seconds = time.monotonic() - began
             report(course.tokens, settings.tokens, f"held out {course.checks[-1][1]:.4f}")
-            _keep(state, key, names, weights, optimiser, course, best=course.best == course.checks[-1])
-    _as_best(child, state)
+            _keep(state, key, names, weights, optimiser, course, best=course.best == course.checks[-1], team=team)
+    team.wait()
+    _as_best(trained, state)
     child.requires_grad_(False)
     return course
 
 
-def _check(child: PreTrainedModel, judged_by: Split, course: Course) -> None:
-    try:
-        nats = score(child, judged_by).nats_per_token
-    except ModelError as error:
-        nats, course.ended = math.inf, str(error)
+def _check(child: PreTrainedModel, judged_by: Split, course: Course, team: Team) -> None:
+    def found() -> tuple[float, str]:
+        try:
+            return score(child, judged_by).nats_per_token, ""
+        except ModelError as error:
+            return math.inf, str(error)
+
+    nats, course.ended = team.agreed(found)
     course.checks.append((course.tokens, nats))
     if not course.ended and course.is_worsening:
         course.ended = f"held-out text gets worse since {course.best[0]:,} tokens"
 
 
 def kl_backward(
-    parent: PreTrainedModel, child: PreTrainedModel, ids_BT: Tensor, positions: int, precision: Precision
+    teacher: Teacher, child: PreTrainedModel, row: int, ids_BT: Tensor, positions: int, precision: Precision
 ) -> float:
     """Add to the child's gradient that of the KL of every position over `positions`, a chunk of logits at a time; and
-    return it."""
+    return it. The windows are those at `row` of what is learnt from."""
     ids_BT = ids_BT.to(child.device)
     with _products_in(precision, child.device):
-        with torch.no_grad():
-            theirs_ND = last_states(parent, ids_BT)[:, :-1].flatten(0, 1)
         own_ND = last_states(child, ids_BT)[:, :-1].flatten(0, 1)
         leaf_ND, total = own_ND.detach().requires_grad_(), 0.0
-        for theirs_CD, own_CD in zip(torch.split(theirs_ND, CHUNK), torch.split(leaf_ND, CHUNK), strict=True):
-            with torch.no_grad():
-                wanted_CV = functional.log_softmax(logits_of(parent, theirs_CD).float(), dim=-1)
+        for loss_of, own_CD in zip(teacher.losses(row, ids_BT), torch.split(leaf_ND, CHUNK), strict=True):
             found_CV = functional.log_softmax(logits_of(child, own_CD).float(), dim=-1)
-            loss = functional.kl_div(found_CV, wanted_CV, reduction="sum", log_target=True) / positions
+            loss = loss_of(found_CV) / positions
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
     own_ND.backward(leaf_ND.grad)  # type: ignore[no-untyped-call]
@@ -188,17 +196,23 @@ def _products_in(precision: Precision, device: torch.device) -> AbstractContextM
     return torch.autocast(device.type, dtype=getattr(torch, precision))
 
 
-def precision_for(parent: PreTrainedModel, child: PreTrainedModel, window_T: Tensor) -> tuple[Precision, float]:
-    """What matrix products are best taken in here, and the seconds that a window takes then, learnt from and all."""
-    seconds: dict[Precision, float] = {}
-    for precision in ("float32", "bfloat16"):
-        for _ in range(2):  # The first one warms up.
-            began = time.monotonic()
-            kl_backward(parent, child, window_T[None], window_T.numel(), precision)
-            seconds[precision] = time.monotonic() - began
+def seconds_of_window(teacher: Teacher, child: PreTrainedModel, window_T: Tensor, precision: Precision) -> float:
+    """Of learning from the first window."""
+    seconds = 0.0
+    for _ in range(2):  # The first one warms up.
+        began = time.monotonic()
+        kl_backward(teacher, child, 0, window_T[None], window_T.numel(), precision)
+        if child.device.type != "cpu":
+            torch.accelerator.synchronize(child.device)
+        seconds = time.monotonic() - began
     child.zero_grad()
-    best: Precision = "bfloat16" if WORTH_IT * seconds["bfloat16"] <= seconds["float32"] else "float32"
-    return best, seconds[best]
+    return seconds
+
+
+def precision_for(parent: PreTrainedModel, child: PreTrainedModel, window_T: Tensor) -> Precision:
+    """What matrix products are best taken in here."""
+    whole, half = (seconds_of_window(LiveTeacher(parent), child, window_T, one) for one in PRECISIONS)
+    return "bfloat16" if WORTH_IT * half <= whole else "float32"
 
 
 # A state is one file: weights, moments and course. The best weights are another one beside it.
@@ -213,7 +227,10 @@ def _keep(
     course: Course,
     *,
     best: bool,
+    team: Team,
 ) -> None:
+    if not team.leads:
+        return
     own = {name: weight.detach().cpu().contiguous() for name, weight in zip(names, weights, strict=True)}
     if best:
         with atomic_path(_best(state)) as temporary:
@@ -254,9 +271,9 @@ def _resumed(
     return course
 
 
-def _as_best(child: PreTrainedModel, state: Path) -> None:
+def _as_best(trained: Mapping[str, Tensor], state: Path) -> None:
     with safe_open(_best(state), "pt") as file, torch.no_grad():
-        for name, weight in child.named_parameters():
+        for name, weight in trained.items():
             weight.copy_(file.get_tensor(name))
 
 

@@ -11,12 +11,16 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.core.errors import RunDirectoryError
 from llmprune.core.files import atomic_path
 from llmprune.models.proof import digests
+
+REFIT, DISTIL = "refit", "distil"
+TRAINED = "trained"
+"""Elsewhere, by whatever means."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,3 +71,12 @@ class Repair:
         if found.name != metadata["name"]:
             raise RunDirectoryError(f"{path} is damaged (its tensors are not those it names); delete it")
         return found
+
+
+def with_own_tensors(child: PreTrainedModel) -> PreTrainedModel:
+    """The child, its tensors no longer the parent's, in float32."""
+    for module in child.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().float().clone(), requires_grad=False))
+    child.tie_weights()
+    return child

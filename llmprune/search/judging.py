@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -89,19 +88,7 @@ class Judge:
         """
         parent = self.parent_quality
         quality = parent if architecture == self.parent.shape.architecture else self.quality(architecture)
-        nats_lost = quality.nats_per_token - parent.nats_per_token
-        return Quoted(
-            nats_per_token=quality.nats_per_token,
-            nats_per_byte=quality.nats_per_byte,
-            ppl=quality.ppl,
-            per_source=dict(quality.per_source),
-            dataset=quality.dataset,
-            seq_len=quality.seq_len,
-            tokens=quality.tokens,
-            bos=quality.bos,
-            ppl_ratio=quality.ppl / parent.ppl if math.isfinite(quality.ppl) else math.inf,
-            nats_lost=nats_lost if math.isfinite(nats_lost) else math.inf,
-        )
+        return Quoted.beside(quality, parent)
 
     def judge(self, architecture: Architecture, name: str) -> Record:
         """The whole record of a child: quality, speed paired with the parent, size."""
