@@ -306,6 +306,7 @@ def test_the_best_of_some_children_goes_on(copied: Path, llmprune: Llmprune, mon
     cut = {one.id for one in before.children}
     trained = {path.name.partition("-")[0] for path in (copied / "repairs").glob("*-distil.safetensors")}
     assert len(trained & cut) == 2, "two were tried"
+    assert [bool(one.done) for one in after.children].count(True) == 2, "and became better by it"
     best = pick_record(after.children, pick)
     # What it has become since is left out if it is no better by then.
     assert best.done and (trained - cut == {best.id} or len(best.done) == 2)

@@ -149,10 +149,14 @@ def _in_its_place(
     quoting = [replace(one, finish=finish) for one in judges.quoting(method)]
     recovered = quote(recovered.model_copy(update=dict.fromkeys(QUOTED)), quoting)
     before = front.before_repair(record) or record
-    changes = {
+
+    def placed(records: Sequence[Record]) -> tuple[Record, ...]:
         # A baseline may be a child of the front too: this is about one of them.
-        "children": tuple(recovered if one is record else one for one in front.children),
-        "baselines": tuple(recovered if one is record else one for one in front.baselines),
+        return tuple(recovered if (one.id, one.name) == (record.id, record.name) else one for one in records)
+
+    changes = {
+        "children": placed(front.children),
+        "baselines": placed(front.baselines),
         "one_shot": (*(one for one in front.one_shot if one.id != before.id), before),
     }
     found = with_verdicts(front.model_copy(update=changes), run.recipe.front.usable_ppl_ratio)
