@@ -61,7 +61,7 @@ search: setup
 baselines: setup
 	$(LLMPRUNE) baselines '$(OUT)' $(foreach at,$(AT),--at $(at)) $(foreach method,$(METHODS),--method $(method))
 
-# About an hour: nine other methods at equal measured speed, and what each part of the search is worth.
+# Hours on a slow CPU: other methods at equal measured speed, and what each part of the search is worth.
 bench-search: setup
 	$(BIN)/python scripts/fetch_demo_assets.py --to assets/demo
 	$(LLMPRUNE) search runs/bench-search --recipe recipes/bench-smollm2-135m.yaml
