@@ -249,7 +249,8 @@ def test_a_run_directory_holds_what_the_design_says(finished_run: Finished) -> N
 
 def test_an_exported_checkpoint_says_what_it_is_and_not_where_it_was_made(finished_run: Finished) -> None:
     metadata = strict_json(finished_run.export / "llmprune.json")
-    told = {"format", "id", "hash", "architecture", "proof", "files", "figures", "parent", "provenance", "recipe"}
+    told = {"format", "id", "hash", "architecture", "proof", "files", "figures", "library", "parent", "provenance"}
+    told.add("recipe")
     assert metadata.keys() == told
     measured = strict_json(finished_run.path / "front.json")
     assert metadata["parent"]["figures"] == measured["parent"] and metadata["parent"]["shape"]["ffn_width"] == 32
