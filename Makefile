@@ -113,7 +113,7 @@ test: setup
 
 # The lower bounds of pyproject.toml in a .venv of their own. OLDEST="torch=2.13.0" stands in for one that an index lacks.
 OLDEST ?=
-SMOKE := $(patsubst %,tests/test_%.py,recipe architecture space data sources blocks_library blocks_refit sensitivity families checkpoint run cli card)
+SMOKE := $(patsubst %,tests/test_%.py,recipe architecture space data sources blocks_library blocks_refit sensitivity families checkpoint recover_distillation run cli card)
 
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest

@@ -221,7 +221,9 @@ def push(
 
 @app.command()
 def prove(
-    directory: Annotated[Path, typer.Argument(help="Exported checkpoint that was trained or changed since.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Exported checkpoint that was trained or changed since.")
+    ],
     data: Annotated[
         Path | None, typer.Option(help="Run directory whose text it is judged on; default: its own.")
     ] = None,
