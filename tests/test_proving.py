@@ -105,6 +105,12 @@ def _with_code(directory: Path) -> None:
     (directory / "modeling_pruned.py").write_text("raise SystemExit('it ran')")
 
 
+def _with_code_elsewhere(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    named = {"AutoModelForCausalLM": "somebody/else--modeling.Model"}
+    (directory / "config.json").write_text(json.dumps({**config, "auto_map": named}))
+
+
 def _with_a_gguf_file(directory: Path) -> None:
     (directory / "model-F16.gguf").write_bytes(b"GGUF")
 
@@ -132,6 +138,7 @@ def _judged_on_other_text(directory: Path) -> None:
         (_broken, "NaN"),
         (_without_a_tensor, "lacks 1 tensors"),
         (_with_code, "not the modeling file of this llmprune, and the proof would run it"),
+        (_with_code_elsewhere, "names code in auto_map that is not modeling_pruned.py"),
         (_with_a_gguf_file, "model-F16.gguf, made of its weights as they were"),
         (_without_metadata, "holds no llmprune.json"),
         (_of_an_older_llmprune, "of an older llmprune"),

@@ -61,7 +61,7 @@ class ImportanceRecipe(Section):
         "text, with the same result",
     )
 
-    free: ClassVar[frozenset[str]] = frozenset({"memory_gb", "gradient_checkpointing"})
+    free: ClassVar[frozenset[str]] = frozenset({"memory_gb"})
 
     @property
     def memory_bytes(self) -> int:

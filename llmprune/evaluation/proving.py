@@ -108,6 +108,14 @@ def _check_code(directory: Path) -> None:
                 f"{file} is not the modeling file of this llmprune, and the proof would run it; if you trust it, add "
                 "--trust-remote-code"
             )
+    for file in (directory / "config.json", directory / "tokenizer_config.json"):
+        named = read_json(file).get("auto_map", {}) if file.is_file() else {}
+        # A name may be that of another repository's code.
+        if any(not str(value).startswith(f"{own.stem}.") for value in named.values()):
+            raise ExportError(
+                f"{file} names code in auto_map that is not {own.name}, and the proof would run it; if you trust it, "
+                "add --trust-remote-code"
+            )
 
 
 def _files(directory: Path) -> list[Path]:
