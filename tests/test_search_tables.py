@@ -117,3 +117,4 @@ def test_calibration_scales_times_and_leaves_sizes_alone(drop: bool, monkeypatch
         assert saved["decode"] == pytest.approx(0.8 * saved["params"], rel=0.05)
     again = BlockTables.from_json(space, json.loads(json.dumps(built.to_json())))
     assert again == replace(built, influence=list(built.influence))
+    assert BlockTables.read(json.loads(json.dumps(built.to_json()))) == again

@@ -96,6 +96,12 @@ def test_merging_adds_every_number_of_kv_heads_that_divides_the_parents(size: Sp
         assert architecture in merging and architecture not in plain
 
 
+@pytest.mark.parametrize("size", get_args(SpaceSize))
+def test_a_space_comes_back_from_its_json(size: SpaceSize) -> None:
+    space = Space.of(SHAPE, 2, 16, size=size, merge_kv=size in ("medium", "large"))
+    assert Space.from_json(json.loads(json.dumps(space.to_json()))) == space
+
+
 def test_merging_that_can_change_nothing_is_refused() -> None:
     with pytest.raises(ArchitectureError, match=r"space\.merge_kv changes attention, and space\.size=layer"):
         Space.of(SHAPE, 1, 16, size="layer", merge_kv=True)

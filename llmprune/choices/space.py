@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from llmprune.choices.architecture import DROPPED, Architecture, ParentShape
 from llmprune.choices.choice import Choice
 from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
-from llmprune.choices.kinds import ladder_of
+from llmprune.choices.kinds import ladder_of, parse_choice
 from llmprune.core.errors import ArchitectureError
 from llmprune.core.recipe import SpaceRecipe, SpaceSize
 
@@ -64,6 +64,16 @@ class Space:
                 f"{rules.kv_groups_step} or space.ffn_step from {rules.ffn_step}"
             )
         return space
+
+    def to_json(self) -> dict[str, Any]:
+        attention, ffn = ([choice.to_json() for choice in ladder] for ladder in (self.attention, self.ffn))
+        return {"shape": asdict(self.shape), "size": self.size, "attention": attention, "ffn": ffn}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Space:
+        """Inverse of `to_json`. Raises KeyError, TypeError or ArchitectureError on anything else."""
+        attention, ffn = (tuple(parse_choice(choice, kind) for choice in data[kind]) for kind in BLOCK_KINDS)
+        return cls(ParentShape(**data["shape"]), data["size"], attention, ffn)
 
     def ladder(self, kind: BlockKind) -> tuple[Choice, ...]:
         return self.attention if kind == "attention" else self.ffn

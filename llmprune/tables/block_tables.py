@@ -14,7 +14,7 @@ from llmprune.choices.choice import Choice
 from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.space import Space
 from llmprune.core.budgets import SIZE_METRICS
-from llmprune.core.errors import RunDirectoryError
+from llmprune.core.errors import ArchitectureError, RunDirectoryError
 from llmprune.core.progress import Show
 from llmprune.core.recipe import GgufType, TablesRecipe
 from llmprune.data.tokens import Split
@@ -53,6 +53,7 @@ class BlockTables:
     def to_json(self) -> dict[str, Any]:
         space = self.costs.space
         return {
+            "space": space.to_json(),
             "delta_nats": [
                 {kind: [self.delta_nats[layer, choice] for choice in space.ladder(kind)] for kind in BLOCK_KINDS}
                 for layer in range(space.shape.layers)
@@ -61,6 +62,20 @@ class BlockTables:
             "time_saved_per_block": self.costs.to_json(),
             "together": {kind: [self.together[choice] for choice in space.ladder(kind)] for kind in BLOCK_KINDS},
         }
+
+    @classmethod
+    def read(cls, data: Any) -> BlockTables | None:
+        """What `to_json` gave, without a model at hand; None if it was written before tables said what space they are
+        of. Raises RunDirectoryError as `from_json` does."""
+        if isinstance(data, dict) and "space" not in data:
+            return None
+        try:
+            space = Space.from_json(data["space"])
+        except (KeyError, TypeError, ArchitectureError) as error:
+            raise RunDirectoryError(
+                f"tables.json does not say its space ({type(error).__name__}: {error}); delete it and start again"
+            ) from error
+        return cls.from_json(space, data)
 
     @classmethod
     def from_json(cls, space: Space, data: Any) -> BlockTables:
