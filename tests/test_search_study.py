@@ -114,6 +114,7 @@ def test_a_trial_keeps_its_record_and_is_told_both_objectives(journal: Path) -> 
 def test_the_second_objective_is_the_recipes(journal: Path) -> None:
     study, _ = run(journal, FakeJudge(), objective="prefill")
     assert {trial.values[1] for trial in finished_trials(study)} == {1.0}
+    assert study.metric_names == ["nats a token", "prefill speed-up"]
 
 
 @pytest.mark.parametrize("sampler", OPTUNA_SAMPLERS)
@@ -124,6 +125,7 @@ def test_a_reward_is_the_only_objective_and_is_maximised(reward: str, sampler: s
         study, outcome = run(journal, judge, trials=trials, starts=STARTS, **rules)
         assert (outcome.finished_trials, outcome.stopped_by) == (trials, "trials")
     assert study.directions == [StudyDirection.MAXIMIZE]
+    assert study.metric_names == [reward]
     assert len(judge.seen) == len(set(judge.seen)) == 11
     w = SOFT if reward == "mnas-soft" else HARD
     worth = {}

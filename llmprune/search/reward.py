@@ -49,6 +49,11 @@ def directions_of(recipe: SearchRecipe) -> list[StudyDirection]:
     return [StudyDirection.MAXIMIZE]
 
 
+def names_of(recipe: SearchRecipe) -> list[str]:
+    """What the values of a trial are called, one a direction."""
+    return ["nats a token", f"{recipe.objective} speed-up"] if recipe.reward == "front" else [recipe.reward]
+
+
 def values_of(record: Record, recipe: SearchRecipe) -> list[float]:
     """What a trial with this record is told, one value a direction."""
     if recipe.reward == "front":

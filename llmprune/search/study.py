@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from llmprune.choices.architecture import Architecture
@@ -20,7 +21,7 @@ from llmprune.measure.record import Record
 from llmprune.search.failures import Failure, Fault, Streak, attempt, counted_reasons
 from llmprune.search.judging import Judge
 from llmprune.search.parameters import suggest, to_params
-from llmprune.search.reward import directions_of, values_of
+from llmprune.search.reward import directions_of, names_of, values_of
 from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.make import make_sampler
 from llmprune.search.trial_records import RECORD, record_of
@@ -97,7 +98,16 @@ def prepare_study(
 ) -> None:
     """Set the trial budget that all workers share, and queue the starting points, unless an earlier session did."""
     set_attributes(study, {TRIALS: recipe.trials})
+    _name_values(study, names_of(recipe))
     _enqueue_once(study, space, starts)
+
+
+def _name_values(study: optuna.Study, names: list[str]) -> None:
+    """For those who look at the study with Optuna's own tools."""
+    if study.metric_names != names:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(names)
 
 
 def work(
