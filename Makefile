@@ -29,10 +29,11 @@ FEWSHOT ?=
 CHAT ?=
 INCLUDE ?=
 OUTPUT ?=
+FIGURES ?=
 PARENT ?=
 TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
 
-.PHONY: setup demo compress search baselines recover export export-gguf export-vllm push bench bench-search bench-families bench-scaling eval \
+.PHONY: setup demo compress search baselines recover report export export-gguf export-vllm push bench bench-search bench-families bench-scaling eval \
 	test test-numerics test-oldest lint typecheck check clean
 
 setup: $(VENV)/.installed
@@ -75,6 +76,10 @@ bench-families: setup
 	$(BIN)/python scripts/fetch_demo_assets.py --to assets/demo
 	$(BIN)/python scripts/zoo.py --all
 	$(BIN)/python scripts/bench_families.py
+
+# make report OUT=runs/name FIGURES=figures   (FIGURES: every chart as SVG and PNG besides)
+report: setup
+	$(LLMPRUNE) report '$(OUT)' $(if $(FIGURES),--figures '$(FIGURES)')
 
 export: setup
 	$(LLMPRUNE) export '$(OUT)' --pick '$(PICK)' --to '$(TO)'

@@ -19,6 +19,7 @@ FLOORS = [
     "cli/",
     "__init__.py",
     "evaluation/",
+    "report/",
     "pipeline/",
     "forecast/",
     "publish/",

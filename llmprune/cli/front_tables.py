@@ -9,13 +9,8 @@ from rich.table import Table
 
 from llmprune.cli.terminal import spread_text
 from llmprune.core.recipe_inputs import SplitName
-from llmprune.measure.record import Front, MeasuredOn, Quoted, Record
+from llmprune.measure.record import Front, Record, text_of
 from llmprune.pipeline.comparison import Compared
-
-
-def text_of(name: str, on: Quoted | MeasuredOn) -> str:
-    """What the figures of a split must not be quoted without."""
-    return f"{name} ({on.dataset}, {on.tokens:,} tokens in windows of {on.seq_len}, {'with' if on.bos else 'no'} BOS)"
 
 
 def quoted_lines(record: Record) -> list[str]:

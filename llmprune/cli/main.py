@@ -224,6 +224,30 @@ def recover(
 
 
 @app.command()
+def report(
+    run_path: RunPath,
+    to: Annotated[Path | None, typer.Option(help="HTML file to write; default RUN/report.html.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Directory for every chart as SVG and PNG besides.")] = None,
+    storage: Storage = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write one HTML file that shows what a run has found, and what it is doing: no model is loaded."""
+    from llmprune.pipeline.run import Run
+    from llmprune.report.facts import gather
+    from llmprune.report.page import write_figures, write_report
+
+    run = Run.join(run_path, shown(quiet=quiet), storage=storage)
+    to = to or run.directory.report
+    with run.show("drawing what the run has found"):
+        facts = gather(run)
+        write_report(facts, to)
+        drawn = [] if figures is None else write_figures(facts, figures)
+    written = {"report": str(to), "bytes": to.stat().st_size, "figures": [str(path) for path in drawn]}
+    emit(written, json, lambda: [f"{to}: {to.stat().st_size / 1e6:.1f} MB", *map(str, drawn)])
+
+
+@app.command()
 def export(
     run_path: RunPath,
     pick: Annotated[str | None, typer.Option(help="decode_speedup>=1.5, ppl_ratio<=1.2, or a child's id.")] = None,

@@ -140,6 +140,11 @@ class MeasuredOn(_Value):
     host: dict[str, str | int]
 
 
+def text_of(name: str, on: Quoted | MeasuredOn) -> str:
+    """What the figures of a split must not be quoted without."""
+    return f"{name} ({on.dataset}, {on.tokens:,} tokens in windows of {on.seq_len}, {'with' if on.bos else 'no'} BOS)"
+
+
 def _architecture(data: Any) -> Architecture:
     return data if isinstance(data, Architecture) else Architecture.from_json(data)
 

@@ -98,6 +98,10 @@ class RunDirectory:
         return self.path / "export"
 
     @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def evaluations(self) -> Path:
         return self.path / "evaluations"
 

@@ -83,8 +83,8 @@ def _text(contents: Contents, repo: str, child: Record, parent: Record, evaluati
         number="{:,}".format,
         percent="{:.1%}".format,
         times=_times,
-        metric=_metric,
-        difference=_difference,
+        metric=metric_text,
+        difference=difference_text,
     )
 
 
@@ -156,13 +156,15 @@ def _times(speedup: Spread) -> str:
     return f"{speedup.median:.2f} times as fast ({speedup.low:.2f} to {speedup.high:.2f})"
 
 
-def _metric(metric: Metric | None) -> str:
+def metric_text(metric: Metric | None) -> str:
+    """A figure with its standard error."""
     if metric is None:
         return ""
     return f"{metric.value:.4f}" + ("" if metric.stderr is None else f" ± {metric.stderr:.4f}")
 
 
-def _difference(comparison: Comparison | None) -> str:
+def difference_text(comparison: Comparison | None) -> str:
+    """A difference with its interval and test."""
     if comparison is None:
         return ""
     bounded = comparison.low is not None and comparison.high is not None

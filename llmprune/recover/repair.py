@@ -53,6 +53,18 @@ class Repair:
         with atomic_path(path) as temporary:
             save_file({name: value.cpu().contiguous() for name, value in self.tensors.items()}, temporary, metadata)
 
+    @staticmethod
+    def facts_in(path: Path) -> dict[str, Any]:
+        """How the repair that is kept there came about: its tensors are not read. Raises RunDirectoryError on a damaged
+        file."""
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise RunDirectoryError(f"{path} is damaged ({type(error).__name__}); delete it") from error
+        assert isinstance(facts, dict), "as it was written"
+        return facts
+
     @classmethod
     def read(cls, path: Path, key: str | None = None) -> Repair | None:
         """What `write` has kept, under this key if one is given; None if there is nothing. Raises RunDirectoryError on
