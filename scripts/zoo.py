@@ -145,7 +145,7 @@ def main() -> int:
     schedule = Schedule(steps=arguments.steps, minutes=arguments.minutes)
     text_hash = split_text(arguments.text, arguments.to / "text")
     families = arguments.family or list(VALUES)
-    zoo = [grow(family, arguments.to, schedule, text_hash, shown(quiet=False)) for family in families]
+    zoo = [grow(family, arguments.to, schedule.of(family), text_hash, shown(quiet=False)) for family in families]
     if arguments.json:
         print_json({"zoo": zoo})
     else:

@@ -98,6 +98,36 @@ def bench(
     emit(result, json, lambda: [bench_table(result)])
 
 
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Exported children, or run directories that stand for theirs.")],
+    parent: Parent = None,
+    data: Annotated[Path | None, typer.Option(help="Run directory or recipe whose text is read.")] = None,
+    split: Annotated[str, typer.Option(help="calibration, search, validation, test or unseen.")] = "test",
+    most: Annotated[int, typer.Option(min=1, max=100, help="Tokens and passages that are shown of each child.")] = 5,
+    device: Device = "auto",
+    dtype: OwnDtype = "auto",
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what children keep, what was measured of them, and where they behave unlike their parent."""
+    from llmprune.evaluation.comparing import compare as compare_models
+    from llmprune.evaluation.comparing import comparison_tables
+
+    result = compare_models(
+        models,
+        parent,
+        data=data,
+        split=split_name(split),
+        most=most,
+        device=device,
+        dtype=dtype,
+        show=shown(quiet=quiet),
+        say=speaker(quiet),
+    )
+    emit(result, json, lambda: comparison_tables(result))
+
+
 @app.command("eval")
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Checkpoints (Hub id, directory, GGUF) or run directories.")],

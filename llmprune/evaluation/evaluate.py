@@ -130,7 +130,7 @@ def _text(subjects: Sequence[Subject], questions: Questions, say: Callable[[str]
     """The split that is scored; None if there is none, and there are tasks to go on with."""
     subject = next(one for one in subjects if one.role != "parent" or len(subjects) == 1)
     try:
-        return _split(subject, questions.data, questions.split)
+        return split_of(subject, questions.data, questions.split)
     except DataError as error:
         if questions.data is not None or not questions.tasks:
             raise
@@ -138,7 +138,9 @@ def _text(subjects: Sequence[Subject], questions: Questions, say: Callable[[str]
         return None
 
 
-def _split(subject: Subject, data: Path | None, split: SplitName) -> Split:
+def split_of(subject: Subject, data: Path | None, split: SplitName) -> Split:
+    """A split of a run's or recipe's text; by default of the run that a checkpoint lies in, or of the recipe in it.
+    Raises DataError."""
     if data is None:
         places = Path(subject.recipe.path).expanduser().resolve().parents
         data = next((place for place in places if RunDirectory(place).tokens.is_file()), None)
