@@ -76,7 +76,8 @@ def front_figure(front: Front, facts: Facts) -> Figure:
         shape=alt.Shape("role:N", title=None, scale=alt.Scale(domain=list(ROLES), range=list(SHAPES))),
         tooltip=_tooltips(rows, phase),
     )
-    names = base.mark_text(align="left", dx=9, dy=-7, fontSize=11).encode(
+    named = base.transform_filter("datum.role != 'before its repair'")
+    names = named.mark_text(align="left", dx=9, dy=-7, fontSize=11).encode(
         x=speed, y=lost, text="title:N", color=_role_color()
     )
     layers: list[alt.Chart] = [bars, points, names]
