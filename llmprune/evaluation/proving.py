@@ -16,7 +16,7 @@ from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.data.store import load_token_splits
 from llmprune.data.tokens import TokenSplits
 from llmprune.measure.quality.perplexity import Quality, score
-from llmprune.measure.record import QUOTED, Quoted, Record, child_id, schema_problem
+from llmprune.measure.record import QUOTED, Quoted, Record, child_id, figures_of, schema_problem
 from llmprune.models import modeling_pruned
 from llmprune.models.checkpoint import METADATA_FILE, proof_facts
 from llmprune.models.checkpoint import prove as prove_files
@@ -143,11 +143,7 @@ def _judged(before: Record, parent: Record, model: PreTrainedModel, splits: Toke
         update={
             "id": child_id(before.hash, library, done),
             "done": done,
-            "nats_per_token": own.nats_per_token,
-            "nats_per_byte": own.nats_per_byte,
-            "ppl": own.ppl,
-            "ppl_ratio": own.ppl / parent.ppl,
-            "per_source": dict(own.per_source),
+            **figures_of(own, parent.ppl),
             **{split: quoted.get(split) for split in QUOTED},
         }
     )

@@ -126,6 +126,17 @@ class Quoted(_Value):
         )
 
 
+def figures_of(quality: Quality, parents_ppl: float) -> dict[str, Any]:
+    """What a record says of a quality beside its parent's perplexity."""
+    return {
+        "nats_per_token": quality.nats_per_token,
+        "nats_per_byte": quality.nats_per_byte,
+        "ppl": quality.ppl,
+        "ppl_ratio": quality.ppl / parents_ppl,
+        "per_source": dict(quality.per_source),
+    }
+
+
 class MeasuredOn(_Value):
     """What the figures of a record are of: the text that they were chosen by, what was timed, and where."""
 

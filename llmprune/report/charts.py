@@ -123,7 +123,6 @@ def _role_color() -> alt.Color:
 def map_figure(front: Front, facts: Facts) -> Figure:
     """What is left of every block, of the children that are chosen, side by side."""
     rows = list(map_rows(front))
-    chosen, beside = _choosers(rows, picked_id(facts))
     cells = (
         alt.Chart()
         .mark_rect(stroke="#8884", strokeWidth=0.5)
@@ -145,12 +144,7 @@ def map_figure(front: Front, facts: Facts) -> Figure:
         )
         .properties(width=150, height=alt.Step(13))
     )
-    chart = (
-        alt.layer(cells, data=_data(rows))
-        .add_params(chosen, beside)
-        .transform_filter(f"datum.id == {chosen.name} || datum.id == {beside.name}")
-        .facet(column=alt.Column("title:N", title=None))
-    )
+    chart = _side_by_side(cells, rows, picked_id(facts))
     caption = "Exact. Share of every block's units (KV groups, FFN channels) that a child keeps, layer by layer."
     return Figure("architecture", "Architecture map", caption, chart)
 
@@ -159,7 +153,6 @@ def time_figure(front: Front, facts: Facts) -> Figure:
     """Where the time goes, before and after."""
     assert facts.tables is not None, "there are tables to read"
     rows = list(time_rows(front, facts.tables, facts.phase))
-    chosen, beside = _choosers(rows, picked_id(facts))
     bars = (
         alt.Chart()
         .mark_bar()
@@ -171,12 +164,7 @@ def time_figure(front: Front, facts: Facts) -> Figure:
         )
         .properties(width=240, height=alt.Step(13))
     )
-    chart = (
-        alt.layer(bars, data=_data(rows))
-        .add_params(chosen, beside)
-        .transform_filter(f"datum.id == {chosen.name} || datum.id == {beside.name}")
-        .facet(column=alt.Column("title:N", title=None))
-    )
+    chart = _side_by_side(bars, rows, picked_id(facts))
     caption = (
         f"Estimated: {facts.phase} time of every block as a share of the whole parent's, from the cost table, which "
         "was measured on whole children. What no choice touches (embedding, head, overhead) is not drawn."
@@ -184,16 +172,22 @@ def time_figure(front: Front, facts: Facts) -> Figure:
     return Figure("time", "Where the time goes", caption, chart)
 
 
-def _choosers(rows: Iterable[Row], picked: str) -> tuple[alt.Parameter, alt.Parameter]:
-    """Two lists to choose a child from, reached by keyboard like any other."""
+def _side_by_side(marks: alt.Chart, rows: Iterable[Row], picked: str) -> alt.FacetChart:
+    """The same marks for two children, chosen from lists, which the keyboard reaches; at first the pick and the
+    parent."""
+    rows = list(rows)
     titles = {row["id"]: row["title"] for row in rows}
-    parent = next(iter(titles))
-
-    def chooser(name: str, label: str, value: str) -> alt.Parameter:
-        listed = alt.binding_select(options=list(titles), labels=list(titles.values()), name=label)
-        return alt.param(name=name, value=value, bind=listed)
-
-    return chooser("chosen", "child ", picked), chooser("beside", " beside ", parent)
+    first = {"chosen": picked, "beside": next(iter(titles))}
+    listed = {
+        name: alt.binding_select(options=list(titles), labels=list(titles.values()), name=f"{label} ")
+        for name, label in (("chosen", "child"), ("beside", "beside"))
+    }
+    return (
+        alt.layer(marks, data=_data(rows))
+        .add_params(*(alt.param(name=name, value=first[name], bind=listed[name]) for name in first))
+        .transform_filter(" || ".join(f"datum.id == {name}" for name in first))
+        .facet(column=alt.Column("title:N", title=None))
+    )
 
 
 def recovery_figure(facts: Facts) -> Figure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -16,7 +16,7 @@ from llmprune.data.tokens import Split
 from llmprune.formats.served_size import served_size
 from llmprune.measure.quality.perplexity import Quality, quality_from_windows, score_windows
 from llmprune.measure.quality.scores import SplitScorer
-from llmprune.measure.record import MeasuredOn, Quoted, Record, child_id
+from llmprune.measure.record import MeasuredOn, Quoted, Record, child_id, figures_of
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.throughput import Speed, Workload, measure_paired
 from llmprune.measure.speed.turns import scoring, timing
@@ -108,7 +108,7 @@ class Judge:
             update={
                 "id": child_id(record.hash, self.library.hash, done),
                 "done": done,
-                **self._of_quality(quality),
+                **figures_of(quality, self.parent_quality.ppl),
                 "measured_on": self._measured_on(quality),
             }
         )
@@ -132,7 +132,7 @@ class Judge:
             hash=architecture.hash,
             architecture=architecture,
             **asdict(size),
-            **self._of_quality(quality),
+            **figures_of(quality, self.parent_quality.ppl),
             prefill_tokens_per_s=speed.prefill_tokens_per_s,
             decode_tokens_per_s=speed.decode_tokens_per_s,
             prefill_speedup=speed.prefill_speedup,
@@ -140,15 +140,6 @@ class Judge:
             measured_on=self._measured_on(quality),
             done=done,
         )
-
-    def _of_quality(self, quality: Quality) -> dict[str, Any]:
-        return {
-            "nats_per_token": quality.nats_per_token,
-            "nats_per_byte": quality.nats_per_byte,
-            "ppl": quality.ppl,
-            "ppl_ratio": quality.ppl / self.parent_quality.ppl,
-            "per_source": dict(quality.per_source),
-        }
 
     def _measured_on(self, quality: Quality) -> MeasuredOn:
         return MeasuredOn(
