@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -189,6 +191,22 @@ def test_the_command_writes_it(copied: Path, llmprune: Llmprune, tmp_path: Path)
     assert told["report"] == str(copied / "report.html")
     assert told["bytes"] == (copied / "report.html").stat().st_size
     assert all(Path(path).is_file() for path in told["figures"])
+
+
+def test_scores_without_end_are_left_out(facts: Facts) -> None:
+    assert facts.tables is not None and facts.front is not None
+    worthless = dict.fromkeys(facts.tables.delta_nats, math.inf)
+    broken = replace(facts, tables=replace(facts.tables, delta_nats=worthless))
+    specs = json.loads(Page(page(broken)).scripts["charts"])
+    assert "Infinity" not in json.dumps(specs) and "foretold" in specs
+
+
+def test_where_nothing_can_be_written(copied: Path, llmprune: Llmprune, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for options in (("--to", tmp_path), ("--figures", tmp_path / "file"), ("--to", tmp_path / "file" / "page.html")):
+        result = llmprune("report", copied, *options)
+        assert result.code == 2 and "cannot write" in result.err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_what_is_damaged_is_named(copied: Path, llmprune: Llmprune, tmp_path: Path) -> None:

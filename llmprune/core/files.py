@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise
         raise _cannot_write(path, str(error)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where a file stands in the directory's place, there is nothing to remove, nor a way to ask.
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -293,14 +293,14 @@ def foretold_figure(facts: Facts) -> Figure:
     sides = [
         _beside_itself(rows, f"foretold_{name}", name, title)
         for name, title in (("speedup", f"{facts.phase} speed-up"), ("lost", "nats a token lost"))
-        if any(row[name] is not None for row in rows)
+        if any(row[name] is not None and row[f"foretold_{name}"] is not None for row in rows)
     ]
     caption = "Estimated by the block tables (across) against measured (up), every trial; the line is where they agree."
     return Figure("foretold", "Foretold and measured", caption, alt.hconcat(*sides))
 
 
 def _beside_itself(rows: Sequence[Row], across: str, up: str, title: str) -> alt.LayerChart | alt.FacetChart:
-    known = [row for row in rows if row[up] is not None]
+    known = [row for row in rows if row[up] is not None and row[across] is not None]
     values = [value for row in known for value in (row[across], row[up])]
     ends = [{"both": min(values)}, {"both": max(values)}]
     line = alt.Chart(_data(ends)).mark_line(color="#999", strokeDash=[4, 3]).encode(x="both:Q", y="both:Q")

@@ -55,7 +55,6 @@ def write_report(facts: Facts, to: Path) -> None:
 
 def write_figures(facts: Facts, directory: Path) -> list[Path]:
     """Write every chart as SVG and PNG; the files."""
-    directory.mkdir(parents=True, exist_ok=True)
     written = []
     for figure in figures(facts):
         for suffix, content in _drawn(figure):
@@ -101,7 +100,7 @@ def page(facts: Facts) -> str:
 
 def _as_script(data: Any) -> str:
     """JSON that ends no script element, whatever a file or a model is called."""
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _as_module(code: str) -> str:

@@ -146,7 +146,7 @@ def foretold(tables: BlockTables, architecture: Architecture, phase: str) -> Row
     nats = tables.joint_nats
     return {
         "foretold_speedup": tables.costs.speedup(architecture, phase),
-        "foretold_lost": sum(nats[key] for key in architecture.blocks()),
+        "foretold_lost": _finite(sum(nats[key] for key in architecture.blocks())),
     }
 
 
