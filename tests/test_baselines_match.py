@@ -58,6 +58,14 @@ def test_a_child_within_1_percent_is_not_interpolated() -> None:
     assert found is not None and not found.is_interpolated and found.nats_lost == pytest.approx(0.4)
 
 
+def test_a_faster_child_that_loses_less_is_what_a_method_loses() -> None:
+    slower, at, better = record(1.2, 3.1), record(1.5, 3.9), record(1.8, 3.3)
+    found = settle([PARENT, slower, at, better, record(2.0, 3.6)], 3.0, SPEED, 1.5)
+    assert found is not None and found.children == (better,) and found.nats_lost == pytest.approx(0.3)
+    found = settle([PARENT, slower, record(1.6, 3.9), better], 3.0, SPEED, 1.5)
+    assert found is not None and found.children == (better,) and not found.is_interpolated
+
+
 def test_the_parent_is_a_child_too_and_nothing_is_out_of_its_own_reach() -> None:
     found = settle([PARENT, record(1.44, 3.4)], 3.0, SPEED, 1.2)
     assert found is not None and found.nats_lost == pytest.approx(0.2) and found.children[0] is PARENT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import get_args
 
@@ -98,21 +99,33 @@ def test_a_child_that_computes_no_numbers_is_never_the_best(given: Given) -> Non
     assert best_of_random(broken, 1.3) is None
 
 
+UNIFORM = [Architecture.of([(groups, width)] * 3) for groups in (1, 2) for width in range(4, 25, 4)]
+
+
 def test_uniform_takes_the_best_of_those_at_the_speed(parent: Parent, library: BlockLibrary, given: Given) -> None:
     for speedup in (1.1, 1.3, 1.6):
         found = uniform(given, speedup)
         assert found is not None and len(set(found.layers)) == 1
-        near = [
-            architecture
-            for groups in (1, 2)
-            for width in range(4, 25, 4)
-            if abs(given.speedup(architecture := Architecture.of([(groups, width)] * 3)) / speedup - 1) <= 0.02
-        ]
+        near = [one for one in UNIFORM if abs(given.speedup(one) / speedup - 1) <= 0.02]
         if near:
-            assert found == min(near, key=lambda architecture: nats_of(parent, library, architecture))
+            least = min(nats_of(parent, library, architecture) for architecture in near)
+            assert nats_of(parent, library, found) <= least
         else:
             assert given.speedup(found) > speedup
     assert uniform(given, 100.0) == Architecture.of([(1, 4)] * 3)
+
+
+def test_uniform_may_be_faster_where_that_is_better(given: Given) -> None:
+    by_speed = sorted(UNIFORM, key=given.speedup)
+    near, better = (next(one for one in by_speed if given.speedup(one) >= s) for s in (1.1, 1.3))
+    scores = dict.fromkeys(given.tables.delta_nats, 1.0) | dict.fromkeys(better.blocks(), 0.0)
+    told = given_of(given.parent, given.library, lambda many: [float(one != better) for one in many])
+    told = replace(told, tables=replace(told.tables, delta_nats=scores))
+    assert given.speedup(better) > 1.05 * given.speedup(near)
+    assert uniform(told, given.speedup(near)) == better
+    # What the tables think better is scored, and not believed.
+    doubted = replace(told, nats=lambda many: [float(one == better) for one in many])
+    assert uniform(doubted, given.speedup(near)) != better
 
 
 def test_random_is_the_best_of_its_draws_and_none_where_nothing_is_as_fast(given: Given) -> None:

@@ -10,6 +10,8 @@ from llmprune.baselines.given import Aim
 from llmprune.choices.architecture import Architecture
 from llmprune.measure.record import QUOTED, Record
 
+RULE = 2
+"""Of how methods are chosen and settled on: what was settled under another one does not compare."""
 AT = 0.01
 """How near a measured speed-up counts as the one asked for."""
 CLOSE = 0.05
@@ -48,8 +50,19 @@ class Settled:
 
 def settle(records: Iterable[Record], parent_nats: float, speed: str, target: float) -> Settled | None:
     """Nats lost at exactly `target`: those of the nearest child if its speed-up is within 1%, else linear in the
-    logarithm of the speed-up between the nearest child on each side. None if no child is as fast."""
+    logarithm of the speed-up between the nearest child on each side; those of a faster child if it loses less still.
+    None if no child is as fast."""
     by_speed = sorted(records, key=lambda record: record.value(speed))
+    found = _at(by_speed, parent_nats, speed, target)
+    faster = (record for record in by_speed if record.value(speed) >= target)
+    best = min(faster, key=lambda record: record.nats_per_token, default=None)
+    if found is None or best is None or best.nats_per_token - parent_nats >= found.nats_lost:
+        return found
+    return Settled(best.nats_per_token - parent_nats, (best,))
+
+
+def _at(by_speed: Sequence[Record], parent_nats: float, speed: str, target: float) -> Settled | None:
+    """The same of the children next to the target alone."""
     nearest = min(by_speed, key=lambda record: _gap(record.value(speed), target), default=None)
     if nearest is None:
         return None

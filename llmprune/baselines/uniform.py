@@ -8,13 +8,24 @@ from llmprune.choices.architecture import Architecture
 from llmprune.search.warm_starts import uniform_width
 from llmprune.tables.draw import SPEED_TOLERANCE
 
+FASTER = 3
+"""Faster architectures that are tried at the most."""
+
 
 def uniform(given: Given, speedup: float) -> Architecture | None:
-    """Of the uniform architectures within 2% of the speed-up, the best on the search tokens; if there are none, the
-    slowest that is faster, or else the fastest."""
+    """The best on the search tokens of the uniform architectures within 2% of the speed-up - if there are none, the
+    slowest that is faster - and of those beyond that the tables think better: only few widths lie near a speed, and a
+    faster one may lose less. The fastest, where none is as fast."""
     every = uniform_width(given.tables.costs, given.phase, speedup)
-    within = [a for a in every if abs(given.speedup(a) / speedup - 1.0) <= SPEED_TOLERANCE]
-    if not within:
-        faster = [a for a in every if given.speedup(a) > speedup]
-        within = [min(faster, key=given.speedup) if faster else max(every, key=given.speedup)]
-    return within[0] if len(within) == 1 else given.best(within)
+    fast = [a for a in every if given.speedup(a) >= speedup * (1 - SPEED_TOLERANCE)]
+    if not fast:
+        return max(every, key=given.speedup)
+    near = [a for a in fast if given.speedup(a) <= speedup * (1 + SPEED_TOLERANCE)] or [min(fast, key=given.speedup)]
+
+    def estimated(architecture: Architecture) -> float:
+        return sum(given.tables.joint_nats[key] for key in architecture.blocks())
+
+    least = min(map(estimated, near))
+    better = sorted((a for a in fast if a not in near and estimated(a) < least), key=estimated)
+    candidates = near + better[:FASTER]
+    return candidates[0] if len(candidates) == 1 else given.best(candidates)

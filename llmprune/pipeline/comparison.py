@@ -13,6 +13,7 @@ from llmprune.baselines.book import Book, Entry
 from llmprune.baselines.contest import Entrant, compare, front_entries
 from llmprune.baselines.given import Given
 from llmprune.baselines.ledger import effort_of
+from llmprune.baselines.match import RULE
 from llmprune.baselines.methods import ALL_TABLES, METHODS
 from llmprune.core.recipe import BaselineName, BaselinesRecipe
 from llmprune.measure.record import Record
@@ -89,7 +90,7 @@ def compare_methods(contest: Contest, rules: BaselinesRecipe) -> Compared:
     run, prepared, judges = contest.run, contest.prepared, contest.judges
     book = Book.open(run.directory.baselines, run.directory.baseline_scores)
     same: list[Any] = [prepared.tables.to_json(), study_name(run, prepared), prepared.tokens["validation"].hash]
-    same += [run.recipe.front.repeats, *prepared.quoted_hashes]
+    same += [run.recipe.front.repeats, *prepared.quoted_hashes, RULE]
     parent = book.parent(hash_of(*same))
     if parent is None:
         with run.show("measuring the parent"):
