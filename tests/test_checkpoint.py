@@ -21,7 +21,7 @@ from families import CASES, IDS, Slices, merging, tiny_model, tiny_parent, token
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from llmprune.choices.architecture import Architecture, ParentShape
 from llmprune.choices.kv_groups import AttentionChoice
@@ -276,6 +276,25 @@ def test_written_checkpoint(case_id: str, name: str, tmp_path: Path, scratch: Pa
     assert len(modes) == 1, "whoever may read one file of a checkpoint may read all"
     assert [path.name for path in directory.parent.iterdir()] == ["child"]
     assert list(scratch.iterdir()) == []
+
+
+def test_how_a_checkpoint_likes_to_generate_is_no_part_of_its_proof(tmp_path: Path) -> None:
+    """A child that ends at once, or must not repeat itself, is as good as another."""
+    child, architecture, _ = child_of("llama-gqa")
+    with torch.no_grad():
+        likeliest = (
+            child(torch.randint(5, 60, (1, 8), generator=torch.Generator().manual_seed(0))).logits[0, -1].argmax()
+        )
+        # Whatever it reads, it finds these two likeliest: the first is its EOS.
+        child.get_output_embeddings().weight.data *= 1e-3
+        child.get_output_embeddings().weight.data[[int(likeliest), 7]] *= 1e3
+    child.generation_config = GenerationConfig(
+        eos_token_id=int(likeliest), suppress_tokens=[7], repetition_penalty=3.0, pad_token_id=0
+    )
+    proof = write_checkpoint(child, None, architecture, {}, tmp_path / "child")
+    assert proof.generation_gap <= 1e-5
+    kept = json.loads((tmp_path / "child" / "generation_config.json").read_text())
+    assert (kept["suppress_tokens"], kept["repetition_penalty"]) == ([7], 3.0)
 
 
 def test_a_proof_starts_an_interpreter_of_its_own(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 GENERATED_TOKENS = 8
@@ -43,13 +43,10 @@ def main(checkpoint: str, inputs: str, device: str) -> None:
     tokens, logits = expected["tokens"].to(device), expected["logits"].to(device)
     with torch.inference_mode():
         found = model(tokens).logits.float()
+        # Nothing but the cache is to be proven: the checkpoint's own settings may penalise repetition, or stop at EOS.
+        model.generation_config = GenerationConfig(pad_token_id=0)
         greedy = model.generate(
-            tokens[:1],
-            attention_mask=torch.ones_like(tokens[:1]),
-            max_new_tokens=GENERATED_TOKENS,
-            min_new_tokens=GENERATED_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
+            tokens[:1], attention_mask=torch.ones_like(tokens[:1]), max_new_tokens=GENERATED_TOKENS, do_sample=False
         )
         uncached = model(greedy).logits[0, tokens.shape[1] - 1 : -1]
     chosen = greedy[0, tokens.shape[1] :]
