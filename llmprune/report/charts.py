@@ -220,7 +220,12 @@ def sensitivity_figure(facts: Facts) -> Figure:
         .encode(
             x=alt.X("left:N", title="what is left", sort=alt.EncodingSortField("place"), axis=alt.Axis(labelAngle=-60)),
             y=alt.Y("layer:O", title="layer of the parent"),
-            color=alt.Color("shade:Q", title="nats a token", scale=alt.Scale(type="log", scheme="magma", reverse=True)),
+            color=alt.Color(
+                "shade:Q",
+                title="nats a token",
+                scale=alt.Scale(type="log", scheme="magma", reverse=True),
+                legend=alt.Legend(format=".2~g"),
+            ),
             tooltip=[
                 "layer:O",
                 "block:N",
@@ -230,7 +235,7 @@ def sensitivity_figure(facts: Facts) -> Figure:
             ],
         )
         .properties(width=alt.Step(26), height=alt.Step(13))
-        .facet(column=alt.Column("block:N", title=None))
+        .facet(column=alt.Column("block:N", title=None, sort=["attention", "FFN"]))
         .resolve_scale(x="independent")
     )
     caption = (
