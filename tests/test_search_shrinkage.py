@@ -1,7 +1,8 @@
-"""Scores pulled towards what the same choice costs in the mean layer."""
+"""Scores pulled towards what the same choice costs in the median layer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import fmean
 
 import pytest
@@ -10,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from landscape import Landscape, space_of
 
+from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import prepare
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.searching import estimates_for, guide_for
-from llmprune.tables.allocate import Allocator
+from llmprune.tables.allocate import Allocator, Scores
 from llmprune.tables.shrinkage import Shrinkage
 
 SPACE = space_of(12)
@@ -27,12 +29,42 @@ def table(seed: int) -> dict:  # type: ignore[type-arg]
 
 
 @given(SHARES, st.integers(0, 5))
-def test_a_score_is_between_its_own_and_that_of_the_mean_layer(share: float, seed: int) -> None:
+def test_what_a_choice_costs_in_all_layers_stays(share: float, seed: int) -> None:
     scores = table(seed)
     shrunk = Shrinkage.of(scores, share).apply(scores, WHOLE)
-    for (layer, choice), nats in shrunk.items():
-        mean = fmean(scores[i, choice] for i in range(SPACE.shape.layers))
-        assert nats == pytest.approx((1 - share) * scores[layer, choice] + share * mean)
+    for kind in BLOCK_KINDS:
+        for choice in SPACE.ladder(kind):
+            own, found = ([many[i, choice] for i in range(SPACE.shape.layers)] for many in (scores, shrunk))
+            assert sum(found) == pytest.approx(sum(own), abs=1e-12)
+            # No layer passes another, and none leaves the span of all.
+            assert sorted(range(len(own)), key=own.__getitem__) == sorted(
+                range(len(own)),
+                key=lambda i, own=own, found=found: (round(found[i], 12), own[i]),  # type: ignore[misc]
+            )
+            assert min(own) - 1e-12 <= min(found) and max(found) <= max(own) + 1e-12
+
+
+def costing(nats: Callable[[int], float]) -> Scores:
+    """Every choice but the parent's own costs so much in a layer."""
+    whole = set(WHOLE.blocks())
+    every = [(i, choice) for i in range(SPACE.shape.layers) for kind in BLOCK_KINDS for choice in SPACE.ladder(kind)]
+    return {key: 0.0 if key in whole else nats(key[0]) for key in every}
+
+
+def test_layers_that_are_alike_but_for_noise_become_alike() -> None:
+    scores = costing(lambda layer: 1.0 + 0.1 * (-1) ** layer)
+    shrunk = Shrinkage.of(scores, 0.75).apply(scores, WHOLE)
+    found = [nats for key, nats in shrunk.items() if scores[key]]
+    assert max(found) - min(found) == pytest.approx(0.25 * 0.2)
+
+
+@pytest.mark.parametrize("nothing", [0.0, -1e-4, 1e-6])
+def test_a_layer_that_costs_nearly_all_is_not_shared_out(nothing: float) -> None:
+    """As the first attention of OPT and SmolLM3: the others are worth nothing, and must not seem to cost as much."""
+    scores = costing(lambda layer: nothing if layer else 0.3)
+    shrunk = Shrinkage.of(scores, 0.75).apply(scores, WHOLE)
+    for (layer, _), nats in ((key, nats) for key, nats in shrunk.items() if scores[key]):
+        assert nats == pytest.approx(0.3, rel=0.01) if layer == 0 else abs(nats) < 5e-4
 
 
 @given(SHARES, st.integers(0, 5), st.randoms(use_true_random=False))
