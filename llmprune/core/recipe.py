@@ -87,7 +87,7 @@ class TablesRecipe(Section):
         0.75,
         ge=0,
         le=1,
-        description="share of a choice's score that is what the choice costs in the layers on average: the more of it, "
+        description="share of a choice's score that is what the choice costs in the median layer: the more of it, "
         "the less is taken from a few blocks alone, and the less a search trusts few tokens",
     )
     together: int = Field(
