@@ -139,7 +139,9 @@ def test_a_repair_that_does_not_help_is_left_out(own: Path, monkeypatch: pytest.
 
     def worse(*arguments: Any, **others: Any) -> Any:
         found = solve(*arguments, **others)
-        return type(found)({name: value + 1.0 for name, value in found.tensors.items()}, found.blocks)
+        noise = torch.Generator().manual_seed(0)
+        spoilt = {name: 10 * torch.randn(value.shape, generator=noise) for name, value in found.tensors.items()}
+        return type(found)(spoilt, found.blocks)
 
     monkeypatch.setattr(recovery, "refit_sequentially", worse)
     run = Run.open(own)
