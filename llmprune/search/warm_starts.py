@@ -59,11 +59,11 @@ def uniform_width(costs: CostTable, phase: str, speedup: float) -> list[Architec
 def _least_lost(
     nearest_first: Sequence[Architecture], costs: CostTable, phase: str, speedup: float, delta_nats: Scores
 ) -> Architecture:
-    """Of the architectures about as fast as the nearest to a speed-up, the one of least summed nats: one KV group and a
-    wide FFN may be as fast as all KV groups and a narrow one."""
+    """Of the architectures at least about as fast as the nearest to a speed-up, the one of least summed nats: one KV
+    group and a wide FFN may be as fast as all KV groups and a narrow one, and a faster one may lose less."""
     miss = abs(costs.speedup(nearest_first[0], phase) - speedup) + WITHIN * speedup
-    alike = [a for a in nearest_first if abs(costs.speedup(a, phase) - speedup) <= miss]
-    return min(alike, key=lambda architecture: sum(delta_nats[key] for key in architecture.blocks()))
+    fast = [a for a in nearest_first if costs.speedup(a, phase) >= speedup - miss]
+    return min(fast, key=lambda architecture: sum(delta_nats[key] for key in architecture.blocks()))
 
 
 def depth_by_influence(influence: Sequence[float], costs: CostTable, phase: str, speedup: float) -> Architecture | None:
