@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch._C._profiler import _EventType
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import _global_forward_hooks_with_kwargs, register_module_forward_hook
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,6 +46,8 @@ def counted() -> Iterator[Work]:
         yield work
     finally:
         handle.remove()
+        # torch keeps its note that the hook takes keywords, and then warns of a hook whatever it compiles.
+        _global_forward_hooks_with_kwargs.pop(handle.id, None)
 
 
 @dataclass
