@@ -44,7 +44,7 @@ def main(checkpoint: str, inputs: str, device: str) -> None:
     with torch.inference_mode():
         found = model(tokens).logits.float()
         # Nothing but the cache is to be proven: the checkpoint's own settings may penalise repetition, or stop at EOS.
-        model.generation_config = GenerationConfig(pad_token_id=0)
+        model.generation_config = GenerationConfig(pad_token_id=0)  # type: ignore[no-untyped-call]
         greedy = model.generate(
             tokens[:1], attention_mask=torch.ones_like(tokens[:1]), max_new_tokens=GENERATED_TOKENS, do_sample=False
         )
