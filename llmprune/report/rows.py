@@ -54,7 +54,7 @@ def _of_record(record: Record, role: str, phase: str) -> Row:
 
 def title_of(record: Record, role: str) -> str:
     """What a record is called beside others."""
-    return record.name if role in ("parent", "baseline") else f"{record.id[:8]}"
+    return record.name if role in ("parent", "baseline") else record.id[:8]
 
 
 def repair_rows(front: Front, phase: str) -> list[Row]:
