@@ -35,13 +35,14 @@ def test_what_a_choice_costs_in_all_layers_stays(share: float, seed: int) -> Non
     for kind in BLOCK_KINDS:
         for choice in SPACE.ladder(kind):
             own, found = ([many[i, choice] for i in range(SPACE.shape.layers)] for many in (scores, shrunk))
-            assert sum(found) == pytest.approx(sum(own), abs=1e-12)
+            slack = 1e-9 * max(map(abs, own))
+            assert abs(sum(found) - sum(own)) <= slack * len(own)
             # No layer passes another, and none leaves the span of all.
             assert sorted(range(len(own)), key=own.__getitem__) == sorted(
                 range(len(own)),
                 key=lambda i, own=own, found=found: (round(found[i], 12), own[i]),  # type: ignore[misc]
             )
-            assert min(own) - 1e-12 <= min(found) and max(found) <= max(own) + 1e-12
+            assert min(own) - slack <= min(found) and max(found) <= max(own) + slack
 
 
 def costing(nats: Callable[[int], float]) -> Scores:

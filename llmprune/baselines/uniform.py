@@ -21,10 +21,7 @@ def uniform(given: Given, speedup: float) -> Architecture | None:
     if not fast:
         return max(every, key=given.speedup)
     near = [a for a in fast if given.speedup(a) <= speedup * (1 + SPEED_TOLERANCE)] or [min(fast, key=given.speedup)]
-
-    def estimated(architecture: Architecture) -> float:
-        return sum(given.tables.joint_nats[key] for key in architecture.blocks())
-
+    estimated = given.tables.nats_lost
     least = min(map(estimated, near))
     better = sorted((a for a in fast if a not in near and estimated(a) < least), key=estimated)
     candidates = near + better[:FASTER]

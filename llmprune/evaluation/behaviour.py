@@ -119,7 +119,7 @@ def _compared(parents_TV: Tensor, childs_TV: Tensor, true_T: Tensor) -> tuple[Te
 
 def _worst(windows: Sequence[_Window], tokenizer: PreTrainedTokenizerBase, most: int, span: int) -> list[Place]:
     ranked = sorted(
-        ((float(mean), number, place) for number, window in enumerate(windows) for place, mean in _means(window, span)),
+        ((mean, number, place) for number, window in enumerate(windows) for place, mean in _means(window, span)),
         reverse=True,
     )
     taken: list[tuple[int, int]] = []
@@ -131,9 +131,9 @@ def _worst(windows: Sequence[_Window], tokenizer: PreTrainedTokenizerBase, most:
     return [_place(windows[number], place, span, tokenizer) for number, place in taken]
 
 
-def _means(window: _Window, span: int) -> Iterator[tuple[int, Tensor]]:
+def _means(window: _Window, span: int) -> Iterator[tuple[int, float]]:
     """Where each run of `span` predictions begins, and the mean of its KL."""
-    return enumerate(window.kl_T.unfold(0, span, 1).mean(-1))
+    return enumerate(window.kl_T.unfold(0, span, 1).mean(-1).tolist())
 
 
 def _place(window: _Window, place: int, span: int, tokenizer: PreTrainedTokenizerBase) -> Place:

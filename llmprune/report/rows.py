@@ -38,7 +38,6 @@ def _of_record(record: Record, role: str, phase: str) -> Row:
     quoted |= {f"{name}_ppl_ratio": _finite(found.ppl_ratio) for name, found in record.quoted.items()}
     return {
         "id": record.id,
-        "shape": record.hash,
         "title": title_of(record, role),
         "role": role,
         "speedup": speed.median,
@@ -143,10 +142,9 @@ def trial_rows(trials: Sequence[Judged], phase: str, tables: BlockTables | None)
 
 def foretold(tables: BlockTables, architecture: Architecture, phase: str) -> Row:
     """Speed-up and nats lost of an architecture as the tables have them."""
-    nats = tables.joint_nats
     return {
         "foretold_speedup": tables.costs.speedup(architecture, phase),
-        "foretold_lost": _finite(sum(nats[key] for key in architecture.blocks())),
+        "foretold_lost": _finite(tables.nats_lost(architecture)),
     }
 
 

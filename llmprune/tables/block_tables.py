@@ -50,6 +50,10 @@ class BlockTables:
         """`delta_nats`, whose sums are what choices cost together."""
         return weighed(self.delta_nats, self.together, self.costs.space.shape.architecture)
 
+    def nats_lost(self, architecture: Architecture) -> float:
+        """What an architecture is estimated to lose."""
+        return sum(self.joint_nats[key] for key in architecture.blocks())
+
     def to_json(self) -> dict[str, Any]:
         space = self.costs.space
         return {
