@@ -99,7 +99,7 @@ push: setup
 MINUTES ?= 10
 PROCESSES ?= 1
 recover: setup
-	$(if $(filter-out 1,$(PROCESSES)),$(BIN)/accelerate launch --num_processes '$(PROCESSES)' -m llmprune,$(LLMPRUNE)) recover '$(OUT)' --pick '$(PICK)' --minutes '$(MINUTES)' $(SET)
+	$(if $(filter-out 1,$(PROCESSES)),$(BIN)/torchrun --standalone --nproc_per_node '$(PROCESSES)' -m llmprune,$(LLMPRUNE)) recover '$(OUT)' --pick '$(PICK)' --minutes '$(MINUTES)' $(SET)
 
 bench: setup
 	$(LLMPRUNE) bench $(DIRS)

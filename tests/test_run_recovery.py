@@ -255,21 +255,22 @@ def test_baselines_are_recovered_on_as_many_tokens(
     assert child.done
 
 
-@pytest.mark.parametrize("processes", [2])
+@pytest.mark.parametrize("further", [[], ["recover.shard=true"]], ids=["whole", "spread"])
 def test_processes_that_train_together_give_what_one_gives(
-    copied: Path, tmp_path: Path, llmprune: Llmprune, processes: int
+    copied: Path, tmp_path: Path, llmprune: Llmprune, further: list[str]
 ) -> None:
     """Started as a user starts them; only sums in another order tell the two trainings apart."""
     alone = Path(shutil.copytree(copied, tmp_path / "alone"))
-    asked = ["--pick", "decode_speedup>=1.25", "--json", "--quiet", "recover.tokens=960", "recover.learning_rate=0.001"]
+    asked = ["--pick", "decode_speedup>=1.25", "--json", "recover.tokens=960", "recover.learning_rate=0.001"]
     asked += ["data.recovery_tokens=1024", "recover.precision=float32"]
     expected = llmprune("recover", alone, *asked)
     assert expected.code == 0, expected.err
-    launch = ["--cpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "-m", "llmprune", "recover", str(copied), *asked]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch]
+    launch = ["--standalone", "--nproc_per_node", "2", "-m", "llmprune", "recover", str(copied), *asked, *further]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch]
     launched = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert launched.returncode == 0, launched.stderr
+    # `accelerate launch --cpu` starts a single process, whatever number it is given.
+    assert "by 2 processes" in launched.stderr and "processes" not in expected.err
     courses = []
     for path, told in ((alone, expected.json), (copied, json.loads(launched.stdout))):
         directory = Run.open(path).directory
@@ -292,6 +293,13 @@ def test_a_step_has_to_be_shared_evenly(copied: Path, llmprune: Llmprune, monkey
     result = llmprune("recover", copied, "recover.tokens=480", "data.recovery_tokens=1024")
     told = " ".join(result.err.split())
     assert result.code == 2 and "recover.windows_a_step=2 cannot be shared by 3 processes; give a multiple of 3" in told
+
+
+def test_a_child_is_spread_over_several_processes_alone(copied: Path, llmprune: Llmprune) -> None:
+    result = llmprune("recover", copied, "recover.tokens=480", "data.recovery_tokens=1024", "recover.shard=true")
+    assert result.code == 2 and "recover.shard spreads a child over several processes, and this is one" in result.err
+    result = llmprune("recover", copied, "recover.tokens=480", "recover.shard=true", "recover.lora_rank=4")
+    assert result.code == 2 and "shard spreads whole weights, not adapters; got lora_rank=4" in result.err
 
 
 def test_the_best_of_some_children_goes_on(copied: Path, llmprune: Llmprune, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,11 +208,16 @@ class RecoverRecipe(Section):
         False,
         description="compute activations again in its backward pass rather than keep them: slower, in less memory",
     )
+    shard: bool = Field(
+        False,
+        description="spread the child's layers, with gradients and moments, over the processes that train it (FSDP); "
+        "the parent stays whole on each",
+    )
     memory_gb: float = Field(
         4.0, gt=0, description="GiB of hidden states that a refit keeps in memory; more of them lie in files"
     )
 
-    free: ClassVar[frozenset[str]] = frozenset({"memory_gb", "gradient_checkpointing"})
+    free: ClassVar[frozenset[str]] = frozenset({"memory_gb", "gradient_checkpointing", "shard"})
 
     @property
     def memory_bytes(self) -> int:
@@ -235,6 +240,8 @@ class RecoverRecipe(Section):
     def _one_length(self) -> RecoverRecipe:
         if self.minutes is not None and self.tokens is not None:
             raise ValueError(f"give one of minutes and tokens; got minutes={self.minutes:g}, tokens={self.tokens}")
+        if self.shard and self.lora_rank is not None:
+            raise ValueError(f"shard spreads whole weights, not adapters; got lora_rank={self.lora_rank} besides")
         return self
 
 
@@ -285,6 +292,10 @@ class ExportRecipe(Section):
 
     pick: str = Field("decode_speedup>=1.3", description="e.g. 'decode_speedup>=1.5', 'ppl_ratio<=1.2', or an id")
     to: PathText | None = Field(None, description="directory; default RUN/export")
+    prompts: tuple[str, ...] = Field(
+        ("Once upon a time", "The capital of France is", "def is_prime(n):"),
+        description="what the exported child and its parent go on with, side by side in report and model card",
+    )
 
 
 class DeployRecipe(Section):

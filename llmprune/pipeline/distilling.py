@@ -25,6 +25,7 @@ from llmprune.recover.adapters import trainable
 from llmprune.recover.distillation import Precision, Settings, distil, precision_for, seconds_of_window
 from llmprune.recover.held_out import windows_to_learn_from
 from llmprune.recover.repair import DISTIL, Repair, with_own_tensors
+from llmprune.recover.sharding import shard_layers, whole
 from llmprune.recover.step_memory import recomputed
 from llmprune.recover.teacher import LiveTeacher, StoredTeacher, Teacher
 from llmprune.recover.team import ALONE, Team
@@ -34,8 +35,8 @@ CHECKING = 0.15
 
 
 def check_recovery(recipe: Recipe, team: Team = ALONE) -> None:
-    """Raises RecipeError if a recipe says neither minutes nor tokens, has no text to recover on, or gives the processes
-    that train together too little to do."""
+    """Raises RecipeError if a recipe says neither minutes nor tokens, has no text to recover on, gives the processes
+    that train together too little to do, or is to be spread over a single one."""
     rules = recipe.recover
     if not rules.distils:
         raise RecipeError("recovery needs recover.minutes or recover.tokens; for example recover.minutes=10")
@@ -45,6 +46,11 @@ def check_recovery(recipe: Recipe, team: Team = ALONE) -> None:
         raise RecipeError(
             f"recover.windows_a_step={rules.windows_a_step} cannot be shared by {team.size} processes; give a multiple "
             f"of {team.size}"
+        )
+    if rules.shard and team.size == 1:
+        raise RecipeError(
+            "recover.shard spreads a child over several processes, and this is one; start them with torchrun "
+            "--nproc_per_node 2 -m llmprune recover RUN"
         )
 
 
@@ -120,8 +126,13 @@ def distil_child(lesson: Lesson) -> Repair:
     child = lesson.child()
     state = path.with_name(f"{path.stem}-state.safetensors")
     with trainable(child, rules.lora_rank), recomputed(child) if rules.gradient_checkpointing else nullcontext():
+        if rules.shard:
+            layers = child.get_submodule(lesson.judges.stock.parent.family.layers)
+            shard_layers(layers.children(), child.device, team)
         settings = _settings(lesson, child)
-        with run.show(f"distilling {lesson.record.id} on {settings.tokens:,} tokens, {settings.precision}") as advance:
+        together = f", by {team.size} processes" if team.size > 1 else ""
+        told = f"distilling {lesson.record.id} on {settings.tokens:,} tokens, {settings.precision}{together}"
+        with run.show(told) as advance:
             course = distil(
                 lesson.teacher(settings.precision),
                 child,
@@ -135,7 +146,7 @@ def distil_child(lesson: Lesson) -> Repair:
             )
     if course.ended:
         run.say(f"distillation ended early, and keeps its best state: {course.ended}")
-    tensors = {name: parameter.detach() for name, parameter in child.named_parameters()}
+    tensors = {name: whole(parameter) for name, parameter in child.named_parameters()}
     repair = Repair.of(DISTIL, tensors, {"settings": asdict(settings), "course": asdict(course)})
     if team.leads:
         repair.write(path, lesson.inputs)

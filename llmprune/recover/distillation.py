@@ -29,6 +29,7 @@ from llmprune.core.errors import ModelError, RunDirectoryError
 from llmprune.core.files import atomic_path
 from llmprune.data.tokens import Split
 from llmprune.measure.quality.perplexity import score
+from llmprune.recover.sharding import clip_gradients, in_groups, part_like, whole
 from llmprune.recover.step_memory import last_states, logits_of
 from llmprune.recover.teacher import CHUNK, LiveTeacher, Teacher
 from llmprune.recover.team import ALONE, Team
@@ -117,11 +118,11 @@ def distil(
     """
     trained = {name: weight for name, weight in child.named_parameters() if weight.requires_grad}
     names, weights = list(trained), list(trained.values())
-    optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, betas=BETAS, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(in_groups(weights), lr=settings.learning_rate, betas=BETAS, weight_decay=0.0)
     course = _resumed(state, key, names, weights, optimiser)
     team.wait()
     if course is None:
-        course = Course(checks=[(0, team.agreed(lambda: score(child, judged_by).nats_per_token))])
+        course = Course(checks=[(0, team.together(lambda: score(child, judged_by).nats_per_token))])
         _keep(state, key, names, weights, optimiser, course, best=True, team=team)
     order_W = torch.randperm(len(windows_WT), generator=torch.Generator().manual_seed(settings.seed))
     began, positions = time.monotonic() - course.seconds, windows_WT.shape[1] - 1
@@ -137,7 +138,7 @@ def distil(
             )
         )
         team.add_up(weights)
-        norm = float(torch.nn.utils.clip_grad_norm_(weights, CLIP))
+        norm = clip_gradients(weights, CLIP, team)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             course.ended = f"the loss is {loss}, and the gradient's norm {norm}, at {course.tokens:,} tokens"
             break
@@ -166,7 +167,7 @@ def _check(child: PreTrainedModel, judged_by: Split, course: Course, team: Team)
         except ModelError as error:
             return math.inf, str(error)
 
-    nats, course.ended = team.agreed(found)
+    nats, course.ended = team.together(found)
     course.checks.append((course.tokens, nats))
     if not course.ended and course.is_worsening:
         course.ended = f"held-out text gets worse since {course.best[0]:,} tokens"
@@ -229,17 +230,17 @@ def _keep(
     best: bool,
     team: Team,
 ) -> None:
-    if not team.leads:
-        return
-    own = {name: weight.detach().cpu().contiguous() for name, weight in zip(names, weights, strict=True)}
-    if best:
-        with atomic_path(_best(state)) as temporary:
-            save_file(own, temporary)
+    own = {name: whole(weight) for name, weight in zip(names, weights, strict=True)}
     moments: dict[str, Tensor] = {}
     for name, weight in zip(names, weights, strict=True):
         for moment in ("exp_avg", "exp_avg_sq"):
             if weight in optimiser.state:
-                moments[f"{moment}/{name}"] = optimiser.state[weight][moment].cpu().contiguous()
+                moments[f"{moment}/{name}"] = whole(optimiser.state[weight][moment])
+    if not team.leads:
+        return
+    if best:
+        with atomic_path(_best(state)) as temporary:
+            save_file(own, temporary)
     with atomic_path(state) as temporary:
         tensors = {f"weight/{name}": value for name, value in own.items()}
         save_file(tensors | moments, temporary, {"key": key, "course": json.dumps(asdict(course))})
@@ -259,11 +260,11 @@ def _resumed(
             course = Course(**json.loads(metadata["course"]))
             held = set(file.keys())
             for name, weight in zip(names, weights, strict=True):
-                weight.data.copy_(file.get_tensor(f"weight/{name}"))
+                weight.data.copy_(part_like(file.get_tensor(f"weight/{name}"), weight))
                 if f"exp_avg/{name}" in held:
                     optimiser.state[weight] = {
                         "step": torch.tensor(float(course.steps)),
-                        **{m: file.get_tensor(f"{m}/{name}").to(weight.device) for m in ("exp_avg", "exp_avg_sq")},
+                        **{m: part_like(file.get_tensor(f"{m}/{name}"), weight) for m in ("exp_avg", "exp_avg_sq")},
                     }
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RunDirectoryError(f"{state} is damaged ({type(error).__name__}); delete it, and train anew") from error
@@ -274,7 +275,7 @@ def _resumed(
 def _as_best(trained: Mapping[str, Tensor], state: Path) -> None:
     with safe_open(_best(state), "pt") as file, torch.no_grad():
         for name, weight in trained.items():
-            weight.copy_(file.get_tensor(name))
+            weight.copy_(part_like(file.get_tensor(name), weight))
 
 
 def _best(state: Path) -> Path:

@@ -1,5 +1,5 @@
-"""The processes that train one child together, as `accelerate launch` starts them: each learns from its share of a
-step's windows, all take the same step, and the first one decides and writes."""
+"""The processes that train one child together, as torchrun, or `accelerate launch` on GPUs, starts them: each learns
+from its share of a step's windows, all take the same step, and the first one decides and writes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -49,7 +50,8 @@ class Team:
     def add_up(self, weights: Iterable[nn.Parameter]) -> None:
         """Make every gradient the sum of all processes' gradients."""
         for weight in weights if self.size > 1 else ():
-            if weight.grad is not None:
+            # What is spread over the processes is summed already.
+            if weight.grad is not None and not isinstance(weight.grad, DTensor):
                 weight.grad = reduce(weight.grad, "sum")
 
     def total(self, value: float) -> float:
@@ -65,6 +67,11 @@ class Team:
         told: list[Any] = broadcast_object_list([find() if self.leads else None])
         found: T = told[0]
         return found
+
+    def together(self, find: Callable[[], T]) -> T:
+        """What all find together, since each may have a part of the model only; as the first process has it."""
+        found = find()
+        return self.agreed(lambda: found)
 
     def wait(self) -> None:
         """Until all processes are here."""
