@@ -288,7 +288,7 @@ class Contest:
         starts = [("parent", whole), *((n, a) for n, a in self.path if n in labels)] if seeded else []
         judge, began = Untimed(self.prepared, self.split, self._scorer, []), time.monotonic()
         with self.run.show(f"{trials} trials of {sampler}") as advance:
-            run_study(study, judge, rules, self.prepared.space, starts, lambda done, _: advance(done, trials))  # type: ignore[arg-type]
+            run_study(study, judge, rules, self.prepared.space, starts, lambda done, _: advance(len(done), trials))  # type: ignore[arg-type]
         return judge, (time.monotonic() - began) / 60
 
     def row(self, sampler: SamplerName, trials: int) -> tuple[dict[str, Any], Untimed]:

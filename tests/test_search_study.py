@@ -97,9 +97,9 @@ def test_every_sampler_runs_to_the_end_and_on(sampler: str, journal: Path) -> No
 
 
 def test_a_trial_keeps_its_record_and_is_told_both_objectives(journal: Path) -> None:
-    reported: list[tuple[int, Any]] = []
+    reported: list[tuple[Any, Any]] = []
     study, _ = run(journal, FakeJudge(), report=lambda *told: reported.append(told), objective="decode")
-    assert [count for count, _ in reported] == list(range(1, 9))
+    assert [len(finished) for finished, _ in reported] == list(range(1, 9))
     assert [record for _, record in reported] == records(study)
     for trial in finished_trials(study):
         record = record_in(trial)

@@ -105,6 +105,7 @@ def compare(
     data: Annotated[Path | None, typer.Option(help="Run directory or recipe whose text is read.")] = None,
     split: Annotated[str, typer.Option(help="calibration, search, validation, test or unseen.")] = "test",
     most: Annotated[int, typer.Option(min=1, max=100, help="Tokens and passages that are shown of each child.")] = 5,
+    html: Annotated[Path | None, typer.Option(help="HTML file to write besides.")] = None,
     device: Device = "auto",
     dtype: OwnDtype = "auto",
     json: Json = False,
@@ -113,6 +114,7 @@ def compare(
     """Show what children keep, what was measured of them, and where they behave unlike their parent."""
     from llmprune.evaluation.comparing import compare as compare_models
     from llmprune.evaluation.comparing import comparison_tables
+    from llmprune.evaluation.comparison_page import write_comparison
 
     result = compare_models(
         models,
@@ -125,6 +127,8 @@ def compare(
         show=shown(quiet=quiet),
         say=speaker(quiet),
     )
+    if html is not None:
+        write_comparison(result, html)
     emit(result, json, lambda: comparison_tables(result))
 
 

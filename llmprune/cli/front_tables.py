@@ -18,6 +18,7 @@ def quoted_lines(record: Record) -> list[str]:
     return [
         f"{text_of(name, on)}: {on.nats_lost:+.3f} nats a token lost, perplexity {on.ppl:.2f} "
         f"({on.ppl_ratio:.2f} x the parent's)"
+        + (f"; the same likeliest token before {on.likeness.same_top:.0%}" if on.likeness else "")
         for name, on in record.quoted.items()
     ]
 
@@ -69,7 +70,8 @@ def _cells(label: str, record: Record, splits: Sequence[SplitName]) -> Iterator[
     yield f"{record.kv_bytes_per_token:,}"
     for split in splits:
         on = record.quoted[split]
-        yield f"{on.nats_per_token:.3f} ({on.nats_lost:+.3f})\n{on.ppl:.2f} ({on.ppl_ratio:.2f}x)"
+        alike = f"\n[dim]{on.likeness.same_top:.0%} same top[/dim]" if on.likeness else ""
+        yield f"{on.nats_per_token:.3f} ({on.nats_lost:+.3f})\n{on.ppl:.2f} ({on.ppl_ratio:.2f}x){alike}"
     yield f"{record.prefill_tokens_per_s.median:.0f}\n{spread_text(record.prefill_speedup)}"
     yield f"{record.decode_tokens_per_s.median:.1f}\n{spread_text(record.decode_speedup)}"
 

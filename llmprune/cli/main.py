@@ -25,12 +25,12 @@ from llmprune.cli.options import (
     recipe_from,
     recipe_of_run,
     speaker,
+    watched,
 )
 from llmprune.cli.terminal import (
     error_console,
     forecast_table,
     print_json,
-    print_trial,
     shown,
 )
 from llmprune.core.errors import LlmpruneError, StorageError
@@ -40,6 +40,7 @@ from llmprune.core.recipe_text import load_recipe, parse_section
 
 if TYPE_CHECKING:
     from llmprune.measure.record import Front
+    from llmprune.pipeline.run import Run
     from llmprune.search.study import SearchOutcome
 
 app = typer.Typer(
@@ -75,7 +76,21 @@ def compress(
         to = Path(recipe.export.to) if recipe.export.to else run.directory.export
         result = commands.compress(run, to, report=report)
         measured = read_front(run.directory)
+        _draw_card_figures(run, result["exported"] and result["exported"]["id"], to)
     emit(result, json, lambda: [front_table(measured), *_told(result, measured, to)])
+
+
+def _draw_card_figures(run: Run, exported: str | None, to: Path) -> None:
+    """For the model card of a child that was exported from the run."""
+    from llmprune.report.facts import gather
+    from llmprune.report.page import write_card_figures
+
+    if exported is None:
+        return
+    facts = gather(run)
+    assert facts.front is not None, "a child was exported from it"
+    with run.show("drawing what its model card shows"):
+        write_card_figures(facts, next(one for one in facts.front.every if one.id == exported), to)
 
 
 def _told(result: Mapping[str, Any], measured: Front, to: Path) -> list[str]:
@@ -115,9 +130,10 @@ def worker(run_path: RunPath, storage: Storage = None, json: Json = False, quiet
     from llmprune.pipeline import commands
     from llmprune.pipeline.run import Run
 
-    run = Run.join(run_path, shown(quiet=quiet), storage=storage)
+    run = Run.join(run_path, storage=storage)
+    run.show, report = watched(run.recipe, quiet)
     run.say = speaker(quiet)
-    _print_outcome(commands.worker(run, None if quiet else print_trial(error_console())), json)
+    _print_outcome(commands.worker(run, report), json)
 
 
 @app.command("storage-proxy")
@@ -204,7 +220,7 @@ def recover(
     quiet: Quiet = False,
 ) -> None:
     """Distil a child of the front from its parent, and put it in its place; a stopped training goes on. Several
-    processes train together: accelerate launch -m llmprune recover RUN."""
+    processes train together: torchrun --nproc_per_node 2 -m llmprune recover RUN."""
     from llmprune.cli.front_tables import front_table
     from llmprune.core.budgets import parse_pick
     from llmprune.pipeline import commands
@@ -268,6 +284,7 @@ def export(
     wanted = parse_pick(pick or recipe.export.pick)
     with opened_run(run_path, recipe, quiet) as (run, _):
         written = commands.export(run, wanted, to or run.directory.export, force=force)
+        _draw_card_figures(run, written["id"], Path(written["directory"]))
     emit(
         written,
         json,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmprune.cli.terminal import console, error_console, print_json, print_trial, shown
 from llmprune.core.errors import RecipeError, TaskError, quoted, shortened
+from llmprune.core.progress import Show
 from llmprune.core.recipe import Recipe, WorkloadRecipe
 from llmprune.core.recipe_files import DEFAULT_RECIPE, recipe_path
 from llmprune.core.recipe_inputs import SPLIT_NAMES, ModelRecipe, SplitName
 from llmprune.core.recipe_text import apply_overrides, load_recipe, parse_recipe, parse_section, with_absolute_paths
 from llmprune.core.yaml_text import read_yaml_file
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from llmprune.measure.record import Record
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -99,9 +105,26 @@ def opened_run(path: Path, recipe: Recipe, quiet: bool, storage: str | None = No
     from llmprune.pipeline.run_directory import RunDirectory
 
     with RunDirectory(path).locked():
-        run = Run.start(path, recipe, shown(quiet=quiet))
+        show, report = watched(recipe, quiet)
+        run = Run.start(path, recipe, show)
         run.storage, run.say = storage, speaker(quiet)
-        yield run, None if quiet else print_trial(error_console())
+        yield run, report
+
+
+def watched(recipe: Recipe, quiet: bool) -> tuple[Show, Any]:
+    """How the stages of a run tell their progress, and the callback that tells of its trials."""
+    if quiet:
+        return shown(quiet=True), None
+    from llmprune.cli.search_view import SearchView
+
+    view = SearchView(recipe.search.objective, recipe.search.targets)
+    line = print_trial(error_console())
+
+    def report(finished: Sequence[FrozenTrial], made: Record) -> None:
+        view.look(finished)
+        line(len(finished), made)
+
+    return shown(quiet=False, searching=view), report
 
 
 def joined_run(path: Path, recipe: Recipe, device: str | None) -> Any:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 from rich.table import Table
 from rich.text import Text
 
-from llmprune.core.progress import Advance, Show, silent
+from llmprune.core.progress import SEARCHING, Advance, Show, silent
 from llmprune.measure.record import Record
 from llmprune.measure.speed.throughput import Spread
 
@@ -44,15 +44,27 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="dim")
 
 
-def shown(*, quiet: bool) -> Show:
-    """How stages tell their progress: bars on stderr, lines where stderr is no terminal, nothing if quiet."""
+def shown(*, quiet: bool, searching: RenderableType | None = None) -> Show:
+    """How stages tell their progress: bars on stderr, lines where stderr is no terminal, nothing if quiet. `searching`
+    is drawn beneath the bar of a search."""
     if quiet:
         return silent
     target = error_console()
-    return _bars(target) if target.is_terminal else _lines(target)
+    return _bars(target, searching) if target.is_terminal else _lines(target)
 
 
-def _bars(target: Console) -> Show:
+class _Bars(Progress):
+    """A bar, and what is drawn beneath it."""
+
+    beneath: RenderableType | None = None
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.beneath is not None:
+            yield self.beneath
+
+
+def _bars(target: Console, searching: RenderableType | None) -> Show:
     @contextmanager
     def show(description: str) -> Iterator[Advance]:
         columns = (
@@ -63,7 +75,9 @@ def _bars(target: Console) -> Show:
             TimeElapsedColumn(),
             TimeLeft(),
         )
-        with Progress(*columns, console=target) as progress:
+        bars = _Bars(*columns, console=target)
+        bars.beneath = searching if description == SEARCHING else None
+        with bars as progress:
             task = progress.add_task(description, total=None)
 
             def advance(done: int, total: int) -> None:

@@ -12,6 +12,10 @@ Show = Callable[[str], AbstractContextManager[Advance]]
 """Opens a step by its description."""
 
 
+SEARCHING = "searching"
+"""The step that has more to show than how far it is."""
+
+
 @contextmanager
 def silent(description: str) -> Iterator[Advance]:
     """A step that nobody watches."""

@@ -13,6 +13,7 @@ from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
 from llmprune.core.budgets import parse_pick
 from llmprune.core.files import read_json, write_json
+from llmprune.core.progress import SEARCHING
 from llmprune.core.recipe import Recipe, SearchRecipe
 from llmprune.data.tokens import TokenSplits
 from llmprune.measure.record import Record
@@ -116,10 +117,10 @@ def run_trials(run: Run, study: optuna.Study, judges: Judges, report: Report | N
     rules = run.recipe.search
     check_records(finished_trials(study), run.place_of_run)
     judge = judges.judge("search", run.recipe.workload.repeats)
-    with run.show("searching") as advance:
+    with run.show(SEARCHING) as advance:
 
-        def on_trial(finished: int, record: Record) -> None:
-            advance(finished, rules.trials)
+        def on_trial(finished: Sequence[FrozenTrial], record: Record) -> None:
+            advance(len(finished), rules.trials)
             if report:
                 report(finished, record)
 

@@ -36,7 +36,8 @@ PROPOSALS_PER_TRIAL = 20
 SECONDS_BETWEEN_LOOKS = 0.5
 """How often a worker that found no trial to do looks whether another died over one."""
 
-Report = Callable[[int, Record], None]
+Report = Callable[[Sequence[FrozenTrial], Record], None]
+"""Told of all finished trials, other workers' among them, and of the one that this worker has just made."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _work(
             streak.end()
             own += 1
             if report:
-                report(len(finished_trials(study)), judged)
+                report(finished_trials(study), judged)
 
 
 def _one_trial(
