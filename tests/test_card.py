@@ -147,6 +147,18 @@ def test_a_card_tells_how_to_load_what_lies_there(child: Path) -> None:
     assert 'from_pretrained("user/tiny", dtype="auto")' in model_card(read_contents(child), "user/tiny", MIT)
 
 
+def test_a_card_shows_pictures_and_samples_that_are_there(child: Path) -> None:
+    card = model_card(read_contents(child), "user/tiny", MIT)
+    assert "![" not in card
+    for sample in metadata_of(child)["samples"]:
+        assert sample["prompt"] in card and sample["child"].strip() in card and sample["parent"].strip() in card
+    change(child, samples=[])
+    (child / "front.svg").write_text("<svg/>")
+    card = model_card(read_contents(child), "user/tiny", MIT)
+    assert "![The front that it was picked from](front.svg)" in card
+    assert "architecture.svg" not in card and "Samples" not in card
+
+
 def test_an_evaluation_is_in_the_card_and_its_metadata(child: Path) -> None:
     (child / EVALUATION_FILE).write_text(json.dumps(evaluation(metadata_of(child)["id"])))
     card = model_card(read_contents(child), "user/tiny", MIT)

@@ -17,6 +17,7 @@ from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_files import recipe_names
 from llmprune.core.recipe_text import to_yaml
 from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.publish.contents import PICTURES
 
 QUICK = ("--prompt-tokens", "8", "--generated-tokens", "4", "--repeats", "1", "--device", "cpu")
 
@@ -256,6 +257,11 @@ def test_every_stage_of_a_run_reports(
         assert record["id"] in printed["front"].out
         assert f"{record['test']['ppl']:.2f}" in printed["front"].out, "no figure is cut off"
     assert "loading the parent" in printed["front"].err
+    pictures = {name: (copied / "export" / name).read_text() for name in PICTURES}
+    assert all(text.startswith("<svg") for text in pictures.values())
+    assert exported[:8] in pictures["front.svg"] and exported[:8] in pictures["architecture.svg"]
+    pushed = llmprune("push", copied, "user/name", "--licence", "mit", "--dry-run", "--json").json
+    assert set(PICTURES) <= {file["name"] for file in pushed["files"]} and "](front.svg)" in pushed["card"]
 
 
 def test_search_begins_a_run_and_tells_of_its_trials(llmprune: Llmprune, recipe_file: Path, tmp_path: Path) -> None:

@@ -22,7 +22,11 @@ from llmprune.data.tokens import SourceTokens, Split
 from llmprune.evaluation import behaviour as module
 from llmprune.evaluation.behaviour import SPAN, behaviour
 from llmprune.evaluation.comparing import comparison_tables, differing_layers, structure
+from llmprune.evaluation.comparison_page import comparison_page
 from llmprune.measure.quality.perplexity import score
+from llmprune.pipeline.run import Run
+from llmprune.pipeline.run_directory import read_front
+from llmprune.report.rows import beside_rows
 
 
 def split_of(*lengths: int, seq_len: int = 24) -> Split:
@@ -113,7 +117,8 @@ def test_structure_counts_what_is_left() -> None:
 
 def test_the_command_sets_children_side_by_side(finished_run: Finished, llmprune: Llmprune, tmp_path: Path) -> None:
     child = finished_run.export
-    other = next(path for path in (finished_run.path / "children").iterdir() if path.is_dir())
+    exported = json.loads((child / "llmprune.json").read_text())["id"]
+    other = next(path for path in sorted((finished_run.path / "children").iterdir()) if path.name != exported)
     told = llmprune(
         "compare", child, other, "--parent", finished_run.recipe.model.path, "--data", finished_run.path, "--json"
     ).json
@@ -123,9 +128,35 @@ def test_the_command_sets_children_side_by_side(finished_run: Finished, llmprune
     figures = {row["model"]: row["figures"]["test"]["nats_lost"] for row in told["models"]}
     for name, behaved in told["behaviour"]["models"].items():
         assert behaved["nats_lost"] == pytest.approx(figures[name], abs=1e-5)
-    shown = llmprune("compare", child, other, "--parent", finished_run.recipe.model.path, "--data", finished_run.path)
+    places = ("--parent", finished_run.recipe.model.path, "--data", finished_run.path)
+    shown = llmprune("compare", child, other, *places, "--html", tmp_path / "beside.html")
     assert shown.code == 0 and "Side by side" in shown.out and "passage" in shown.out
     assert list(comparison_tables(told))
+    text = (tmp_path / "beside.html").read_text()
+    for row in told["models"]:
+        assert row["id"] in text and f"{row['figures']['test']['nats_lost']:+.3f}" in text
+    assert "Behaviour beside" in text and "Layers that differ" in text
+
+
+def test_a_page_without_behaviour_or_a_common_parent(finished_run: Finished) -> None:
+    front = read_front(Run.join(finished_run.path).directory)
+    other = Architecture.of([(2, 16), (0, 4)])
+    rows = [
+        {
+            "model": f"<{name}>",
+            "id": record.id,
+            "architecture": architecture.to_json(),
+            "structure": structure(architecture),
+            "figures": record.to_json(),
+        }
+        for name, record, architecture in (("a", front.parent, front.parent.architecture), ("b", front.parent, other))
+    ]
+    text = comparison_page({"models": rows, "differing_layers": []})
+    assert "&lt;a&gt;" in text and "Behaviour" not in text and "Layers that differ" not in text
+    cells = list(beside_rows({"a": front.parent.architecture, "b": other}))
+    assert {row["title"] for row in cells} == {"a", "b"} and all(0 <= row["kept"] <= 1 for row in cells)
+    widest = max(choice.units for _, choice in front.parent.architecture.blocks())
+    assert [row["kept"] for row in cells if row["title"] == "b"][2:] == [0.0, 4 / widest]
 
 
 def test_what_is_no_export_is_named(finished_run: Finished, llmprune: Llmprune, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import Finished, Llmprune
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmprune.measure.quality.perplexity import score
+from llmprune.models.samples import continuations
 from llmprune.pipeline.prepare import stock_up
 from llmprune.pipeline.run import Run
 
@@ -59,6 +60,10 @@ def test_what_was_trained_is_another_child_that_can_be_pushed(trained: Path, llm
     lost = test - after["parent"]["figures"]["test"]["nats_per_token"]
     assert figures["test"]["nats_lost"] == pytest.approx(lost, rel=1e-4)
     assert figures["decode_speedup"] == before["figures"]["decode_speedup"]
+    prompts = [sample["prompt"] for sample in before["samples"]]
+    own = continuations(model, AutoTokenizer.from_pretrained(trained, trust_remote_code=True), prompts)
+    assert [sample["child"] for sample in after["samples"]] == own
+    assert [sample["parent"] for sample in after["samples"]] == [sample["parent"] for sample in before["samples"]]
     pushed = llmprune("push", trained, "user/name", *PUSH)
     assert pushed.code == 0, pushed.err
     again = llmprune("prove", trained, "--json")

@@ -123,6 +123,9 @@ def test_the_front_is_what_scripts_rely_on(finished_run: Finished) -> None:
         assert on.keys() == MEASURED_ON_KEYS
         assert (on["dataset"], on["split"], on["seq_len"], on["tokens"]) == ("ant+bee", "validation", 16, 60)
         quoted, parents = record["test"], measured["parent"]["test"]
+        likeness = quoted.pop("likeness", None)
+        assert (likeness is None) == (record["name"] == "parent")
+        assert likeness is None or likeness.keys() == {"kl", "same_top"}
         assert quoted.keys() == QUOTED_KEYS and "unseen" not in record, "its recipe names no unseen text"
         assert (quoted["dataset"], quoted["seq_len"], quoted["tokens"], quoted["bos"]) == ("ant+bee", 16, 60, False)
         assert quoted["nats_per_token"] != record["nats_per_token"]
@@ -250,7 +253,7 @@ def test_a_run_directory_holds_what_the_design_says(finished_run: Finished) -> N
 def test_an_exported_checkpoint_says_what_it_is_and_not_where_it_was_made(finished_run: Finished) -> None:
     metadata = strict_json(finished_run.export / "llmprune.json")
     told = {"format", "id", "hash", "architecture", "proof", "files", "figures", "library", "parent", "provenance"}
-    told.add("recipe")
+    told |= {"recipe", "samples"}
     assert metadata.keys() == told
     measured = strict_json(finished_run.path / "front.json")
     assert metadata["parent"]["figures"] == measured["parent"] and metadata["parent"]["shape"]["ffn_width"] == 32

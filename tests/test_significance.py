@@ -25,7 +25,7 @@ def test_mcnemar_is_the_binomial_test_of_the_questions_that_differ(gained: int, 
     n = gained + lost
     assert found.p == pytest.approx(1.0 if n == 0 else binomtest(min(gained, lost), n).pvalue)
     assert found.difference == pytest.approx((gained - lost) / (57 + n))
-    assert found.samples == 57 + n and found.test == "mcnemar"
+    assert (found.samples, found.flips) == (57 + n, n) and found.test == "mcnemar"
     assert found.low < found.difference < found.high
 
 

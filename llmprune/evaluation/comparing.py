@@ -119,29 +119,35 @@ def comparison_tables(result: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> Table:
-    records = [Record.from_json(row["figures"]) for row in rows]
-    table = Table(title="Side by side", caption=_captions(records), caption_justify="left")
+    table = Table(title="Side by side", caption=measured_on(rows), caption_justify="left")
     table.add_column("")
     for row in rows:
         table.add_column(f"{row['model']}\n{row['id']}", justify="right", overflow="fold")
-    table.add_row("parameters", *(f"{record.params / 1e6:.1f}M" for record in records))
-    table.add_row("bytes", *(f"{record.bytes / 1e6:.0f}M ({record.stored_as})" for record in records))
-    for phase in ("decode", "prefill"):
-        speeds = (getattr(record, f"{phase}_speedup") for record in records)
-        table.add_row(f"{phase} speed-up", *(f"{s.median:.2f}x ({s.low:.2f}-{s.high:.2f})" for s in speeds))
-    for name in dict.fromkeys(name for record in records for name in record.quoted):
-        quoted = (record.quoted.get(name) for record in records)
-        table.add_row(f"{name}: nats lost, PPL", *(f"{q.nats_lost:+.3f}, {q.ppl:.2f}" if q else "-" for q in quoted))
-    table.add_section()
-    for key in rows[0]["structure"]:
-        table.add_row(
-            key.replace("_", " ").replace("kv", "KV").replace("ffn", "FFN"), *(f"{r['structure'][key]:,}" for r in rows)
-        )
-    table.add_row("repairs", *(", ".join(record.done) or "none" for record in records))
+    for name, cells in figure_rows(rows):
+        table.add_row(name, *cells)
     return table
 
 
-def _captions(records: Sequence[Record]) -> str:
+def figure_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
+    """Name and, model by model, text of every figure that was stored of them."""
+    records = [Record.from_json(row["figures"]) for row in rows]
+    yield "parameters", [f"{record.params / 1e6:.1f}M" for record in records]
+    yield "bytes", [f"{record.bytes / 1e6:.0f}M ({record.stored_as})" for record in records]
+    for phase in ("decode", "prefill"):
+        speeds = (getattr(record, f"{phase}_speedup") for record in records)
+        yield f"{phase} speed-up", [f"{s.median:.2f}x ({s.low:.2f}-{s.high:.2f})" for s in speeds]
+    for name in dict.fromkeys(name for record in records for name in record.quoted):
+        quoted = (record.quoted.get(name) for record in records)
+        yield f"{name}: nats lost, PPL", [f"{q.nats_lost:+.3f}, {q.ppl:.2f}" if q else "-" for q in quoted]
+    for key in rows[0]["structure"]:
+        told = key.replace("_", " ").replace("kv", "KV").replace("ffn", "FFN")
+        yield told, [f"{row['structure'][key]:,}" for row in rows]
+    yield "repairs", [", ".join(record.done) or "none" for record in records]
+
+
+def measured_on(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the stored figures must not be quoted without."""
+    records = [Record.from_json(row["figures"]) for row in rows]
     told = dict.fromkeys(text_of(name, on) for record in records for name, on in record.quoted.items())
     engines = dict.fromkeys(str(record.measured_on.workload.get("engine", "torch")) for record in records)
     return f"As measured when each was made, speeds in {', '.join(engines)}. {'; '.join(told)}."
@@ -153,19 +159,34 @@ def _layers(result: Mapping[str, Any]) -> Table:
     for row in result["models"]:
         table.add_column(str(row["model"]), justify="right", overflow="fold")
     for layer in result["differing_layers"]:
-        kept = (", ".join(f"{n:,}" for kind in BLOCK_KINDS for n in one[kind].values()) for one in layer["kept"])
-        table.add_row(str(layer["layer"]), *kept)
+        table.add_row(str(layer["layer"]), *kept_of(layer))
     return table
 
 
+def kept_of(layer: Mapping[str, Any]) -> list[str]:
+    """Units that each model keeps of a layer they differ in."""
+    return [", ".join(f"{n:,}" for kind in BLOCK_KINDS for n in one[kind].values()) for one in layer["kept"]]
+
+
+def read_on(on: Mapping[str, Any]) -> str:
+    """The text that behaviour was looked for in."""
+    return f"{on['dataset']}, {on['split']} split, windows of {on['seq_len']}, {'with' if on['bos'] else 'no'} BOS"
+
+
+def alike(told: Mapping[str, Any]) -> str:
+    """How alike a child is to its parent, in a sentence's part."""
+    return (
+        f"the same likeliest token before {told['same_top']:.1%} of them, KL {told['kl']:.3f} nats a token, "
+        f"{told['nats_lost']:+.3f} nats lost"
+    )
+
+
 def _behaviours(found: Mapping[str, Any]) -> Iterator[Table]:
-    on = found["measured_on"]
-    where = f"{on['dataset']}, {on['split']} split, windows of {on['seq_len']}, {'with' if on['bos'] else 'no'} BOS"
+    where = read_on(found["measured_on"])
     for name, told in found["models"].items():
         table = Table(
             title=f"{name} beside {found['parent']}",
-            caption=f"{told['tokens']:,} tokens of {where}: the same likeliest token before {told['same_top']:.1%} of "
-            f"them, KL {told['kl']:.3f} nats a token, {told['nats_lost']:+.3f} nats lost. Most divergent first.",
+            caption=f"{told['tokens']:,} tokens of {where}: {alike(told)}. Most divergent first.",
             caption_justify="left",
         )
         for column in ("", "source", "after", "in truth", "parent", "child", "KL"):

@@ -26,6 +26,7 @@ from llmprune.evaluation.differences import differences_on_tasks, differences_on
 from llmprune.evaluation.store import Store, place_for, versions
 from llmprune.evaluation.subjects import Subject, find_subjects, recipe_in
 from llmprune.evaluation.tasks import TaskResult, TaskSet, open_tasks, run_task
+from llmprune.measure.quality.likeness import TOP_K, ParentsLogits
 from llmprune.measure.quality.perplexity import quality_from_windows, score_windows
 from llmprune.measure.quality.significance import CONFIDENCE, DRAWS, SEED
 from llmprune.measure.speed.host import fingerprint
@@ -89,14 +90,15 @@ def evaluate(
     store = Store(place_for(subjects, output))
     base = {"dtype": subjects[0].recipe.dtype, "device": subjects[0].device, "versions": versions()}
     answers = [_answers(subject, base, text, tasks, questions, store, show) for subject in subjects]
+    likenesses = _likenesses(subjects, base, text, store, show)
     speeds, workload = _speeds(subjects, base, questions.workload, store, show)
     if store.found:
         say(f"{store.found} of {store.found + store.made} results were in {store.place} already")
     result = {
         "format": 1,
         "models": [
-            _record(subject, answer, speed, text)
-            for subject, answer, speed in zip(subjects, answers, speeds, strict=True)
+            _record(subject, answer, speed, likeness, text)
+            for subject, answer, speed, likeness in zip(subjects, answers, speeds, likenesses, strict=True)
         ],
         "comparisons": _comparisons(subjects, answers, text, tasks),
         "versions": versions(),
@@ -213,6 +215,30 @@ def _scored(subject: Subject, text: Split, show: Show) -> dict[str, list[float |
     return {name: [None if value == float("inf") else value for value in row.tolist()] for name, row in nats.items()}
 
 
+def _likenesses(
+    subjects: Sequence[Subject], base: Mapping[str, Any], text: Split | None, store: Store, show: Show
+) -> list[dict[str, Any] | None]:
+    """How alike each model is to the parent on the text; None of the parent itself, or where there is none."""
+    parent, children = subjects[0], subjects[1:]
+    if parent.role != "parent" or text is None:
+        return [None] * len(subjects)
+    key = {"parent": parent.identity, "split": text.hash, "top_k": TOP_K, **base}
+    logits: ParentsLogits | None = None
+
+    def recalled(child: Subject, text: Split) -> dict[str, Any]:
+        def found() -> dict[str, Any]:
+            nonlocal logits
+            logits = logits or ParentsLogits(parent.load(show)[0], text)
+            model, _ = child.load(show)
+            with show(f"{child.name}: text, beside its parent"):
+                return logits.beside(model).model_dump(mode="json")
+
+        stored: dict[str, Any] = store.recall("likeness", {"model": child.identity, **key}, found)
+        return stored
+
+    return [None, *(recalled(child, text) for child in children)]
+
+
 def _infinite(values: Sequence[float | None]) -> list[float]:
     return [float("inf") if value is None else value for value in values]
 
@@ -242,11 +268,18 @@ def _speeds(
     return store.recall("speed", key, measure), workload.to_json()
 
 
-def _record(subject: Subject, answers: _Answers, speed: Mapping[str, Any], text: Split | None) -> dict[str, Any]:
+def _record(
+    subject: Subject,
+    answers: _Answers,
+    speed: Mapping[str, Any],
+    likeness: Mapping[str, Any] | None,
+    text: Split | None,
+) -> dict[str, Any]:
     quality = None
     if text is not None and answers.nats is not None:
         figures = quality_from_windows(text, answers.nats).to_json()
         quality = {key: figures[key] for key in ("nats_per_token", "nats_per_byte", "ppl", "per_source")}
+        quality |= {} if likeness is None else {"likeness": likeness}
         quality["measured_on"] = {key: figures[key] for key in ("dataset", "split", "seq_len", "tokens", "bos")}
     shown = ("metrics", "samples", "limit", "num_fewshot", "version", "bos", "chat_template")
     tasks = {name: {key: getattr(result, key) for key in shown} for name, result in answers.tasks.items()}

@@ -21,6 +21,7 @@ from llmprune.models import modeling_pruned
 from llmprune.models.checkpoint import METADATA_FILE, proof_facts
 from llmprune.models.checkpoint import prove as prove_files
 from llmprune.models.loading import load_model, stored_dtype
+from llmprune.models.samples import continuations
 from llmprune.models.sizes import parameter_count
 from llmprune.pipeline.run_directory import RunDirectory
 from llmprune.publish.contents import EVALUATION_FILE, PROVEN_SUFFIXES, VLLM_DIRECTORY
@@ -57,6 +58,9 @@ def prove_anew(directory: Path, data: Path | None, show: Show, *, trust_remote_c
         with show("judging it on the text of its run"):
             after = _judged(before, parent, model, splits, metadata["library"])
     written = {**metadata, "id": after.id, "figures": after.stored(), "proof": proof_facts(proof), "files": files}
+    if told := metadata.get("samples"):
+        own = continuations(model, tokenizer, [sample["prompt"] for sample in told])
+        written["samples"] = [{**sample, "child": text} for sample, text in zip(told, own, strict=True)]
     write_json(directory / METADATA_FILE, written)
     return {"directory": str(directory), "id": after.id, "proof": proof_facts(proof), "figures": after.to_json()}
 

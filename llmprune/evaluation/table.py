@@ -30,6 +30,8 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
             row = differences.get((model["model"], TEXT, "nats_per_token"))
             cells.append(_text(model["quality"], None) + (f"\n{_difference(row)}" if row else ""))
         table.add_row("mixture: nats/token, nats/byte, PPL", *cells)
+    if any(_likeness(model) for model in models):
+        table.add_row("beside the parent: KL, same likeliest token", *map(_likeness, models))
     table.add_section()
     for task, metric in _metrics(models):
         cells = []
@@ -84,6 +86,11 @@ def _text(quality: Mapping[str, Any] | None, source: str | None) -> str:
     return "  ".join(figures)
 
 
+def _likeness(model: Mapping[str, Any]) -> str:
+    found = (model["quality"] or {}).get("likeness")
+    return f"{_number(found['kl'], 4)}  {found['same_top']:.1%}" if found else ""
+
+
 def _speed(speed: Mapping[str, Any], phase: str) -> str:
     return f"{speed[f'{phase}_tokens_per_s']['median']:.1f} ({speed[f'{phase}_speedup']['median']:.2f}x)"
 
@@ -97,7 +104,8 @@ def _metric(task: Mapping[str, Any] | None, metric: str) -> str:
 
 
 def _difference(row: Mapping[str, Any]) -> str:
-    return f"[dim]{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f}), p {row['p']:.2g}[/dim]"
+    flips = "" if row.get("flips") is None else f", {row['flips']} changed"
+    return f"[dim]{row['difference']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f}), p {row['p']:.2g}{flips}[/dim]"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, PlainSe
 from llmprune.choices.architecture import Architecture
 from llmprune.core.errors import RunDirectoryError, quoted
 from llmprune.core.recipe_inputs import SplitName
+from llmprune.measure.quality.likeness import Likeness
 from llmprune.measure.quality.perplexity import Figure, Quality, SourceQuality
 from llmprune.measure.speed.throughput import Spread
 
@@ -107,9 +108,11 @@ class Quoted(_Value):
     """Over the parent's, on the same tokens; `nats_lost` likewise."""
     nats_lost: Figure
     """Infinite also where the parent's own nats are."""
+    likeness: Likeness | None = None
+    """How a child behaves beside its parent; of the test split."""
 
     @classmethod
-    def beside(cls, quality: Quality, parent: Quality | Quoted) -> Quoted:
+    def beside(cls, quality: Quality, parent: Quality | Quoted, likeness: Likeness | None = None) -> Quoted:
         """Figures beside a parent's on the same tokens."""
         nats_lost = quality.nats_per_token - parent.nats_per_token
         return cls(
@@ -123,6 +126,7 @@ class Quoted(_Value):
             bos=quality.bos,
             ppl_ratio=quality.ppl / parent.ppl if math.isfinite(quality.ppl) else math.inf,
             nats_lost=nats_lost if math.isfinite(nats_lost) else math.inf,
+            likeness=likeness,
         )
 
 

@@ -14,6 +14,7 @@ from llmprune.core.files import exists, read_json
 from llmprune.measure.record import Front, Record, child_id, newer_schema
 from llmprune.models.checkpoint import METADATA_FILE, write_checkpoint
 from llmprune.models.loading import dtype_of
+from llmprune.models.samples import samples
 from llmprune.models.surgery import prune
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.repairs import repairs_of
@@ -72,6 +73,8 @@ def _write(
             written.extend(write_formats(child, parent.tokenizer, run.recipe.deploy, staging))
 
     metadata = _metadata(run, judges, front, record, library)
+    if formats and parent.tokenizer is not None:
+        metadata["samples"] = samples(parent.model, child, parent.tokenizer, run.recipe.export.prompts)
     proof = write_checkpoint(child, parent.tokenizer, record.architecture, metadata, to, force=force, further=further)
     return {
         "directory": str(to),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from llmprune.baselines.methods import METHODS, own_libraries
 from llmprune.blocks.library import BlockLibrary, LibrarySpec, build_libraries
 from llmprune.core.recipe import BaselineName
 from llmprune.core.recipe_inputs import SplitName
 from llmprune.data.tokens import Split
+from llmprune.measure.quality.likeness import ParentsLogits
 from llmprune.measure.quality.perplexity import batch_windows
 from llmprune.measure.quality.prefix import STATES_BYTES, PrefixScorer
 from llmprune.measure.quality.racing import race_batch
@@ -53,8 +55,13 @@ class Judges:
 
     def quoting(self, baseline: BaselineName | None = None, *, finish: Finish | None = None) -> list[Judge]:
         """What measures the figures that are quoted of a child, or of a baseline's: on text nothing is chosen on."""
-        quoted = [name for name in QUOTED if name in self.stock.tokens.splits]
-        return [self.judge(name, 1, baseline, finish=finish) for name in quoted]
+        found = [self.judge(name, 1, baseline, finish=finish) for name in QUOTED if name in self.stock.tokens.splits]
+        return [replace(one, parents_logits=self._of_parent) if one.split.name == "test" else one for one in found]
+
+    @cached_property
+    def _of_parent(self) -> ParentsLogits:
+        """Its logits on the test split."""
+        return ParentsLogits(self.stock.parent.model, self.stock.tokens["test"])
 
     def scorer(self, split: Split, library: BlockLibrary | None = None) -> StoredScorer:
         """Scores children of the run's (or another) library on a split, none of them twice in the life of the run."""

@@ -18,7 +18,7 @@ from llmprune.measure.record import Record
 from llmprune.measure.speed.throughput import Spread
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.licence import Licence
-from llmprune.publish.contents import EVALUATION_FILE, Contents
+from llmprune.publish.contents import EVALUATION_FILE, PICTURES, Contents
 from llmprune.publish.evaluations import Comparison, Evaluation, Metric, perplexity_result, read_evaluation
 
 BAR_WIDTH = 12
@@ -73,6 +73,8 @@ def _text(contents: Contents, repo: str, child: Record, parent: Record, evaluati
         rows=list(evaluation.rows()) if evaluation else [],
         kept=_kept(child.architecture),
         architecture_map=architecture_map(child.architecture, ParentShape(**metadata["parent"]["shape"])),
+        pictures={name: told for name, told in PICTURES.items() if contents.file(name)},
+        samples=metadata.get("samples", []),
         has_code=contents.has_code,
         gguf_files=contents.gguf_files,
         has_vllm=contents.has_vllm,
@@ -164,13 +166,14 @@ def metric_text(metric: Metric | None) -> str:
 
 
 def difference_text(comparison: Comparison | None) -> str:
-    """A difference with its interval and test."""
+    """A difference with its interval and test, and how many answers went from right to wrong or back."""
     if comparison is None:
         return ""
     bounded = comparison.low is not None and comparison.high is not None
     interval = f" [{comparison.low:+.4f}, {comparison.high:+.4f}]" if bounded else ""
     p = "" if comparison.p is None else f", p = {comparison.p:.3g}"
-    return f"{comparison.difference:+.4f}{interval} ({comparison.test}{p})"
+    flips = "" if comparison.flips is None else f", {comparison.flips} answers changed"
+    return f"{comparison.difference:+.4f}{interval} ({comparison.test}{p}{flips})"
 
 
 def _host(host: Mapping[str, Any]) -> str:

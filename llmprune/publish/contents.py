@@ -25,7 +25,9 @@ EVALUATIONS_DIRECTORY = "evaluations"
 KEYS = ("hash", "architecture", "proof", "files", "figures", "parent", "provenance", "recipe")
 # What a loader reads or runs, so that a file of it beside the proven ones could make another network of them.
 PROVEN_SUFFIXES = (".safetensors", ".json", ".py", ".jinja", ".model")
-FREE_SUFFIXES = (".md", ".txt", ".gguf")
+FREE_SUFFIXES = (".md", ".txt", ".gguf", ".svg")
+PICTURES = {"front.svg": "The front that it was picked from", "architecture.svg": "What it keeps of each block"}
+"""Of a card, by file, with what they show; drawn when a run exports a child."""
 FREE_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 
 

@@ -50,6 +50,7 @@ class Comparison(BaseModel):
     test: str
     p: float | None = None
     samples: int
+    flips: int | None = None
 
 
 class _File(BaseModel):
@@ -86,6 +87,9 @@ class Evaluation:
         for key in ("nats_per_token", "nats_per_byte", "ppl"):
             if key in own:
                 yield key, f"{parents[key]:.4f}" if key in parents else "", f"{own[key]:.4f}"
+        if likeness := own.get("likeness"):
+            yield "KL from the parent, nats a token", "", f"{likeness['kl']:.4f}"
+            yield "same likeliest token as the parent", "", f"{likeness['same_top']:.1%}"
 
     def rows(self) -> Iterator[Row]:
         for name, task in self.child.tasks.items():

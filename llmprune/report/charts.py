@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import altair as alt
 
+from llmprune.choices.architecture import Architecture
 from llmprune.measure.record import Front
 from llmprune.report.facts import Facts
 from llmprune.report.rows import (
     Row,
+    beside_rows,
     choice_rows,
     curve_rows,
     front_rows,
@@ -104,6 +106,14 @@ def _tooltips(rows: Sequence[Row], phase: str) -> list[alt.Tooltip]:
         alt.Tooltip("speedup:Q", title=f"{phase} speed-up", format=".3f"),
         *(alt.Tooltip(f"{name}_lost:Q", title=f"nats lost, {name}", format="+.3f") for name in quoted),
         *(alt.Tooltip(f"{name}_ppl_ratio:Q", title=f"x parent's perplexity, {name}", format=".2f") for name in quoted),
+        *(
+            [
+                alt.Tooltip("same_top:Q", title="same likeliest token as the parent", format=".1%"),
+                alt.Tooltip("kl:Q", title="KL from the parent, nats", format=".3f"),
+            ]
+            if any("kl" in row for row in rows)
+            else []
+        ),
         alt.Tooltip("params:Q", title="parameters", format=","),
         alt.Tooltip("bytes:Q", title="bytes", format=","),
         alt.Tooltip("done:N", title="repairs"),
@@ -123,7 +133,20 @@ def _role_color() -> alt.Color:
 def map_figure(front: Front, facts: Facts) -> Figure:
     """What is left of every block, of the children that are chosen, side by side."""
     rows = list(map_rows(front))
-    cells = (
+    chart = _side_by_side(_map_cells(), rows, picked_id(facts))
+    caption = "Exact. Share of every block's units (KV groups, FFN channels) that a child keeps, layer by layer."
+    return Figure("architecture", "Architecture map", caption, chart)
+
+
+def maps_beside(architectures: Mapping[str, Architecture]) -> alt.FacetChart:
+    """What is left of every block of several children, by what each is called; of any parents."""
+    rows = list(beside_rows(architectures))
+    column = alt.Column("title:N", title=None, sort=list(architectures))
+    return alt.layer(_map_cells(), data=_data(rows)).facet(column=column)
+
+
+def _map_cells() -> alt.Chart:
+    cells: alt.Chart = (
         alt.Chart()
         .mark_rect(stroke="#8884", strokeWidth=0.5)
         .encode(
@@ -144,9 +167,7 @@ def map_figure(front: Front, facts: Facts) -> Figure:
         )
         .properties(width=150, height=alt.Step(13))
     )
-    chart = _side_by_side(cells, rows, picked_id(facts))
-    caption = "Exact. Share of every block's units (KV groups, FFN channels) that a child keeps, layer by layer."
-    return Figure("architecture", "Architecture map", caption, chart)
+    return cells
 
 
 def time_figure(front: Front, facts: Facts) -> Figure:

@@ -14,6 +14,7 @@ from llmprune.core.errors import RunDirectoryError
 from llmprune.core.files import read_json
 from llmprune.core.recipe import Recipe
 from llmprune.measure.record import Front, Record
+from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.pipeline.exports import exported_id
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory, read_front
@@ -64,6 +65,8 @@ class Facts:
     front: Front | None
     curves: Sequence[Curve]
     evaluation: Evaluation | None
+    samples: Sequence[Mapping[str, str]]
+    """How the exported child and its parent go on with prompts."""
 
     @property
     def phase(self) -> str:
@@ -85,6 +88,7 @@ def gather(run: Run) -> Facts:
         front,
         list(_curves(directory)),
         _evaluation(directory),
+        _samples(directory),
     )
 
 
@@ -115,6 +119,13 @@ def _curves(directory: RunDirectory) -> Iterator[Curve]:
             yield Curve(path.stem.partition("-")[0], checks, float(course["seconds"]), str(course["ended"]))
         except (KeyError, TypeError, ValueError) as error:
             raise RunDirectoryError(f"{path} is damaged ({type(error).__name__}); delete it") from error
+
+
+def _samples(directory: RunDirectory) -> list[Mapping[str, str]]:
+    if not exported_id(directory.export):
+        return []
+    found = read_json(directory.export / METADATA_FILE).get("samples", [])
+    return [{name: str(sample[name]) for name in ("prompt", "parent", "child")} for sample in found]
 
 
 def _evaluation(directory: RunDirectory) -> Evaluation | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from llmprune.core.files import atomic_path
 from llmprune.core.recipe_text import to_yaml
 from llmprune.measure.record import Record, text_of
 from llmprune.publish.card import difference_text, metric_text
-from llmprune.report.charts import Figure, figures
+from llmprune.publish.contents import PICTURES
+from llmprune.report.charts import Figure, figures, front_figure, maps_beside
 from llmprune.report.facts import Facts
 from llmprune.report.rows import front_rows, picked_id
 
@@ -65,6 +66,17 @@ def write_figures(facts: Facts, directory: Path) -> list[Path]:
     return written
 
 
+def write_card_figures(facts: Facts, record: Record, directory: Path) -> None:
+    """Draw what a model card shows of an exported child: the front that it was picked from, and its map."""
+    assert facts.front is not None, "a child was exported from it"
+    beside = {"parent": facts.front.parent.architecture, f"child {record.id[:8]}": record.architecture}
+    charts = {"front": front_figure(facts.front, facts).chart, "architecture": maps_beside(beside)}
+    for name, told in PICTURES.items():
+        figure = Figure(name, told, "", charts[Path(name).stem])
+        with atomic_path(directory / name) as temporary:
+            temporary.write_text(dict(_drawn(figure))["svg"].decode(), encoding="utf-8")
+
+
 def _drawn(figure: Figure) -> Iterator[tuple[str, bytes]]:
     spec = figure.spec() | {"background": "white"}
     yield "svg", vl_convert.vegalite_to_svg(spec).encode()
@@ -73,29 +85,49 @@ def _drawn(figure: Figure) -> Iterator[tuple[str, bytes]]:
 
 def page(facts: Facts) -> str:
     """The report as HTML."""
-    shown = figures(facts)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(files(__package__).joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    front = facts.front
-    return template.render(
+    shown, front = figures(facts), facts.front
+    return rendered(
+        "page.html.jinja",
+        facts.name,
+        shown,
         facts=facts,
         headline=_headline(facts),
         tiles=_tiles(facts) if front and front.children else [],
-        figures=shown,
         splits=list(front.parent.quoted) if front else [],
         quoted_of="; ".join(text_of(name, on) for name, on in front.parent.quoted.items()) if front else "",
         table=list(front_rows(front, facts.phase)) if front else [],
+        alike=any(record.test and record.test.likeness for record in front.every) if front else False,
         evaluation=facts.evaluation,
+        samples=facts.samples,
         provenance=list(_provenance(facts)),
         recipe=to_yaml(facts.recipe),
-        charts=_as_script({figure.name: figure.spec() for figure in shown}),
-        library=_as_module(vl_convert.javascript_bundle(DRAW)),
-        number=lambda value, form: "-" if value is None else format(value, form),
+        number=_number,
         metric=metric_text,
         difference=difference_text,
     )
+
+
+def rendered(template: str, title: str, shown: Sequence[Figure], **values: Any) -> str:
+    """A page of ours with its charts, and all that draws them."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda name: files(__package__).joinpath(name).read_text(encoding="utf-8")),
+    )
+    return environment.get_template(template).render(
+        title=title,
+        figures=shown,
+        charts=_as_script({figure.name: figure.spec() for figure in shown}),
+        library=_as_module(vl_convert.javascript_bundle(DRAW)),
+        **values,
+    )
+
+
+def _number(value: Any, form: str) -> str:
+    """A figure that is there, and finite."""
+    return "-" if value is None or isinstance(value, jinja2.Undefined) else format(value, form)
 
 
 def _as_script(data: Any) -> str:

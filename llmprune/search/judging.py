@@ -14,6 +14,7 @@ from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
 from llmprune.data.tokens import Split
 from llmprune.formats.served_size import served_size
+from llmprune.measure.quality.likeness import ParentsLogits
 from llmprune.measure.quality.perplexity import Quality, quality_from_windows, score_windows
 from llmprune.measure.quality.scores import SplitScorer
 from llmprune.measure.record import MeasuredOn, Quoted, Record, child_id, figures_of
@@ -54,6 +55,8 @@ class Judge:
     scorer: Scorer
     """Scores architectures of `library` on `split`, however cleverly."""
     finish: Finish | None = None
+    parents_logits: ParentsLogits | None = None
+    """Of the split, where what is quoted says how alike parent and child are."""
 
     @cached_property
     def parent_quality(self) -> Quality:
@@ -87,8 +90,13 @@ class Judge:
         Raises ModelError if a logit is NaN.
         """
         parent = self.parent_quality
-        quality = parent if architecture == self.parent.shape.architecture else self.quality(architecture)
-        return Quoted.beside(quality, parent)
+        if architecture == self.parent.shape.architecture:
+            return Quoted.beside(parent, parent)
+        quality = self.quality(architecture)
+        if self.parents_logits is None:
+            return Quoted.beside(quality, parent)
+        with scoring(self.workload.device):
+            return Quoted.beside(quality, parent, self.parents_logits.beside(self.child(architecture)))
 
     def judge(self, architecture: Architecture, name: str) -> Record:
         """The whole record of a child: quality, speed paired with the parent, size."""

@@ -36,6 +36,8 @@ class Difference:
     p: float
     """Two-sided."""
     samples: int
+    flips: int | None = None
+    """Answers that went from right to wrong or back: there may be many where accuracy is the same."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,7 +60,7 @@ def mcnemar(reference: Sequence[float], candidate: Sequence[float]) -> Differenc
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     reach = float(norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
     low, high = max(up - down - reach, -1.0), min(up - down + reach, 1.0)
-    return Difference((gained - lost) / n, low, high, "mcnemar", p, n)
+    return Difference((gained - lost) / n, low, high, "mcnemar", p, n, gained + lost)
 
 
 def first_mean(means: Sequence[Floats]) -> Floats:
