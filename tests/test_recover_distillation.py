@@ -23,10 +23,11 @@ from llmprune.data.tokens import Split
 from llmprune.measure.quality.perplexity import score
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import prune
-from llmprune.recover import distillation, teacher
+from llmprune.recover import student, teacher
 from llmprune.recover.adapters import trainable
-from llmprune.recover.distillation import Course, Settings, distil, kl_backward, precision_for, seconds_of_window
+from llmprune.recover.distillation import Course, Settings, distil, precision_for, seconds_of_window
 from llmprune.recover.step_memory import last_states, logits_of, recomputed
+from llmprune.recover.student import Student, in_precision, kl_backward
 from llmprune.recover.teacher import LiveTeacher, StoredTeacher, Teacher
 
 SETTINGS = Settings(tokens=400, precision="float32", learning_rate=3e-3, checks=5)
@@ -57,11 +58,11 @@ def test_chunks_give_the_models_own_logits(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_the_gradient_is_that_of_the_plain_loss(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillation, "CHUNK", 7)
+    monkeypatch.setattr(student, "CHUNK", 7)
     monkeypatch.setattr(teacher, "CHUNK", 7)
     parent, child = parent_and_child(case)
     ids, plain = tokens(), own_copy(child)
-    loss = kl_backward(LiveTeacher(parent.model), child, 0, ids, ids[:, 1:].numel(), "float32")
+    loss = kl_backward(LiveTeacher(parent.model), child, 0, ids, ids[:, 1:].numel())
     with torch.no_grad():
         wanted = functional.log_softmax(parent.model(ids).logits[:, :-1].double(), dim=-1)
     found = functional.log_softmax(plain(ids).logits[:, :-1].double(), dim=-1)
@@ -121,7 +122,7 @@ def test_a_loss_that_is_no_number_ends_the_training_at_the_best_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent, child = parent_and_child()
-    split, plain = text(), distillation.kl_backward
+    split, plain = text(), student.kl_backward
     count = 0
 
     def broken(*arguments: Any) -> float:
@@ -129,7 +130,7 @@ def test_a_loss_that_is_no_number_ends_the_training_at_the_best_state(
         count += 1
         return math.nan if count > 12 else plain(*arguments)
 
-    monkeypatch.setattr(distillation, "kl_backward", broken)
+    monkeypatch.setattr(student, "kl_backward", broken)
     course = distil(
         LiveTeacher(parent.model), child, windows(split), split, SETTINGS, tmp_path / "state.safetensors", "key"
     )
@@ -164,12 +165,12 @@ def test_a_damaged_state_is_an_error_with_its_file(tmp_path: Path) -> None:
 def test_activations_that_are_computed_again_give_the_same_gradient(case: Case) -> None:
     parent, child = parent_and_child(case)
     ids, plain = tokens(), own_copy(child)
-    expected = kl_backward(LiveTeacher(parent.model), plain, 0, ids, ids[:, 1:].numel(), "float32")
+    expected = kl_backward(LiveTeacher(parent.model), plain, 0, ids, ids[:, 1:].numel())
     kept = {id(layer): layer.__dict__.get("forward") for layer in child.modules()}
     with recomputed(child), saved_bytes() as frugal:
-        assert kl_backward(LiveTeacher(parent.model), child, 0, ids, ids[:, 1:].numel(), "float32") == expected
+        assert kl_backward(LiveTeacher(parent.model), child, 0, ids, ids[:, 1:].numel()) == expected
     with saved_bytes() as lavish:
-        kl_backward(LiveTeacher(parent.model), own_copy(plain), 0, ids, ids[:, 1:].numel(), "float32")
+        kl_backward(LiveTeacher(parent.model), own_copy(plain), 0, ids, ids[:, 1:].numel())
     assert sum(frugal) < 0.7 * sum(lavish)
     assert {id(layer): layer.__dict__.get("forward") for layer in child.modules()} == kept
     for (name, own), other in zip(child.named_parameters(), plain.parameters(), strict=True):
@@ -238,10 +239,12 @@ def test_precision_is_measured() -> None:
 def test_half_precision_is_of_products_alone() -> None:
     parent, child = parent_and_child()
     ids = tokens()
-    exact = kl_backward(LiveTeacher(parent.model), child, 0, ids, ids[:, 1:].numel(), "float32")
+    exact = Student(child, "float32").learn(LiveTeacher(parent.model), 0, ids, ids[:, 1:].numel())
     wanted = {name: p.grad.clone() for name, p in child.named_parameters() if p.grad is not None}
     child.zero_grad()
-    found = kl_backward(LiveTeacher(parent.model), child, 0, ids, ids[:, 1:].numel(), "bfloat16")
+    half = in_precision(parent.model, "bfloat16")
+    assert half.dtype == torch.bfloat16 and parent.model.dtype == torch.float32
+    found = Student(child, "bfloat16").learn(LiveTeacher(half), 0, ids, ids[:, 1:].numel())
     assert found == pytest.approx(exact, rel=0.05)
     for name, parameter in child.named_parameters():
         assert parameter.dtype == torch.float32
@@ -253,7 +256,7 @@ def test_half_precision_is_of_products_alone() -> None:
 
 def kl_of(teaching: Teacher, child: PreTrainedModel, row: int, ids: torch.Tensor) -> float:
     child.zero_grad()
-    return kl_backward(teaching, child, row, ids, ids[:, 1:].numel(), "float32")
+    return kl_backward(teaching, child, row, ids, ids[:, 1:].numel())
 
 
 def test_with_every_token_kept_nothing_is_left_out(tmp_path: Path) -> None:

@@ -22,14 +22,17 @@ from llmprune.pipeline.repairs import SCHEMA, judging_text, refit_tokens, repair
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of
 from llmprune.recover.adapters import trainable
-from llmprune.recover.distillation import Precision, Settings, distil, precision_for, seconds_of_window
+from llmprune.recover.distillation import Settings, distil, precision_for, seconds_of_window
 from llmprune.recover.held_out import windows_to_learn_from
 from llmprune.recover.repair import DISTIL, Repair, with_own_tensors
 from llmprune.recover.sharding import shard_layers, whole
 from llmprune.recover.step_memory import recomputed
+from llmprune.recover.student import Precision, in_precision
 from llmprune.recover.teacher import LiveTeacher, StoredTeacher, Teacher
 from llmprune.recover.team import ALONE, Team
 
+SHORT = 256
+"""Tokens that precisions are compared on."""
 CHECKING = 0.15
 """Share of a distillation's minutes that may go into looking how well it does."""
 
@@ -85,12 +88,13 @@ class Lesson:
     def teacher(self, precision: Precision) -> Teacher:
         """What it learns from; stored logits serve every child of the run that learns from the same windows."""
         stock, kept, (windows, length) = self.judges.stock, self.rules.stored_logits, self.windows_WT.shape
+        parent = in_precision(stock.parent.model, precision)
         if kept is None:
-            return LiveTeacher(stock.parent.model)
+            return LiveTeacher(parent)
         tokens = [stock.tokens["recovery"].hash, refit_tokens(self.run, self.judges).hash]
         key = hash_of(stock.parent_hash, tokens, kept, precision)
         file = self.run.directory.teacher / f"{key[:16]}-{self.team.rank}"
-        return StoredTeacher(stock.parent.model, windows, length - 1, kept, file)
+        return StoredTeacher(parent, windows, length - 1, kept, file)
 
     def child(self) -> PreTrainedModel:
         """The child as it is so far; its tensors are its own."""
@@ -169,8 +173,8 @@ def _settings(lesson: Lesson, child: PreTrainedModel) -> Settings:
     if tokens is None:
         assert rules.minutes is not None, "the recipe was checked"
         windows, length = lesson.windows_WT.shape
-        # A check is a forward pass in float32: half of what learning takes, or less.
-        of_check = lesson.judged_by.tokens / length * new / 2
+        # A check is a forward pass: a third of what learning takes, or less.
+        of_check = lesson.judged_by.tokens / length * new / 3
         checks = max(2, min(checks, int(CHECKING * 60 * rules.minutes / of_check)))
         left = max(60 * rules.minutes - checks * of_check, 30 * rules.minutes)
         first = min(windows / team.size, left / new)
@@ -184,9 +188,11 @@ def _settings(lesson: Lesson, child: PreTrainedModel) -> Settings:
 def _rates(lesson: Lesson, child: PreTrainedModel) -> tuple[Precision, float, float]:
     """The precision, and seconds of a window that is new and of one whose logits are stored."""
     rules, window_T = lesson.rules, lesson.windows_WT[0]
-    live = LiveTeacher(lesson.judges.stock.parent.model)
-    precision = precision_for(live.parent, child, window_T) if rules.precision == "auto" else rules.precision
-    new = seconds_of_window(live, child, window_T, precision)
+    parent = lesson.judges.stock.parent.model
+    # Which precision is faster shows on a few tokens.
+    few_T = window_T[:SHORT]
+    precision = precision_for(parent, child, few_T) if rules.precision == "auto" else rules.precision
+    new = seconds_of_window(LiveTeacher(in_precision(parent, precision)), child, window_T, precision)
     # Each of several processes stores what it sees itself, so a window is seldom known to all.
     alone = rules.stored_logits is not None and lesson.team.size == 1
     return precision, new, seconds_of_window(lesson.teacher(precision), child, window_T, precision) if alone else new

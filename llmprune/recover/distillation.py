@@ -4,7 +4,7 @@ No label is needed, nor another loss (Minitron, arXiv 2407.14679, found the KL o
 warm-up and cosine over a number of tokens that is settled before the training begins, so that one that was killed goes
 on exactly where it was. On held-out text the child is judged again and again; the best state is what stays.
 
-Shapes: W windows, B windows of a pass, T tokens of a window, N positions, D hidden size.
+Shapes: W windows, T tokens of a window.
 """
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from llmprune.core.errors import ModelError, RunDirectoryError
@@ -30,8 +27,8 @@ from llmprune.core.files import atomic_path
 from llmprune.data.tokens import Split
 from llmprune.measure.quality.perplexity import score
 from llmprune.recover.sharding import clip_gradients, in_groups, part_like, whole
-from llmprune.recover.step_memory import last_states, logits_of
-from llmprune.recover.teacher import CHUNK, LiveTeacher, Teacher
+from llmprune.recover.student import PRECISIONS, Precision, Student, in_precision
+from llmprune.recover.teacher import LiveTeacher, Teacher
 from llmprune.recover.team import ALONE, Team
 
 BETAS = (0.9, 0.95)
@@ -41,8 +38,6 @@ WORTH_IT = 1.3
 PATIENCE = 3
 """Checks in a row that are worse than the best before a training is ended."""
 
-Precision = Literal["float32", "bfloat16"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 Report = Callable[[int, int, str], None]
 """Called with tokens done, tokens in all, and what there is to say."""
 
@@ -118,11 +113,13 @@ def distil(
     """
     trained = {name: weight for name, weight in child.named_parameters() if weight.requires_grad}
     names, weights = list(trained), list(trained.values())
+    student = Student(child, settings.precision)
     optimiser = torch.optim.AdamW(in_groups(weights), lr=settings.learning_rate, betas=BETAS, weight_decay=0.0)
     course = _resumed(state, key, names, weights, optimiser)
+    student.follow()
     team.wait()
     if course is None:
-        course = Course(checks=[(0, team.together(lambda: score(child, judged_by).nats_per_token))])
+        course = Course(checks=[(0, team.together(lambda: score(student.runs, judged_by).nats_per_token))])
         _keep(state, key, names, weights, optimiser, course, best=True, team=team)
     order_W = torch.randperm(len(windows_WT), generator=torch.Generator().manual_seed(settings.seed))
     began, positions = time.monotonic() - course.seconds, windows_WT.shape[1] - 1
@@ -133,7 +130,7 @@ def distil(
             group["lr"] = settings.rate(course.tokens)
         loss = team.total(
             sum(
-                kl_backward(teacher, child, row, windows_WT[row, None], positions * len(chosen), settings.precision)
+                student.learn(teacher, row, windows_WT[row, None], positions * len(chosen))
                 for row in team.share(chosen.tolist())
             )
         )
@@ -144,13 +141,14 @@ def distil(
             break
         optimiser.step()
         optimiser.zero_grad()
+        student.follow()
         before, course.tokens = course.tokens, course.tokens + len(chosen) * windows_WT.shape[1]
         course.steps, course.seconds = course.steps + 1, time.monotonic() - began
         course.losses.append(loss)
         report(course.tokens, settings.tokens, f"KL {loss:.3f}")
         every = settings.tokens / settings.checks
         if before // every < course.tokens // every or course.tokens >= settings.tokens:
-            _check(child, judged_by, course, team)
+            _check(student.runs, judged_by, course, team)
             course.seconds = time.monotonic() - began
             report(course.tokens, settings.tokens, f"held out {course.checks[-1][1]:.4f}")
             _keep(state, key, names, weights, optimiser, course, best=course.best == course.checks[-1], team=team)
@@ -160,10 +158,10 @@ def distil(
     return course
 
 
-def _check(child: PreTrainedModel, judged_by: Split, course: Course, team: Team) -> None:
+def _check(model: PreTrainedModel, judged_by: Split, course: Course, team: Team) -> None:
     def found() -> tuple[float, str]:
         try:
-            return score(child, judged_by).nats_per_token, ""
+            return score(model, judged_by).nats_per_token, ""
         except ModelError as error:
             return math.inf, str(error)
 
@@ -173,36 +171,12 @@ def _check(child: PreTrainedModel, judged_by: Split, course: Course, team: Team)
         course.ended = f"held-out text gets worse since {course.best[0]:,} tokens"
 
 
-def kl_backward(
-    teacher: Teacher, child: PreTrainedModel, row: int, ids_BT: Tensor, positions: int, precision: Precision
-) -> float:
-    """Add to the child's gradient that of the KL of every position over `positions`, a chunk of logits at a time; and
-    return it. The windows are those at `row` of what is learnt from."""
-    ids_BT = ids_BT.to(child.device)
-    with _products_in(precision, child.device):
-        own_ND = last_states(child, ids_BT)[:, :-1].flatten(0, 1)
-        leaf_ND, total = own_ND.detach().requires_grad_(), 0.0
-        for loss_of, own_CD in zip(teacher.losses(row, ids_BT), torch.split(leaf_ND, CHUNK), strict=True):
-            found_CV = functional.log_softmax(logits_of(child, own_CD).float(), dim=-1)
-            loss = loss_of(found_CV) / positions
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-    own_ND.backward(leaf_ND.grad)  # type: ignore[no-untyped-call]
-    return total
-
-
-def _products_in(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, precision))
-
-
 def seconds_of_window(teacher: Teacher, child: PreTrainedModel, window_T: Tensor, precision: Precision) -> float:
     """Of learning from the first window."""
-    seconds = 0.0
+    seconds, student = 0.0, Student(child, precision)
     for _ in range(2):  # The first one warms up.
         began = time.monotonic()
-        kl_backward(teacher, child, 0, window_T[None], window_T.numel(), precision)
+        student.learn(teacher, 0, window_T[None], window_T.numel())
         if child.device.type != "cpu":
             torch.accelerator.synchronize(child.device)
         seconds = time.monotonic() - began
@@ -212,7 +186,11 @@ def seconds_of_window(teacher: Teacher, child: PreTrainedModel, window_T: Tensor
 
 def precision_for(parent: PreTrainedModel, child: PreTrainedModel, window_T: Tensor) -> Precision:
     """What matrix products are best taken in here."""
-    whole, half = (seconds_of_window(LiveTeacher(parent), child, window_T, one) for one in PRECISIONS)
+    teachers = (LiveTeacher(in_precision(parent, one)) for one in PRECISIONS)
+    times = (
+        seconds_of_window(teacher, child, window_T, one) for one, teacher in zip(PRECISIONS, teachers, strict=True)
+    )
+    whole, half = times
     return "bfloat16" if WORTH_IT * half <= whole else "float32"
 
 
