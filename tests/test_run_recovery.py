@@ -197,6 +197,15 @@ def test_recovery_puts_what_it_makes_in_the_childs_place(
     assert not list((own / "repairs").glob("*-state*")), "a training that is done leaves no state"
     again = llmprune(*asked)
     assert again.code == 0 and again.json == result.json, "what is recovered already is not recovered again"
+    named = llmprune("recover", own, "--pick", base.id, *asked[asked.index("--pick") + 2 :])
+    assert named.code == 0 and named.json == result.json, "by the id that it had"
+    cut = own / "cut"
+    export(Run.open(own), parse_pick(base.id), cut, force=True)
+    by_place = llmprune("recover", cut, *asked[asked.index("--pick") + 2 :])
+    assert by_place.code == 0 and by_place.json == result.json, "a checkpoint in the run stands for its child"
+    alone = Path(shutil.copytree(cut, tmp_path / "alone"))
+    refused = llmprune("recover", alone, "recover.tokens=480")
+    assert refused.code == 2 and "alone lies in no run directory" in " ".join(refused.err.split())
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,9 @@ def baselines(
 
 @app.command()
 def recover(
-    run_path: RunPath,
+    run_path: Annotated[
+        Path, typer.Argument(metavar="RUN|DIR", help="Run directory, or a checkpoint in one that stands for its child.")
+    ],
     overrides: Overrides = None,
     pick: Annotated[str | None, typer.Option(help="decode_speedup>=1.5, ppl_ratio<=1.2, or a child's id.")] = None,
     minutes: Annotated[float | None, typer.Option(help="As recover.minutes=...")] = None,
@@ -224,8 +226,12 @@ def recover(
     from llmprune.cli.front_tables import front_table
     from llmprune.core.budgets import parse_pick
     from llmprune.pipeline import commands
+    from llmprune.pipeline.exports import exported_id, run_behind
     from llmprune.recover.team import Team
 
+    if exported_id(run_path) is not None:
+        run_path, child = run_behind(run_path)
+        pick = pick or child
     asked = [] if minutes is None else [f"recover.minutes={minutes}", "recover.tokens=null"]
     recipe = recipe_of_run(run_path, None, [*(overrides or []), *asked])
     wanted = parse_pick(pick or recipe.export.pick)

@@ -260,11 +260,13 @@ def _front(plan: Plan, done: Done) -> StageCost:
         forward_tokens=plan.passes(most) * calibration
         + choosing
         + parents * search
-        + (measured + parents) * (plan.tokens("validation") + sum(map(plan.tokens, quoted))),
+        + (measured + parents) * (plan.tokens("validation") + sum(map(plan.tokens, quoted)))
+        # How alike they are to the parent, whose logits are kept.
+        + (measured + 1) * plan.tokens("test"),
         timing=_timing(plan, measured + 1, rules.repeats),
         solver=sum((layer_solver_flops(space, own[m]).times(missing[m]) for m in own), SolverFlops()),
         float32_flops=most * calibration * gram_flops_per_token(space.shape),
-        children=sum(scored.values()) + (2 + len(quoted)) * measured,
+        children=sum(scored.values()) + (3 + len(quoted)) * measured,
         # llama.cpp keeps the parent's file mapped, whatever else is done.
         peak_memory_bytes=plan.timed_file_bytes
         + max(

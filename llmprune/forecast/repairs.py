@@ -28,10 +28,11 @@ def refits(plan: Plan, done: Done) -> StageCost:
     return StageCost(
         "repair",
         # The parent and the child once each, and both forms on what is held out.
-        forward_tokens=children * (2 * tokens + 2 * tokens // HELD_OUT + sum(plan.tokens(name) for name in scored)),
+        forward_tokens=children
+        * (2 * tokens + 2 * tokens // HELD_OUT + sum(plan.tokens(name) for name in [*scored, "test"])),
         solver=SolverFlops(refits=children * shape.layers * solved),
         float32_flops=children * shape.layers * tokens * sum(2 * w * (w + 2 * shape.hidden_size) for w in inputs),
-        children=children * (2 + len(scored)),
+        children=children * (3 + len(scored)),
         peak_memory_bytes=2 * plan.parent_bytes + plan.timed_file_bytes + min(states, rules.memory_bytes) + solving,
         disk_bytes=children * plan.dtype_bytes * shape.layers * shape.hidden_size * sum(inputs)
         + max(0, states - rules.memory_bytes),
@@ -52,6 +53,10 @@ def distillation(plan: Plan) -> StageCost:
         # What enters every layer, and one layer's own.
         kept = 4 * plan.recipe.data.seq_len * plan.space.shape.layers * plan.space.shape.hidden_size
         graph = kept + graph // plan.space.shape.layers
+    if rules.precision != "float32":
+        # A copy of the child, and of a parent in float32, in half precision: the graph takes half by that.
+        copies = weights // 2 * (2 if plan.dtype_bytes == 4 else 1)
+        graph = max(graph, graph // 2 + copies)
     # Of each stored token its number and its log-probability.
     stored = 6 * rules.stored_logits * plan.tokens("recovery") if rules.stored_logits else 0
     return StageCost(

@@ -18,7 +18,7 @@ from llmprune.pipeline.exports import export_pick, exported_id, refuse_trained, 
 from llmprune.pipeline.fronts import make_front
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import lay_ground, prepare, stock_up, tell_reach
-from llmprune.pipeline.recovery import recover_pick
+from llmprune.pipeline.recovery import as_called_now, recover_pick
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import read_front
 from llmprune.pipeline.searching import go_on_with_study, join_stock, run_trials, start_study, tell_of_other_hardware
@@ -136,6 +136,7 @@ def recover(run: Run, pick: Pick, team: Team = ALONE, *, baselines: bool = False
     measured = read_front(run.directory)
     # Found out before anything is loaded.
     check_recovery(run.recipe, team)
+    pick = as_called_now(measured, pick)
     pick_record(measured.children, pick)
     stock = team.after_the_first(lambda: stock_up(run))
     return recover_pick(run, Judges(run, stock), measured, pick, team, baselines=baselines)

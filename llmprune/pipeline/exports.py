@@ -19,6 +19,7 @@ from llmprune.models.surgery import prune
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.repairs import repairs_of
 from llmprune.pipeline.run import Run
+from llmprune.pipeline.run_directory import RunDirectory
 from llmprune.publish.conversion import write_formats
 from llmprune.recover.repair import TRAINED
 from llmprune.search.front import unusable
@@ -134,6 +135,21 @@ def exported_id(directory: Path) -> str | None:
     if problem := newer_schema(metadata.get("figures")):
         raise RunDirectoryError(f"{file} {problem}")
     return str(metadata.get("id", ""))
+
+
+def run_behind(directory: Path) -> tuple[Path, str]:
+    """The run that an exported checkpoint lies in, and the id of the child: what was done to it, and what can be done
+    further, is in the run's files. Raises RunDirectoryError if it lies in none."""
+    child = exported_id(directory)
+    assert child is not None, "it is a checkpoint of ours"
+    above = directory.expanduser().resolve().parents
+    run = next((place for place in above if RunDirectory(place).front.is_file()), None)
+    if run is None:
+        raise RunDirectoryError(
+            f"{directory} lies in no run directory, and recovery needs the parent, text and block library of the run "
+            "that it is of; name that run, or train it by other means and prove it anew with llmprune prove"
+        )
+    return run, child
 
 
 def refuse_trained(directory: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from llmprune.baselines.methods import METHODS
 from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
-from llmprune.core.budgets import Pick, holding, pick_record
+from llmprune.core.budgets import Pick, holding, parse_pick, pick_record
 from llmprune.core.recipe import BaselineName, RecoverRecipe
 from llmprune.data.tokens import Split
 from llmprune.measure.record import QUOTED, Front, Record, child_id
@@ -97,6 +97,14 @@ def recover_pick(
     if team.leads:
         shutil.rmtree(run.directory.teacher, ignore_errors=True)
     return front
+
+
+def as_called_now(front: Front, pick: Pick) -> Pick:
+    """The pick, by its new id where it names a child by the id that it had before it was repaired."""
+    before = next((one for one in front.one_shot if one.id == pick.child), None)
+    if before is None:
+        return pick
+    return next((parse_pick(one.id) for one in front.children if front.before_repair(one) == before), pick)
 
 
 def _to_try(front: Front, pick: Pick, count: int) -> list[Record]:
