@@ -27,7 +27,7 @@ from llmprune.core.files import atomic_path
 from llmprune.data.tokens import Split
 from llmprune.measure.quality.perplexity import score
 from llmprune.recover.sharding import clip_gradients, in_groups, part_like, whole
-from llmprune.recover.student import PRECISIONS, Precision, Student, in_precision
+from llmprune.recover.student import Precision, Student, in_precision
 from llmprune.recover.teacher import LiveTeacher, Teacher
 from llmprune.recover.team import ALONE, Team
 
@@ -108,7 +108,8 @@ def distil(
 
     `state` is where the training is kept, under `key`, a hash of what it depends on: one that is there goes on, and a
     killed one gives the same losses as one that was not. It ends early when it gets worse, or computes no numbers.
-    Memory beside both models: a gradient and two moments a weight that is trained, and the logits of CHUNK positions.
+    Memory beside both models: a gradient and two moments a weight that is trained, in half precision a copy of the
+    child, and the logits of CHUNK positions.
     Every process of `team` calls this alike, and holds the same child after it.
     """
     trained = {name: weight for name, weight in child.named_parameters() if weight.requires_grad}
@@ -186,12 +187,11 @@ def seconds_of_window(teacher: Teacher, child: PreTrainedModel, window_T: Tensor
 
 def precision_for(parent: PreTrainedModel, child: PreTrainedModel, window_T: Tensor) -> Precision:
     """What matrix products are best taken in here."""
-    teachers = (LiveTeacher(in_precision(parent, one)) for one in PRECISIONS)
-    times = (
-        seconds_of_window(teacher, child, window_T, one) for one, teacher in zip(PRECISIONS, teachers, strict=True)
-    )
-    whole, half = times
-    return "bfloat16" if WORTH_IT * half <= whole else "float32"
+
+    def seconds(precision: Precision) -> float:
+        return seconds_of_window(LiveTeacher(in_precision(parent, precision)), child, window_T, precision)
+
+    return "bfloat16" if WORTH_IT * seconds("bfloat16") <= seconds("float32") else "float32"
 
 
 # A state is one file: weights, moments and course. The best weights are another one beside it.

@@ -20,7 +20,6 @@ from llmprune.recover.step_memory import last_states, logits_of
 from llmprune.recover.teacher import CHUNK, Teacher
 
 Precision = Literal["float32", "bfloat16"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 
 
 def in_precision(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
