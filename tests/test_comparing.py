@@ -26,7 +26,7 @@ from llmprune.evaluation.comparison_page import comparison_page
 from llmprune.measure.quality.perplexity import score
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import read_front
-from llmprune.report.rows import beside_rows
+from llmprune.report.rows import cells_of
 
 
 def split_of(*lengths: int, seq_len: int = 24) -> Split:
@@ -140,23 +140,25 @@ def test_the_command_sets_children_side_by_side(finished_run: Finished, llmprune
 
 def test_a_page_without_behaviour_or_a_common_parent(finished_run: Finished) -> None:
     front = read_front(Run.join(finished_run.path).directory)
+    whole = front.parent.architecture
     other = Architecture.of([(2, 16), (0, 4)])
     rows = [
         {
             "model": f"<{name}>",
-            "id": record.id,
+            "id": front.parent.id,
             "architecture": architecture.to_json(),
+            "parents_architecture": parents.to_json(),
             "structure": structure(architecture),
-            "figures": record.to_json(),
+            "figures": front.parent.to_json(),
         }
-        for name, record, architecture in (("a", front.parent, front.parent.architecture), ("b", front.parent, other))
+        for name, architecture, parents in (("a", whole, whole), ("b", other, Architecture.of([(2, 16), (2, 16)])))
     ]
     text = comparison_page({"models": rows, "differing_layers": []})
     assert "&lt;a&gt;" in text and "Behaviour" not in text and "Layers that differ" not in text
-    cells = list(beside_rows({"a": front.parent.architecture, "b": other}))
-    assert {row["title"] for row in cells} == {"a", "b"} and all(0 <= row["kept"] <= 1 for row in cells)
-    widest = max(choice.units for _, choice in front.parent.architecture.blocks())
-    assert [row["kept"] for row in cells if row["title"] == "b"][2:] == [0.0, 4 / widest]
+    lone = comparison_page({"models": rows[1:], "differing_layers": []})
+    assert "A child beside its parent" in lone
+    cells = list(cells_of(other, Architecture.of([(2, 16), (2, 16)])))
+    assert [row["kept"] for row in cells] == [1.0, 1.0, 0.0, 0.25]
 
 
 def test_what_is_no_export_is_named(finished_run: Finished, llmprune: Llmprune, tmp_path: Path) -> None:

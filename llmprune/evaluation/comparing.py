@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from llmprune.choices.architecture import Architecture
+from llmprune.choices.architecture import Architecture, ParentShape
 from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.core.errors import ArchitectureError, ModelError
 from llmprune.core.files import read_json
@@ -60,12 +60,14 @@ def _stored(subject: Subject) -> dict[str, Any]:
     try:
         record = Record.from_json(metadata["figures"])
         architecture = Architecture.from_json(metadata["architecture"])
+        whole = ParentShape(**metadata["parent"]["shape"]).architecture
     except (KeyError, TypeError, ValueError, ArchitectureError) as error:
         raise ModelError(f"{file} is damaged ({type(error).__name__}: {error}); export the child again") from error
     return {
         "model": subject.name,
         "id": record.id,
         "architecture": architecture.to_json(),
+        "parents_architecture": whole.to_json(),
         "structure": structure(architecture),
         "figures": record.to_json(),
     }

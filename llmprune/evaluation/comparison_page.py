@@ -23,17 +23,22 @@ def write_comparison(result: Mapping[str, Any], to: Path) -> None:
 def comparison_page(result: Mapping[str, Any]) -> str:
     """What `compare` has found, as HTML: figures, maps, layers that differ, and tokens that models disagree over."""
     models, behaviour = result["models"], result.get("behaviour")
-    architectures = {f"{row['model']} ({row['id'][:8]})": Architecture.from_json(row["architecture"]) for row in models}
+    maps = {
+        f"{row['model']} ({row['id'][:8]})": (
+            Architecture.from_json(row["architecture"]),
+            Architecture.from_json(row["parents_architecture"]),
+        )
+        for row in models
+    }
     figure = Figure(
         "architecture",
         "Architecture maps",
-        "Exact. Units of every block (KV groups, FFN channels) that each child keeps, as a share of the most that the "
-        "block has in any of them.",
-        maps_beside(architectures),
+        "Exact. Share of every block's units (KV groups, FFN channels) that each child keeps of its parent's.",
+        maps_beside(maps),
     )
     return rendered(
         "comparison.html.jinja",
-        f"{len(models)} {'child' if len(models) == 1 else 'children'} side by side",
+        "A child beside its parent" if len(models) == 1 else f"{len(models)} children side by side",
         [figure],
         models=models,
         rows=list(figure_rows(models)),

@@ -12,7 +12,7 @@ from llmprune.measure.record import Front
 from llmprune.report.facts import Facts
 from llmprune.report.rows import (
     Row,
-    beside_rows,
+    cells_of,
     choice_rows,
     curve_rows,
     front_rows,
@@ -138,10 +138,10 @@ def map_figure(front: Front, facts: Facts) -> Figure:
     return Figure("architecture", "Architecture map", caption, chart)
 
 
-def maps_beside(architectures: Mapping[str, Architecture]) -> alt.FacetChart:
-    """What is left of every block of several children, by what each is called; of any parents."""
-    rows = list(beside_rows(architectures))
-    column = alt.Column("title:N", title=None, sort=list(architectures))
+def maps_beside(maps: Mapping[str, tuple[Architecture, Architecture]]) -> alt.FacetChart:
+    """What is left of every block of several children, by what each is called: its architecture and its parent's."""
+    rows = [{"title": title, **row} for title, pair in maps.items() for row in cells_of(*pair)]
+    column = alt.Column("title:N", title=None, sort=list(maps))
     return alt.layer(_map_cells(), data=_data(rows)).facet(column=column)
 
 

@@ -69,7 +69,8 @@ def write_figures(facts: Facts, directory: Path) -> list[Path]:
 def write_card_figures(facts: Facts, record: Record, directory: Path) -> None:
     """Draw what a model card shows of an exported child: the front that it was picked from, and its map."""
     assert facts.front is not None, "a child was exported from it"
-    beside = {"parent": facts.front.parent.architecture, f"child {record.id[:8]}": record.architecture}
+    whole = facts.front.parent.architecture
+    beside = {"parent": (whole, whole), f"child {record.id[:8]}": (record.architecture, whole)}
     charts = {"front": front_figure(facts.front, facts).chart, "architecture": maps_beside(beside)}
     for name, told in PICTURES.items():
         figure = Figure(name, told, "", charts[Path(name).stem])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from llmprune.choices.architecture import Architecture
-from llmprune.choices.choice import Choice
 from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.core.budgets import parse_pick, pick_record
 from llmprune.core.errors import BudgetError
@@ -72,33 +71,19 @@ def repair_rows(front: Front, phase: str) -> list[Row]:
 def map_rows(front: Front) -> Iterator[Row]:
     """How much of each block of the parent is left in every child and baseline."""
     for record, role in _drawn(front):
-        for row in _cells(record.architecture, front.parent.architecture):
+        for row in cells_of(record.architecture, front.parent.architecture):
             yield {"id": record.id, "title": title_of(record, role), **row}
 
 
-def beside_rows(architectures: Mapping[str, Architecture]) -> Iterator[Row]:
-    """The same of children by their titles, whose parents need not be known: beside the most that any of them keeps."""
-    most: dict[tuple[int, str], int] = {}
-    for architecture in architectures.values():
-        for layer, choice in architecture.blocks():
-            most[layer, choice.kind] = max(most.get((layer, choice.kind), 0), choice.units)
-    for title, architecture in architectures.items():
-        for layer, choice in architecture.blocks():
-            yield {"title": title, **_cell(layer, choice, most[layer, choice.kind])}
-
-
-def _cells(architecture: Architecture, whole: Architecture) -> Iterator[Row]:
+def cells_of(architecture: Architecture, whole: Architecture) -> Iterator[Row]:
+    """How much an architecture keeps of each block of its parent's."""
     for (layer, choice), (_, full) in zip(architecture.blocks(), whole.blocks(), strict=True):
-        yield _cell(layer, choice, full.units)
-
-
-def _cell(layer: int, choice: Choice, full: int) -> Row:
-    return {
-        "layer": layer,
-        "block": KIND_NAMES[choice.kind],
-        "kept": choice.units / full if full else 0.0,
-        "units": f"{choice.units:,} of {full:,} {'KV groups' if choice.kind == 'attention' else 'wide'}",
-    }
+        yield {
+            "layer": layer,
+            "block": KIND_NAMES[choice.kind],
+            "kept": choice.units / full.units,
+            "units": f"{choice.units:,} of {full.units:,} {'KV groups' if choice.kind == 'attention' else 'wide'}",
+        }
 
 
 def time_rows(front: Front, tables: BlockTables, phase: str) -> Iterator[Row]:
