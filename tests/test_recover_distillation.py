@@ -236,20 +236,27 @@ def test_precision_is_measured() -> None:
     assert all(parameter.grad is None for parameter in child.parameters())
 
 
-def test_half_precision_is_of_products_alone() -> None:
-    parent, child = parent_and_child()
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_half_precision_is_of_products_alone(case: Case) -> None:
+    parent, child = parent_and_child(case)
     ids = tokens()
     exact = Student(child, "float32").learn(LiveTeacher(parent.model), 0, ids, ids[:, 1:].numel())
     wanted = {name: p.grad.clone() for name, p in child.named_parameters() if p.grad is not None}
     child.zero_grad()
     half = in_precision(parent.model, "bfloat16")
     assert half.dtype == torch.bfloat16 and parent.model.dtype == torch.float32
+    assert [buffer.dtype for buffer in half.buffers()] == [buffer.dtype for buffer in parent.model.buffers()]
+    assert len(list(half.parameters())) == len(list(parent.model.parameters())), "what was tied is tied"
+    largest = max(float(gradient.norm()) for gradient in wanted.values())
     found = Student(child, "bfloat16").learn(LiveTeacher(half), 0, ids, ids[:, 1:].numel())
     assert found == pytest.approx(exact, rel=0.05)
     for name, parameter in child.named_parameters():
         assert parameter.dtype == torch.float32
         if parameter.grad is not None:
             assert parameter.grad.dtype == torch.float32
+            # A key's bias changes no attention: its gradient is rounding alone.
+            if float(wanted[name].norm()) < 1e-4 * largest:
+                continue
             cosine = functional.cosine_similarity(parameter.grad.flatten(), wanted[name].flatten(), dim=0)
             assert float(cosine) > 0.98, name
 
