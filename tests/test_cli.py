@@ -135,7 +135,7 @@ def test_our_own_faults_are_not_dressed_up(llmprune: Llmprune, monkeypatch: pyte
     def fault() -> list[str]:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("llmprune.cli.main.recipe_names", fault)
+    monkeypatch.setattr("llmprune.cli.recipes.recipe_names", fault)
     with pytest.raises(ZeroDivisionError):
         llmprune("recipes", "ls")
 

@@ -27,16 +27,11 @@ from llmprune.cli.options import (
     speaker,
     watched,
 )
-from llmprune.cli.terminal import (
-    error_console,
-    forecast_table,
-    print_json,
-    shown,
-)
+from llmprune.cli.recipes import app as of_recipes
+from llmprune.cli.terminal import error_console, forecast_table, shown
 from llmprune.core.errors import LlmpruneError, StorageError
 from llmprune.core.recipe import Recipe
-from llmprune.core.recipe_files import copy_recipe, recipe_names
-from llmprune.core.recipe_text import load_recipe, parse_section
+from llmprune.core.recipe_text import parse_section
 
 if TYPE_CHECKING:
     from llmprune.measure.record import Front
@@ -49,9 +44,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-recipes = typer.Typer(help="The recipes that come with llmprune.", no_args_is_help=True)
 app.add_typer(of_checkpoints)
-app.add_typer(recipes, name="recipes")
+app.add_typer(of_recipes)
 
 
 @app.command()
@@ -300,46 +294,6 @@ def export(
             *(f"  {line}" for line in quoted_lines(Record.from_json(written["figures"]))),
         ],
     )
-
-
-@app.command()
-def validate(
-    recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
-    overrides: Overrides = None,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Check a recipe without running it; prints it with every default."""
-    from llmprune.core.budgets import parse_budget, parse_pick
-    from llmprune.core.recipe_text import to_yaml
-
-    checked = load_recipe(recipe, overrides)
-    parse_pick(checked.export.pick)
-    for budget in checked.search.budgets:
-        parse_budget(budget)
-    emit(checked.model_dump(mode="json"), json, lambda: [to_yaml(checked).rstrip()])
-
-
-@app.command()
-def schema(json: Json = True, quiet: Quiet = False) -> None:
-    """Print the JSON schema of a recipe."""
-    print_json(Recipe.model_json_schema())
-
-
-@recipes.command("ls")
-def recipes_ls(json: Json = False, quiet: Quiet = False) -> None:
-    """List the recipes."""
-    names = recipe_names()
-    emit({"recipes": names}, json, lambda: list(names))
-
-
-@recipes.command("cp")
-def recipes_cp(
-    name: Annotated[str, typer.Argument(help="A name that `recipes ls` prints.")],
-    to: Annotated[Path, typer.Argument(help="File or directory.")] = Path(),
-) -> None:
-    """Copy a recipe, to change it."""
-    print(copy_recipe(name, to))
 
 
 def main() -> None:

@@ -141,8 +141,7 @@ def map_figure(front: Front, facts: Facts) -> Figure:
 def maps_beside(maps: Mapping[str, tuple[Architecture, Architecture]]) -> alt.FacetChart:
     """What is left of every block of several children, by what each is called: its architecture and its parent's."""
     rows = [{"title": title, **row} for title, pair in maps.items() for row in cells_of(*pair)]
-    column = alt.Column("title:N", title=None, sort=list(maps))
-    return alt.layer(_map_cells(), data=_data(rows)).facet(column=column)
+    return alt.layer(_map_cells(), data=_data(rows)).facet(column=alt.Column("title:N", title=None, sort=list(maps)))
 
 
 def _map_cells() -> alt.Chart:
