@@ -33,7 +33,7 @@ def test_it_is_that_of_whole_logits(models: tuple[PreTrainedModel, PreTrainedMod
     found = ParentsLogits(parent, split).beside(child)
     assert (found.kl, found.same_top) == (pytest.approx(kl, rel=1e-4), pytest.approx(same))
     of_itself = ParentsLogits(parent, split).beside(parent)
-    assert (of_itself.kl, of_itself.same_top) == (pytest.approx(0, abs=1e-6), 1.0)
+    assert (of_itself.kl, of_itself.same_top) == (pytest.approx(0, abs=1e-5), 1.0)
 
 
 def test_a_front_quotes_it_of_children_on_the_test_split(finished_run: Finished) -> None:

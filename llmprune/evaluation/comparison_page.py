@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.choices.architecture import Architecture
-from llmprune.core.files import atomic_path
 from llmprune.evaluation.comparing import alike, figure_rows, kept_of, measured_on, read_on
 from llmprune.report.charts import Figure, maps_beside
-from llmprune.report.page import rendered
+from llmprune.report.page import rendered, write_text
 
 
 def write_comparison(result: Mapping[str, Any], to: Path) -> None:
     """Write what `compare` has found, whole or not at all."""
-    text = comparison_page(result)
-    with atomic_path(to) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(comparison_page(result), to)
 
 
 def comparison_page(result: Mapping[str, Any]) -> str:

@@ -41,18 +41,17 @@ class Student:
 
     def __init__(self, child: PreTrainedModel, precision: Precision) -> None:
         # What is spread over processes is gathered in its own dtype.
-        self._is_spread = any(isinstance(weight, DTensor) for weight in child.parameters())
-        self._precision = precision
-        self.runs = child if self._is_spread else in_precision(child, precision)
+        spread = any(isinstance(weight, DTensor) for weight in child.parameters())
+        self.runs = child if spread else in_precision(child, precision)
+        self._casts = spread and precision != "float32"
+        self._dtype = getattr(torch, precision)
         pairs = zip(child.parameters(), self.runs.parameters(), strict=True)
         self._copied = [(own, run) for own, run in pairs if own.requires_grad and own is not run]
 
     def learn(self, teacher: Teacher, row: int, ids_BT: Tensor, positions: int) -> float:
         """Add to the gradients that of the KL of every position over `positions`; and return it. The windows are those
         at `row` of what is learnt from."""
-        casts = self._is_spread and self._precision != "float32"
-        device = self.runs.device.type
-        with torch.autocast(device, dtype=getattr(torch, self._precision), enabled=casts):
+        with torch.autocast(self.runs.device.type, dtype=self._dtype, enabled=self._casts):
             loss = kl_backward(teacher, self.runs, row, ids_BT, positions)
         for own, run in self._copied:
             if run.grad is not None:

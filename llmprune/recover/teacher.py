@@ -94,7 +94,7 @@ def _check(ids_NK: Tensor, values_NK: Tensor) -> int:
 
 class _WholeKl(torch.autograd.Function):
     """KL of whole distributions, whose gradient is the difference of two softmaxes: half the passes over a vocabulary
-    that autograd would take, a third of a step where the model is small."""
+    that autograd would take, which were a quarter of a small model's step (docs/decisions/0036)."""
 
     @staticmethod
     def forward(ctx: Any, logits_CV: Tensor, wanted_CV: Tensor) -> Tensor:

@@ -49,9 +49,7 @@ draw();
 
 def write_report(facts: Facts, to: Path) -> None:
     """Write the page, whole or not at all."""
-    text = page(facts)
-    with atomic_path(to) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(page(facts), to)
 
 
 def write_figures(facts: Facts, directory: Path) -> list[Path]:
@@ -74,14 +72,23 @@ def write_card_figures(facts: Facts, record: Record, directory: Path) -> None:
     charts = {"front": front_figure(facts.front, facts).chart, "architecture": maps_beside(beside)}
     for name, told in PICTURES.items():
         figure = Figure(name, told, "", charts[Path(name).stem])
-        with atomic_path(directory / name) as temporary:
-            temporary.write_text(dict(_drawn(figure))["svg"].decode(), encoding="utf-8")
+        write_text(vl_convert.vegalite_to_svg(_on_white(figure)), directory / name)
+
+
+def write_text(text: str, to: Path) -> None:
+    """Write a page or a picture, whole or not at all."""
+    with atomic_path(to) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _drawn(figure: Figure) -> Iterator[tuple[str, bytes]]:
-    spec = figure.spec() | {"background": "white"}
+    spec = _on_white(figure)
     yield "svg", vl_convert.vegalite_to_svg(spec).encode()
     yield "png", vl_convert.vegalite_to_png(spec, scale=2)
+
+
+def _on_white(figure: Figure) -> dict[str, Any]:
+    return figure.spec() | {"background": "white"}
 
 
 def page(facts: Facts) -> str:
