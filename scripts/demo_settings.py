@@ -13,7 +13,7 @@ import sys
 LOAD = """
 import sys
 from llmprune.core.errors import ModelError
-from llmprune.measure.speed.llamacpp_library import library
+from llmprune.numerics.llamacpp_library import library
 try:
     library()
 except ModelError as error:

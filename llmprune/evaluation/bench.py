@@ -14,10 +14,10 @@ from llmprune.core.recipe import GgufType, WorkloadRecipe
 from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.formats.gguf import gguf_child_problem, gguf_problem
 from llmprune.measure.speed.host import fingerprint
-from llmprune.measure.speed.llamacpp_library import library
 from llmprune.measure.speed.throughput import Workload, check_compiler, measure_paired
 from llmprune.models.loading import dtype_of, load_model, resolve_device
 from llmprune.models.sizes import parameter_count
+from llmprune.numerics.llamacpp_library import library
 
 
 def bench(

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from llmprune.core.errors import ModelError
-from llmprune.measure.speed.llamacpp_library import F32, FLASH_OFF, NO_VOCABULARY, library, logged
+from llmprune.numerics.llamacpp_library import F32, FLASH_OFF, NO_VOCABULARY, library, logged
 
 _PAD = 256
 """llama.cpp rounds the length of a sequence up to this."""

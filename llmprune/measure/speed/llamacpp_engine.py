@@ -20,8 +20,8 @@ from llmprune.core.errors import RecipeError
 from llmprune.core.recipe import GgufType
 from llmprune.formats.gguf import gguf_problem, write_gguf
 from llmprune.measure.speed.llamacpp import GgufModel, Session
-from llmprune.measure.speed.llamacpp_library import library
 from llmprune.models.parent import Parent
+from llmprune.numerics.llamacpp_library import library
 
 _kept: weakref.WeakKeyDictionary[PreTrainedModel, dict[GgufType, GgufModel]] = weakref.WeakKeyDictionary()
 """References that were loaded, for as long as their model lives."""
