@@ -152,6 +152,9 @@ class Slices:
     def norm_squares(self, layer: int, name: str) -> None:
         return None
 
+    def input_squares(self, layer: int, kind: str) -> None:
+        return None
+
     def kept_queries(self, layer: int, choice: Choice) -> torch.Tensor | None:
         if not isinstance(choice, AttentionChoice) or choice.queries_per_group is None:
             return None

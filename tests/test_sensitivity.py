@@ -77,6 +77,9 @@ class Shrunk:
     def norm_squares(self, layer: int, name: str) -> None:
         return None
 
+    def input_squares(self, layer: int, kind: str) -> None:
+        return None
+
     def output(self, layer: int, choice: Choice) -> tuple[Tensor, Tensor | None]:
         weight = self.parent.output_weight(layer, choice.kind).clone()
         bias = self.parent.output_bias(layer, choice.kind)
@@ -247,6 +250,9 @@ class Nudged(Sliced):
         return super().kept_units(layer, self._same(layer, choice))
 
     def norm_squares(self, layer: int, name: str) -> None:
+        return None
+
+    def input_squares(self, layer: int, kind: str) -> None:
         return None
 
     def kept_queries(self, layer: int, choice: Choice) -> Tensor | None:

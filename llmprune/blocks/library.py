@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from llmprune.blocks.layer_files import LayerRepairs, finished_layers, layer_keys, layer_path, read_layer, store_layer
-from llmprune.blocks.solve import gathered_choices, refitted, solve_layer
+from llmprune.blocks.solve import gathered_choices, offers_types, refitted, solve_layer
 from llmprune.blocks.statistics import collect_statistics, statistics_bytes
 from llmprune.choices.choice import Choice, Kept
 from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
@@ -22,6 +22,7 @@ from llmprune.core.progress import Advance, Steps
 from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import Split
 from llmprune.models.parent import Parent
+from llmprune.models.surgery import InputSquares
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,12 @@ class BlockLibrary:
         With them the weights of what is left of the norm are scaled to what the parent gave those rows on average.
         """
         return self._layer(layer, self.space.shape.full("attention")).tensors.get(f"attention/{name}/squares")
+
+    def input_squares(self, layer: int, kind: BlockKind) -> InputSquares | None:
+        """What rounding a block's weights is weighed by; None where the space offers no types."""
+        tensors = self._layer(layer, self.space.shape.full(kind)).tensors
+        found = [tensors.get(f"{kind}/{name}_squares") for name in ("entry", "output")]
+        return None if found[0] is None or found[1] is None else InputSquares(found[0], found[1])
 
     @cached_property
     def hash(self) -> str:
@@ -140,7 +147,9 @@ def build_libraries(
     windows = sum(len(source.windows) for source in split.sources.values())
     steps = Steps(len(passes) * windows + len(missing), progress)
     for some_layers in passes:
-        statistics = collect_statistics(parent, split, layers=some_layers, own=own, progress=steps.report)
+        statistics = collect_statistics(
+            parent, split, layers=some_layers, own=own, entries=offers_types(space), progress=steps.report
+        )
         steps.finish(windows)
         for layer in some_layers:
             blocks = {kind: statistics.pop((layer, kind)) for kind in BLOCK_KINDS}

@@ -39,6 +39,8 @@ def solve_layer(
             unit_size = weight_DI.shape[1] // parent.shape.units(kind)
             solved |= {"score": flap_scores(weight_DI, statistics, unit_size), "mean": statistics.mean_I}
         solved |= {f"{name}/squares": squares_R for name, squares_R in statistics.norm_squares.items()}
+        if statistics.entry_square_D is not None:
+            solved |= {"entry_squares": statistics.entry_square_D, "output_squares": statistics.mean_square_I}
         for name, tensor in solved.items():
             if not bool(tensor.isfinite().all()):
                 raise ModelError(
@@ -51,18 +53,25 @@ def solve_layer(
 
 
 def refitted(space: Space, kind: BlockKind) -> list[Choice]:
-    """Choices that keep something, but not everything."""
-    return [choice for choice in space.ladder(kind) if choice.units and choice != space.shape.full(kind)]
+    """Choices that keep something, but not everything; the types of weights apart."""
+    plain = (choice for choice in space.ladder(kind) if choice.stored is None)
+    return [choice for choice in plain if choice.units and choice != space.shape.full(kind)]
 
 
 def own_input_choices(space: Space) -> list[Choice]:
-    """The choices with inputs of their own."""
-    return [choice for kind in BLOCK_KINDS for choice in space.ladder(kind) if choice.own_inputs]
+    """The choices whose blocks compute what enters the output projections of some."""
+    found = (choice.entered_as(space.shape) for kind in BLOCK_KINDS for choice in space.ladder(kind))
+    return list(dict.fromkeys(choice for choice in found if choice is not None))
 
 
 def gathered_choices(space: Space, recipe: ImportanceRecipe) -> list[Choice]:
-    """The choices for which a library needs statistics of their own: without a refit, none."""
-    return own_input_choices(space) if recipe.refit else []
+    """The choices for which a library needs statistics of their own: those that a refit fits to inputs of their own."""
+    return [choice for choice in own_input_choices(space) if choice.stored is None] if recipe.refit else []
+
+
+def offers_types(space: Space) -> bool:
+    """Whether some choices store weights in a type of their own: rounding is weighed by what enters the blocks."""
+    return any(choice.stored for kind in BLOCK_KINDS for choice in space.ladder(kind))
 
 
 def solve_block(

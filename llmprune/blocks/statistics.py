@@ -20,6 +20,7 @@ from llmprune.core.errors import ModelError
 from llmprune.core.progress import Advance
 from llmprune.data.tokens import Split
 from llmprune.models.beside import own_blocks, own_inputs
+from llmprune.models.modeling_pruned import input_axis
 from llmprune.models.parent import Parent, is_norm
 
 BATCH_TOKENS = 2048
@@ -40,6 +41,8 @@ class BlockStatistics:
     """For the choices with inputs of their own that were asked for."""
     norm_squares: Mapping[str, Tensor] = field(default_factory=dict)
     """By the name of a norm over all heads: `E[x_j^2]` (rows,) of what enters it."""
+    entry_square_D: Tensor | None = None
+    """`E[x_j^2]` of what enters the block's first projections, if that was asked for."""
 
     @property
     def mean_square_I(self) -> Tensor:
@@ -58,11 +61,13 @@ def collect_statistics(
     *,
     layers: Sequence[int] | None = None,
     own: Sequence[Choice] = (),
+    entries: bool = False,
     progress: Advance | None = None,
 ) -> dict[tuple[int, BlockKind], BlockStatistics]:
     """Run the split through the parent and gather, for both blocks of `layers` (all by default), what enters their
     output projections. Every source counts by its weight, however many tokens it has. For each of `own`, choices with
-    inputs of their own, every block is run as the choice leaves it beside the parent's, on the parent's own input.
+    inputs of their own, every block is run as the choice leaves it beside the parent's, on the parent's own input. With
+    `entries`, what enters the blocks is looked at too.
 
     A batch is multiplied out in float32 and summed in float64: summing in float32 would halve the memory, but then the
     error grows with the number of batches, and the float64 inverses of `damped_gram` start from it.
@@ -86,6 +91,10 @@ def collect_statistics(
                 for name, module in _norms_over_units(parent, layer, kind):
                     squares = block.norm_squares[name] = _Squares(block, module.get_parameter("weight"))
                     hooks.callback(module.register_forward_pre_hook(squares).remove)
+                if entries:
+                    first = _first_projection(parent, layer, kind)
+                    block.entry = _Squares(block, first.get_parameter("weight")[0])
+                    hooks.callback(first.register_forward_pre_hook(block.entry).remove)
                 block.beside = {c: (blocks[layer], _OwnSums(block)) for c, blocks in beside.items() if c.kind == kind}
                 if block.beside:
                     handle = parent.block(layer, kind).register_forward_pre_hook(block.enter, with_kwargs=True)
@@ -144,6 +153,7 @@ class _Moments:
             self.mean_I = torch.zeros(weight_DI.shape[1], dtype=torch.float64, device=weight_DI.device)
         self.beside: dict[Choice, tuple[nn.Module, _OwnSums]] = {}
         self.norm_squares: dict[str, _Squares] = {}
+        self.entry: _Squares | None = None
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Pre-hook of the block: the same input goes through those beside it first."""
@@ -175,7 +185,8 @@ class _Moments:
     def statistics(self) -> BlockStatistics:
         own = {c: OwnMoments(sums.gram_II, sums.cross_II, sums.mean_I) for c, (_, sums) in self.beside.items()}
         squares = {name: found.square_R for name, found in self.norm_squares.items()}
-        return BlockStatistics(self.gram_II, self.mean_I, self.tokens, own, squares)
+        entry_square_D = None if self.entry is None else self.entry.square_R
+        return BlockStatistics(self.gram_II, self.mean_I, self.tokens, own, squares, entry_square_D)
 
 
 def _norms_over_units(parent: Parent, layer: int, kind: BlockKind) -> Iterator[tuple[str, nn.Module]]:
@@ -185,8 +196,15 @@ def _norms_over_units(parent: Parent, layer: int, kind: BlockKind) -> Iterator[t
             yield name, module
 
 
+def _first_projection(parent: Parent, layer: int, kind: BlockKind) -> nn.Module:
+    """A projection that reads what enters the block, its weight (rows, D)."""
+    block = parent.block(layer, kind)
+    modules = (block.get_submodule(name) for name in parent.names(kind).rows)
+    return next(module for module in modules if not is_norm(module) and input_axis(module) == 1)
+
+
 class _Squares:
-    """Running weighted mean square of every row that enters a norm, whose forward pre-hook this is."""
+    """Running weighted mean square of every number that enters a module, whose forward pre-hook this is."""
 
     def __init__(self, block: _Moments, weight_R: Tensor) -> None:
         self.block = block

@@ -13,6 +13,7 @@ from llmprune.choices.dimensions import BlockKind, Dimensions
 from llmprune.choices.ffn import FfnChoice
 from llmprune.choices.kinds import parse_choice
 from llmprune.choices.kv_groups import AttentionChoice
+from llmprune.choices.stored import whole
 from llmprune.core.errors import ArchitectureError, quoted
 
 DROPPED: dict[BlockKind, Choice] = {"attention": AttentionChoice(0), "ffn": FfnChoice(0)}
@@ -141,7 +142,7 @@ class ParentShape(Dimensions):
 
     def full(self, kind: BlockKind) -> Choice:
         """The choice that keeps a whole block."""
-        return AttentionChoice(self.kv_groups) if kind == "attention" else FfnChoice(self.ffn_width)
+        return whole(self, kind)
 
     def inputs(self, choice: Choice) -> int:
         """Inputs of the output projection that a choice keeps."""

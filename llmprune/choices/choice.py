@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmprune.choices.dimensions import BlockKind, Dimensions, SizeWord
 from llmprune.choices.rows import input_columns, unit_rows
-from llmprune.core.recipe import ImportanceRecipe, SpaceRecipe
+from llmprune.core.recipe import GgufType, ImportanceRecipe, SpaceRecipe
 
 Orders = Mapping[str, Tensor]
 """By name, the orders in which parts of a block leave, first to leave first: "order" (units of the block,) int64, and
@@ -126,8 +126,9 @@ class Choice(ABC):
         """Inverse of `to_json`, its values unchecked; None if this is no text of the kind."""
 
     @abstractmethod
-    def to_json(self) -> dict[str, int]:
-        """Numbers of at least 0, by names that no other kind of choice for this half has alone."""
+    def to_json(self) -> dict[str, Any]:
+        """Numbers of at least 0, by names that no other kind of choice for this half has alone; and `stored`, a type of
+        weights."""
 
     @property
     @abstractmethod
@@ -138,6 +139,20 @@ class Choice(ABC):
     @abstractmethod
     def label(self) -> str:
         """Names the choice in files and messages: unlike that of any other choice for this half."""
+
+    @property
+    def plain(self) -> Choice:
+        """The same block, its weights stored as the parent's are: what a library solves, and keeps."""
+        return self
+
+    @property
+    def stored(self) -> GgufType | None:
+        """The type of its weights, where that is a choice; None: the parent's."""
+        return None
+
+    def entered_as(self, shape: Dimensions) -> Choice | None:
+        """The choice whose block computes what enters its output projection, all units of it; None: the parent's."""
+        return self if self.own_inputs else None
 
     @abstractmethod
     def problem(self, shape: Dimensions) -> str | None:

@@ -32,7 +32,7 @@ class FfnChoice(Choice):
     def from_json(cls, data: Mapping[str, Any]) -> FfnChoice | None:
         return cls(data["ffn_width"]) if "ffn_width" in data else None
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, Any]:
         return {"ffn_width": self.ffn_width}
 
     @property

@@ -10,10 +10,12 @@ from llmprune.choices.dimensions import BlockKind, Dimensions
 from llmprune.choices.ffn import FfnChoice
 from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.choices.merged import MergedChoice
+from llmprune.choices.stored import StoredAttention, StoredFfn, whole
 from llmprune.core.errors import ArchitectureError, quoted
 from llmprune.core.recipe import SpaceRecipe
 
-KINDS: tuple[type[Choice], ...] = (AttentionChoice, MergedChoice, FfnChoice)
+KINDS: tuple[type[Choice], ...] = (StoredAttention, StoredFfn, AttentionChoice, MergedChoice, FfnChoice)
+"""The first that knows a text is its kind."""
 
 
 def parse_choice(data: Any, kind: BlockKind) -> Choice:
@@ -23,20 +25,21 @@ def parse_choice(data: Any, kind: BlockKind) -> Choice:
     """
     found = (own.from_json(data) for own in KINDS if own.kind == kind)
     choice = next((choice for choice in found if choice is not None), None)
-    if choice is None:
+    if choice is None or ("stored" in data and choice.stored is None):
         raise ArchitectureError(f"no choice for the {kind} block of a layer is said so: {quoted(data)}")
-    for name, number in choice.to_json().items():
+    for name, number in choice.plain.to_json().items():
         if type(number) is not int or number < 0:
             raise ArchitectureError(f"{name} is an integer >= 0; a layer has {quoted(number)}")
     return choice
 
 
 def by_kind(choices: Iterable[Choice]) -> Iterator[tuple[type[Choice], list[Choice]]]:
-    """The choices of each kind that has any among these, kind by kind."""
+    """The choices of each kind that has any among these, kind by kind; stored in each type, they are of another."""
     every = list(choices)
     for kind in KINDS:
-        if own := [choice for choice in every if type(choice) is kind]:
-            yield kind, own
+        own = [choice for choice in every if type(choice) is kind]
+        for stored in dict.fromkeys(choice.stored for choice in own):
+            yield kind, [choice for choice in own if choice.stored == stored]
 
 
 def ladder_of(kind: BlockKind, shape: Dimensions, rules: SpaceRecipe) -> tuple[Choice, ...]:
@@ -45,4 +48,5 @@ def ladder_of(kind: BlockKind, shape: Dimensions, rules: SpaceRecipe) -> tuple[C
     Raises ArchitectureError on rules that the parent breaks.
     """
     choices = [choice for own in KINDS if own.kind == kind for choice in own.ladder(shape, rules)]
-    return tuple(sorted(choices, key=lambda choice: (choice.rows(shape), choice.units)))
+    own = whole(shape, kind)
+    return tuple(sorted(choices, key=lambda choice: (choice == own, choice.rows(shape), choice.units)))

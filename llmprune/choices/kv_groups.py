@@ -57,7 +57,7 @@ class AttentionChoice(Choice):
     def from_json(cls, data: Mapping[str, Any]) -> AttentionChoice | None:
         return cls(data["kv_groups"], data.get("queries_per_group")) if "kv_groups" in data else None
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, Any]:
         queries = {} if self.queries_per_group is None else {"queries_per_group": self.queries_per_group}
         return {"kv_groups": self.kv_groups, **queries}
 

@@ -57,7 +57,7 @@ class MergedChoice(Choice):
     def from_json(cls, data: Mapping[str, Any]) -> MergedChoice | None:
         return cls(data["merged_kv_groups"]) if "merged_kv_groups" in data else None
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, Any]:
         return {"merged_kv_groups": self.kv_groups}
 
     @property

@@ -18,7 +18,9 @@ BaselineName = Literal["uniform", "magnitude", "wanda-sp", "flap", "shortgpt", "
 BASELINE_NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
 FormatName = Literal["hf", "hf-uniform", "gguf", "vllm"]
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
-GgufType = Literal["f32", "f16", "q8_0"]
+GgufType = Literal[
+    "f32", "f16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k"
+]
 EngineName = Literal["torch", "llamacpp"]
 
 
@@ -118,6 +120,11 @@ class SpaceRecipe(Section):
         False,
         description="may an attention keep all query heads on fewer KV heads, each the mean of several; always where "
         "deploy.formats leave attention no other way to shrink",
+    )
+    precision: tuple[GgufType, ...] = Field(
+        (),
+        description="types below deploy.gguf_type that a block's weights may be stored in, whatever stays of it; timed "
+        "in llama.cpp",
     )
 
 

@@ -10,6 +10,7 @@ Shapes: D hidden size, H head size, R rows of a projection.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +24,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.choices.architecture import ParentShape
 from llmprune.choices.choice import Choice
-from llmprune.core.errors import ExportError
+from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
+from llmprune.core.errors import ExportError, ModelError
 from llmprune.core.files import atomic_path
 from llmprune.core.recipe import GgufType
 from llmprune.formats.gguf_tokenizer import add_tokenizer
 from llmprune.formats.layers import layer_sizes, stock_type
 from llmprune.models.modeling_pruned import FAMILIES
+from llmprune.models.stored import StoredWeight, stored_weights
+from llmprune.numerics.ggml import TYPES, Blocks, to_blocks
 
 ARCHITECTURE = "deci"
 LLAMA_SHAPED = ("llama", "mistral", "qwen2")
@@ -37,20 +41,8 @@ LLAMA_SHAPED = ("llama", "mistral", "qwen2")
 STATIC_ROPE = ("default", "linear", "llama3")
 """Rotary embeddings that are one table of frequencies, whatever the length of the text."""
 
-BLOCK = 32
-"""Numbers that q8_0 stores under one scale: a row of a weight is a whole number of blocks."""
-
-_TYPES: dict[GgufType, tuple[gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
-    "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
-    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-}
-_F16_MAX = float(np.finfo(np.float16).max)
-
-
-def stored_type(weights: GgufType) -> gguf.GGMLQuantizationType:
-    """How projections and embeddings are stored in a file of these weights."""
-    return _TYPES[weights][0]
+_ZERO_WIDTH = 32
+"""Of a zero FFN: the smallest that most types can store."""
 
 
 def gguf_problem(config: Any, weights: GgufType = "f16") -> str | None:
@@ -73,10 +65,10 @@ def gguf_problem(config: Any, weights: GgufType = "f16") -> str | None:
         )
     if _head_dim(config) % 2:
         return f"head_dim must be even for gguf, got {_head_dim(config)}"
-    if weights == "q8_0" and config.hidden_size % BLOCK:
+    if config.hidden_size % (block := TYPES[weights].block):
         return (
-            f"hidden_size must be a multiple of {BLOCK} for gguf in q8_0, got {config.hidden_size}; "
-            "use deploy.gguf_type=f16"
+            f"hidden_size must be a multiple of {block} for gguf in {weights}, got {config.hidden_size}; "
+            f"use deploy.gguf_type={_instead(config.hidden_size)}"
         )
     return None
 
@@ -84,33 +76,40 @@ def gguf_problem(config: Any, weights: GgufType = "f16") -> str | None:
 def gguf_choice_problem(shape: ParentShape, choice: Choice, weights: GgufType = "f16") -> str | None:
     """Why no block of a parent of this shape can keep this in a GGUF file; None if it can."""
     sizes = choice.sizes(shape)
-    return _row_problem(sizes.get("heads", 0), shape.head_dim, sizes.get("ffn_width", 0), weights)
+    return _row_problem(sizes.get("heads", 0), shape.head_dim, sizes.get("ffn_width", 0), choice.stored or weights)
 
 
 def gguf_child_problem(config: Any, weights: GgufType = "f16") -> str | None:
     """Why a child with this config cannot be a GGUF file, naming the layer; None if it can."""
     for i, layer in enumerate(layer_sizes(config)):
-        if problem := _row_problem(layer.heads, _head_dim(config), layer.ffn_width, weights, f" in layer {i}"):
+        head_dim, where = _head_dim(config), f" in layer {i}"
+        attention, ffn = (layer.types.get(kind, weights) for kind in BLOCK_KINDS)
+        problem = _row_problem(layer.heads, head_dim, 0, attention, where)
+        if problem or (problem := _row_problem(0, 0, layer.ffn_width, ffn, where)):
             return problem
     return None
 
 
 def _row_problem(heads: int, head_dim: int, ffn_width: int, weights: GgufType, where: str = "") -> str | None:
-    """Rows of an output projection that are no whole number of blocks cannot be stored in q8_0."""
-    if weights != "q8_0":
-        return None
-    if heads * head_dim % BLOCK:
+    """Rows of an output projection that are no whole number of blocks cannot be stored."""
+    block = TYPES[weights].block
+    if heads * head_dim % block:
         return (
-            f"query heads x head_dim must be a multiple of {BLOCK} for gguf in q8_0, got {heads} x {head_dim}{where}; "
-            "use another number of heads, or deploy.gguf_type=f16"
+            f"query heads x head_dim must be a multiple of {block} for gguf in {weights}, got {heads} x {head_dim}"
+            f"{where}; use another number of heads, or deploy.gguf_type={_instead(heads * head_dim)}"
         )
-    if ffn_width % BLOCK:
-        low = ffn_width // BLOCK * BLOCK
+    if ffn_width % block:
+        low = ffn_width // block * block
         return (
-            f"ffn_width must be a multiple of {BLOCK} for gguf in q8_0, got {ffn_width}{where}; "
-            f"use {f'{low} or ' if low else ''}{low + BLOCK}, or deploy.gguf_type=f16"
+            f"ffn_width must be a multiple of {block} for gguf in {weights}, got {ffn_width}{where}; "
+            f"use {f'{low} or ' if low else ''}{low + block}, or deploy.gguf_type={_instead(ffn_width)}"
         )
     return None
+
+
+def _instead(length: int) -> str:
+    """The types that can store rows of this length, but for what takes four bytes a number."""
+    return " or ".join(name for name, type_ in TYPES.items() if name != "f32" and length % type_.block == 0)
 
 
 def write_gguf(
@@ -118,8 +117,9 @@ def write_gguf(
 ) -> None:
     """Write a child - or a dense model of a Llama-shaped family - to `path`, whole or not at all.
 
-    `weights` is how projections and embeddings are stored; norms, biases and rotary factors are always f32. Without a
-    tokenizer llama.cpp runs the file on token ids only. The child may be on any device and in any dtype.
+    `weights` is how projections and embeddings are stored, but for the blocks of a child that have a type of their own;
+    norms, biases and rotary factors are always f32. Without a tokenizer llama.cpp runs the file on token ids only. The
+    child may be on any device and in any dtype.
     Raises ExportError if llama.cpp would not compute the same from it, RunDirectoryError if `path` cannot be written.
     """
     if problem := gguf_problem(child.config, weights) or gguf_child_problem(child.config, weights):
@@ -136,7 +136,7 @@ def write_gguf(
                 add_tokenizer(writer, tokenizer, child.config.vocab_size, child.generation_config)
             for tensor in tensors:
                 writer.add_tensor_info(
-                    tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, raw_dtype=tensor.type
+                    tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, raw_dtype=TYPES[tensor.type].type
                 )
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -158,6 +158,16 @@ def tensor_bytes(child: PreTrainedModel, weights: GgufType) -> dict[str, int]:
     return {tensor.name: tensor.bytes for tensor in _tensors(child, _layers(child.config), weights)}
 
 
+def type_of(config: Any, name: str, weights: GgufType) -> GgufType:
+    """How the matrix that a model with this config calls `name` is stored in its file."""
+    family = FAMILIES[stock_type(config)]
+    index, _, within = name.removeprefix(f"{family.layers}.").partition(".")
+    if not name.startswith(f"{family.layers}."):
+        return weights
+    kind: BlockKind = "attention" if within.startswith(f"{family.attention.module}.") else "ffn"
+    return layer_sizes(config)[int(index)].types.get(kind, weights)
+
+
 def cached_numbers(config: Any) -> int:
     """Numbers in llama.cpp's cache for one token of one sequence: keys and values of every layer of the file."""
     return 2 * _head_dim(config) * sum(layer.kv_heads for layer in _layers(config))
@@ -173,6 +183,8 @@ class _Layer:
     ffn_width: int
     zero_head: bool
     zero_ffn: bool
+    types: Mapping[BlockKind, GgufType]
+    """Of blocks that have one of their own."""
 
 
 @dataclass(frozen=True)
@@ -181,24 +193,28 @@ class _Tensor:
 
     name: str
     shape: tuple[int, ...]
-    type: gguf.GGMLQuantizationType
+    type: GgufType
     numbers: Callable[[], torch.Tensor]
+    rounded: StoredWeight | None = None
+    """How the child has it stored already."""
+    turned_heads: int = 0
+    """Of queries and keys: heads whose rows llama.cpp has in another order."""
 
     @property
     def bytes(self) -> int:
-        block, block_bytes = gguf.GGML_QUANT_SIZES[self.type]
-        return int(np.prod(self.shape)) // block * block_bytes
+        return int(math.prod(self.shape) * TYPES[self.type].bits / 8)
 
-    def stored(self) -> np.ndarray[Any, Any]:
-        """The values in the file's type. Raises ExportError if f16 cannot hold one of them."""
-        values = self.numbers().detach().to("cpu", torch.float32).contiguous().numpy()
+    def stored(self) -> Blocks:
+        """The values in the file's type. Raises ExportError if it cannot hold one of them."""
+        if self.rounded is not None:
+            blocks = torch.from_numpy(self.rounded.blocks)
+            return _turned(blocks, self.turned_heads).numpy()
+        values = _turned(self.numbers(), self.turned_heads)
         assert values.shape == self.shape, f"{self.name}: {values.shape} for {self.shape}"
-        if self.type != gguf.GGMLQuantizationType.F32 and not np.abs(values).max(initial=0) <= _F16_MAX:
-            raise ExportError(
-                f"weights must be numbers within +-{_F16_MAX:.0f} for gguf in f16 or q8_0; {self.name} is not; use f32"
-            )
-        stored: np.ndarray[Any, Any] = gguf.quants.quantize(values, self.type)
-        return stored
+        try:
+            return to_blocks(values, self.type)
+        except ModelError as error:
+            raise ExportError(f"{self.name} cannot be written: {error}") from error
 
 
 def _layers(config: Any) -> list[_Layer]:
@@ -212,9 +228,10 @@ def _layers(config: Any) -> list[_Layer]:
                 f"{family.layers}.{i}.",
                 heads=1 if zero_head else sizes.heads,
                 kv_heads=1 if zero_head else sizes.kv_heads,
-                ffn_width=BLOCK if zero_ffn else sizes.ffn_width,
+                ffn_width=_ZERO_WIDTH if zero_ffn else sizes.ffn_width,
                 zero_head=zero_head,
                 zero_ffn=zero_ffn,
+                types=sizes.types,
             )
         )
     return layers
@@ -224,7 +241,7 @@ def _add_metadata(writer: gguf.GGUFWriter, config: Any, layers: list[_Layer], we
     head_dim = _head_dim(config)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    writer.add_file_type(_TYPES[weights][1])
+    writer.add_file_type(TYPES[weights].file)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -256,32 +273,33 @@ _NAMES: Mapping[str, str] = {
 
 def _tensors(child: PreTrainedModel, layers: list[_Layer], weights: GgufType) -> Iterator[_Tensor]:
     """Every tensor of the file, in order."""
-    config = child.config
-    state, type_ = child.state_dict(), stored_type(weights)
+    config, state, known = child.config, child.state_dict(), stored_weights(child)
 
-    def tensor(name: str, source: torch.Tensor, turned_heads: int = 0) -> _Tensor:
-        stored_as = type_ if source.ndim == 2 else gguf.GGMLQuantizationType.F32
-        numbers = (lambda: _turned(source, turned_heads)) if turned_heads else (lambda: source)
-        return _Tensor(name, tuple(source.shape), stored_as, numbers)
+    def tensor(name: str, own: str, type_: GgufType = weights, turned_heads: int = 0) -> _Tensor:
+        source, rounded = state[own], known.get(own)
+        stored_as: GgufType = type_ if source.ndim == 2 else "f32"
+        assert rounded is None or rounded.type == stored_as, f"{own} is stored in {rounded}"
+        return _Tensor(name, tuple(source.shape), stored_as, lambda: source, rounded, turned_heads)
 
-    yield tensor("token_embd.weight", state["model.embed_tokens.weight"])
+    yield tensor("token_embd.weight", "model.embed_tokens.weight")
     if not config.tie_word_embeddings:
-        yield tensor("output.weight", state["lm_head.weight"])
-    yield tensor("output_norm.weight", state["model.norm.weight"])
+        yield tensor("output.weight", "lm_head.weight")
+    yield tensor("output_norm.weight", "model.norm.weight")
     factors = _rope_factors(child)
     if not torch.allclose(factors, torch.ones_like(factors), rtol=1e-6, atol=0):
-        yield tensor("rope_freqs.weight", factors)
+        yield _Tensor("rope_freqs.weight", tuple(factors.shape), "f32", lambda: factors)
     for i, layer in enumerate(layers):
         for module, name in _NAMES.items():
             turned = {"attn_q": layer.heads, "attn_k": layer.kv_heads}.get(name, 0)
+            kind: BlockKind = "attention" if name.startswith("attn") else "ffn"
             for part in ("weight", "bias"):
-                source = state.get(f"{layer.prefix}{module}.{part}")
-                if source is not None:
-                    yield tensor(f"blk.{i}.{name}.{part}", source, turned)
+                own = f"{layer.prefix}{module}.{part}"
+                if own in state:
+                    yield tensor(f"blk.{i}.{name}.{part}", own, layer.types.get(kind, weights), turned)
         for name, zeros in _zero_block_shapes(config, layer).items():
             # Rows of a head whose size is no multiple of a block cannot be quantised.
-            shape_type = type_ if len(zeros) == 2 and zeros[-1] % BLOCK == 0 else gguf.GGMLQuantizationType.F32
-            yield _Tensor(f"blk.{i}.{name}.weight", zeros, shape_type, partial(torch.zeros, zeros))
+            fits = len(zeros) == 2 and zeros[-1] % TYPES[weights].block == 0
+            yield _Tensor(f"blk.{i}.{name}.weight", zeros, weights if fits else "f32", partial(torch.zeros, zeros))
 
 
 def _zero_block_shapes(config: Any, layer: _Layer) -> dict[str, tuple[int, ...]]:
@@ -292,14 +310,16 @@ def _zero_block_shapes(config: Any, layer: _Layer) -> dict[str, tuple[int, ...]]
         shapes |= dict.fromkeys(("attn_q", "attn_k", "attn_v"), (head_dim, width))
         shapes |= {"attn_norm": (width,), "attn_output": (width, head_dim)}
     if layer.zero_ffn:
-        shapes |= dict.fromkeys(("ffn_gate", "ffn_up"), (BLOCK, width))
-        shapes |= {"ffn_norm": (width,), "ffn_down": (width, BLOCK)}
+        shapes |= dict.fromkeys(("ffn_gate", "ffn_up"), (_ZERO_WIDTH, width))
+        shapes |= {"ffn_norm": (width,), "ffn_down": (width, _ZERO_WIDTH)}
     return shapes
 
 
 def _turned(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of queries or keys, (R, D) or (R,), in llama.cpp's order: transformers turns number i of a head with
-    number i + H/2, llama.cpp number 2i with 2i + 1."""
+    """Rows of the queries or keys of some heads, (R, D) or (R,), in llama.cpp's order: transformers turns number i of a
+    head with number i + H/2, llama.cpp number 2i with 2i + 1. Without heads the rows as they are."""
+    if not heads:
+        return rows
     return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 

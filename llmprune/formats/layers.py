@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from llmprune.choices.dimensions import BlockKind
+from llmprune.core.recipe import GgufType
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX
 
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Query heads, KV heads and FFN channels of one layer; 0 where the block is not there."""
+    """Query heads, KV heads and FFN channels of one layer; 0 where the block is not there. `types`: of the weights of a
+    block that has one of its own."""
 
     heads: int
     kv_heads: int
     ffn_width: int
+    types: Mapping[BlockKind, GgufType] = field(default_factory=dict)
 
 
 def stock_type(config: Any) -> str:
@@ -38,4 +43,6 @@ def _sizes_of(config: Any, index: int) -> LayerSizes:
     width = getattr(layer, family.ffn_width) or 4 * config.hidden_size
     if "attention" in skip:
         heads = kv_heads = 0
-    return LayerSizes(heads, kv_heads, 0 if "mlp" in skip else width)
+    stored: Mapping[BlockKind, GgufType | None] = (getattr(config, "stored_types", None) or {index: {}})[index]
+    types = {kind: type_ for kind, type_ in stored.items() if type_ is not None}
+    return LayerSizes(heads, kv_heads, 0 if "mlp" in skip else width, types)

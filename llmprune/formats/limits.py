@@ -6,17 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmprune.choices.architecture import LayerChoice
+from llmprune.choices.architecture import LayerChoice, ParentShape
 from llmprune.choices.choice import Choice
 from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.core.errors import ExportError, RecipeError, UnsupportedModelError
-from llmprune.core.recipe import DeployRecipe, EngineName, FormatName, SpaceSize
-from llmprune.formats.gguf import BLOCK, gguf_child_problem, gguf_choice_problem, gguf_problem
+from llmprune.core.recipe import DeployRecipe, EngineName, FormatName, Recipe, SpaceSize
+from llmprune.formats.gguf import gguf_child_problem, gguf_choice_problem, gguf_problem
 from llmprune.formats.layers import layer_sizes, stock_type
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import is_stock, stock_can_say
+from llmprune.numerics.ggml import TYPES
 
 Problem = str | None
 """Why something cannot be held, as a clause that follows a colon; None if it can."""
@@ -53,6 +54,31 @@ def check_parent(parent: Parent, rules: DeployRecipe, size: SpaceSize) -> None:
             raise RecipeError(
                 f"deploy.formats names {form.name}, which holds {form.holds}: space.size must be "
                 f"{' or '.join(form.sizes)}; got {size}"
+            )
+
+
+def check_precision(shape: ParentShape, recipe: Recipe) -> None:
+    """Raises RecipeError if a recipe lets blocks have types of weights that are no choice: not timed where types count,
+    not below the file's own, or too wide for the parent's rows."""
+    rules, own = recipe.space.precision, recipe.deploy.gguf_type
+    if rules and recipe.workload.engine != "llamacpp":
+        raise RecipeError(
+            f"space.precision={list(rules)} needs workload.engine=llamacpp, which reads such weights; got "
+            f"{recipe.workload.engine}"
+        )
+    for type_ in rules:
+        if TYPES[type_].bits >= TYPES[own].bits:
+            raise RecipeError(
+                f"space.precision names {type_}, which is no smaller than deploy.gguf_type={own}; the types are, "
+                f"widest first, {', '.join(TYPES)}"
+            )
+        if shape.hidden_size % TYPES[type_].block:
+            fitting = [
+                name for name, t in TYPES.items() if shape.hidden_size % t.block == 0 and t.bits < TYPES[own].bits
+            ]
+            raise RecipeError(
+                f"space.precision names {type_}, stored in blocks of {TYPES[type_].block}, which rows of hidden_size "
+                f"{shape.hidden_size} are not; use {', '.join(fitting)}"
             )
 
 
@@ -184,7 +210,7 @@ FORMATS: dict[FormatName, Format] = {
         Format(
             "gguf",
             holds="children of Llama-shaped families (llama, mistral without a sliding window, qwen2): any heads, any "
-            f"blocks; FFN widths are multiples of {BLOCK} in q8_0",
+            "blocks, in any types; rows are multiples of 256 in K-quants and iq4_xs, of 32 in other types below f16",
             served_by="llama.cpp and what stands on it (architecture deci)",
             parent_problem=lambda config, rules: gguf_problem(config, rules.gguf_type),
             choice_problem=lambda parent, choice, rules: gguf_choice_problem(parent.shape, choice, rules.gguf_type),

@@ -7,7 +7,9 @@ from transformers import PreTrainedModel
 from llmprune.choices.architecture import Architecture, ParentShape
 from llmprune.core.recipe import GgufType
 from llmprune.formats.gguf import cached_numbers, tensor_bytes
+from llmprune.formats.layers import layer_sizes
 from llmprune.models.sizes import Size, parameter_count, size_of
+from llmprune.numerics.ggml import TYPES
 
 _CACHE_ITEM_BYTES = 2
 """llama.cpp keeps keys and values in f16 by default, whatever the weights are."""
@@ -29,7 +31,13 @@ def served_size(
     return Size(
         params=parameter_count(model),
         bytes=total,
-        stored_as=f"GGUF {gguf_type}",
+        stored_as=f"GGUF {'+'.join(_types_of(model, gguf_type))}",
         kv_bytes_per_token=_CACHE_ITEM_BYTES * cached_numbers(model.config),
         decode_bytes=total - lookup,
     )
+
+
+def _types_of(model: PreTrainedModel, gguf_type: GgufType) -> list[str]:
+    """The types of a file's matrices, widest first; the file's own is that of embeddings."""
+    own = {type_ for layer in layer_sizes(model.config) for type_ in layer.types.values()}
+    return [name for name in TYPES if name in {gguf_type, *own}]

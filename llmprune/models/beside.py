@@ -10,14 +10,16 @@ from torch import nn
 
 from llmprune.choices.choice import Choice, Kept
 from llmprune.models.parent import Parent
-from llmprune.models.surgery import Block, skeleton
+from llmprune.models.surgery import Block, Repairs, entering_tensors, skeleton
 
 
-def own_blocks(parent: Parent, choice: Choice, layers: Iterable[int]) -> dict[int, nn.Module]:
+def own_blocks(
+    parent: Parent, choice: Choice, layers: Iterable[int], library: Repairs | None = None
+) -> dict[int, nn.Module]:
     """For each of `layers` its block as `choice` leaves it, but for the output projection, which hands its input
     through. Tensors that do not change are the parent's own storage."""
     names, whole = parent.names(choice.kind), parent.shape.architecture
-    assert choice.own_inputs and names.module, "the block has inputs of its own, and is a module of its own"
+    assert choice == choice.entered_as(parent.shape) and names.module, "it has inputs of its own, and is a module"
     child = skeleton(parent, whole.with_choices((layer, choice) for layer in range(parent.shape.layers)))
     every = Kept(torch.arange(parent.shape.units(choice.kind)))
     blocks = {}
@@ -25,7 +27,7 @@ def own_blocks(parent: Parent, choice: Choice, layers: Iterable[int]) -> dict[in
         block = child.get_submodule(f"{parent.family.layers}.{layer}.{names.module}")
         block.set_submodule(names.output, nn.Identity())
         theirs = parent.block(layer, choice.kind).state_dict()
-        changed = choice.tensors(Block(parent, layer, choice.kind), every)
+        changed, _ = entering_tensors(Block(parent, layer, choice.kind, library), choice, every)
         block.load_state_dict({n: changed.get(n, theirs[n]) for n in block.state_dict()}, strict=True, assign=True)
         assert not any(buffer.is_meta for buffer in block.buffers()), "a block has buffers of its own"
         blocks[layer] = block.eval().requires_grad_(False)

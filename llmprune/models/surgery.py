@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import transformers
@@ -19,6 +19,14 @@ from llmprune.choices.dimensions import BlockKind
 from llmprune.models import modeling_pruned
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, Family, input_axis
 from llmprune.models.parent import Parent, check_choices, config_words, is_norm
+from llmprune.models.stored import StoredWeight, remember
+
+
+class InputSquares(NamedTuple):
+    """Mean square of every number that enters a parent's block, and of every input of its output projection."""
+
+    entry_D: torch.Tensor
+    output_I: torch.Tensor
 
 
 class Repairs(Protocol):
@@ -34,6 +42,10 @@ class Repairs(Protocol):
 
     def norm_squares(self, layer: int, name: str) -> torch.Tensor | None:
         """Mean square of every row that enters the norm `name` of the attention block: (rows,). None if unknown."""
+        ...
+
+    def input_squares(self, layer: int, kind: BlockKind) -> InputSquares | None:
+        """What rounding a block's weights is weighed by; None if unknown."""
         ...
 
 
@@ -85,8 +97,10 @@ def prune(parent: Parent, architecture: Architecture, library: Repairs) -> PreTr
     parent.shape.check(architecture)
     check_choices(parent, dict.fromkeys(choice for _, choice in architecture.blocks()))
     child = skeleton(parent, architecture)
-    child.load_state_dict(_child_tensors(parent, architecture, library, child), strict=True, assign=True)
+    tensors, stored = _child_tensors(parent, architecture, library, child)
+    child.load_state_dict(tensors, strict=True, assign=True)
     child.tie_weights()
+    remember(child, stored)
     _copy_buffers(parent, architecture, child)
     child.generation_config = copy.deepcopy(parent.model.generation_config)
     child.eval()  # type: ignore[no-untyped-call]
@@ -123,6 +137,8 @@ def child_config(config: Any, family: Family, shape: ParentShape, architecture: 
         values["head_dim"] = shape.head_dim
         values["per_layer_config"] = {str(i): _layer_entry(family, shape, choice) for i, choice in enumerate(choices)}
         child = pruned_classes(config.model_type)[0](**values)
+    if any(choice.stored for layer in choices for choice in layer.blocks):
+        child.stored_types = [{choice.kind: choice.stored for choice in layer.blocks} for layer in choices]
     child.dtype = config.dtype
     child._attn_implementation = config._attn_implementation
     return child
@@ -181,37 +197,82 @@ def _parent_name(parent: Parent, architecture: Architecture, name: str) -> tuple
 
 def _child_tensors(
     parent: Parent, architecture: Architecture, library: Repairs, child: PreTrainedModel
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], dict[str, StoredWeight]]:
+    """Every tensor of the child, and those of them that are stored in a type of their own, by the child's names."""
     parent_tensors = parent.model.state_dict()
     changed = {
         layer: _changed_tensors(parent, layer, architecture.layers[layer], library)
         for layer in architecture.kept_layers
     }
-    tensors = {}
+    tensors, stored = {}, {}
     for name in child.state_dict():
         parent_name, layer, rest = _parent_name(parent, architecture, name)
-        own = changed[layer].get(rest) if layer is not None else None
-        tensors[name] = parent_tensors[parent_name] if own is None else own
-    return tensors
+        if layer is None:
+            tensors[name] = parent_tensors[parent_name]
+            continue
+        values, weights = changed[layer]
+        tensors[name] = values.get(rest, parent_tensors[parent_name])
+        if rest in weights:
+            stored[name] = weights[rest]
+    return tensors, stored
 
 
-def _changed_tensors(parent: Parent, layer: int, choice: LayerChoice, library: Repairs) -> dict[str, torch.Tensor]:
-    """The tensors of a layer whose blocks do not stay as they are, by their name within the layer."""
+def _changed_tensors(
+    parent: Parent, layer: int, choice: LayerChoice, library: Repairs
+) -> tuple[dict[str, torch.Tensor], dict[str, StoredWeight]]:
+    """The tensors of a layer whose blocks do not stay as they are, by their name within the layer; and how those are
+    stored that have a type of their own."""
     tensors: dict[str, torch.Tensor] = {}
+    stored: dict[str, StoredWeight] = {}
     for own in choice.blocks:
         kind = own.kind
         if own.units == 0 or own == parent.shape.full(kind):
             continue
         names, output = parent.names(kind), parent.output_projection(layer, kind)
         prefix = f"{names.module}." if names.module else ""
-        changed = own.tensors(Block(parent, layer, kind, library), library.kept(layer, own))
+        block = Block(parent, layer, kind, library)
+        changed, rounded = entering_tensors(block, own, library.kept(layer, own.plain))
         tensors |= {f"{prefix}{name}": value for name, value in changed.items()}
-        weight, bias = library.output(layer, own)
+        stored |= {f"{prefix}{name}": value for name, value in rounded.items()}
+        weight, bias, of_output = output_of(parent, library, layer, own)
         weight = weight if input_axis(output) == 1 else weight.T
         tensors[f"{prefix}{names.output}.weight"] = _like(parent.output_weight(layer, kind), weight)
+        if of_output is not None:
+            stored[f"{prefix}{names.output}.weight"] = of_output
         if bias is not None:
             tensors[f"{prefix}{names.output}.bias"] = _like(parent.output_weight(layer, kind), bias)
-    return tensors
+    return tensors, stored
+
+
+def entering_tensors(block: Block, own: Choice, kept: Kept) -> tuple[dict[str, torch.Tensor], dict[str, StoredWeight]]:
+    """The tensors of a block that change, but for the output projection, by their name within the block; and how the
+    matrices among them are stored, if they have a type of their own: their numbers are then what the type holds."""
+    tensors, stored = own.tensors(block, kept), dict[str, StoredWeight]()
+    if own.stored is not None:
+        squares = None if block.library is None else block.library.input_squares(block.layer, block.kind)
+        for name, value in tensors.items():
+            if value.ndim == 2:
+                stored[name] = StoredWeight.of(value, own.stored, None if squares is None else squares.entry_D)
+    return tensors | {name: weight.numbers_like(tensors[name]) for name, weight in stored.items()}, stored
+
+
+def output_of(
+    parent: Parent, library: Repairs, layer: int, own: Choice
+) -> tuple[torch.Tensor, torch.Tensor | None, StoredWeight | None]:
+    """Weight (D, inputs) and bias (D,) of the output projection of a choice that keeps something, and how the weight is
+    stored if it has a type of its own: its numbers are then what the type holds."""
+    if own.plain == parent.shape.full(own.kind):
+        weight, bias = parent.output_weight(layer, own.kind), parent.output_bias(layer, own.kind)
+    else:
+        weight, bias = library.output(layer, own.plain)
+    if own.stored is None:
+        return weight, bias, None
+    squares, columns_S = (
+        library.input_squares(layer, own.kind),
+        own.columns(library.kept(layer, own.plain), parent.shape),
+    )
+    stored = StoredWeight.of(weight, own.stored, None if squares is None else squares.output_I[columns_S])
+    return stored.numbers_like(weight), bias, stored
 
 
 def _take_rows(module: nn.Module, value: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

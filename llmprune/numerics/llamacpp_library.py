@@ -110,6 +110,7 @@ class Batch(ctypes.Structure):
 
 
 _HANDLE = ctypes.c_void_p
+_FLOATS = ctypes.POINTER(ctypes.c_float)
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_backend_init": (None, []),
     "llama_log_set": (None, [_LogCallback, ctypes.c_void_p]),
@@ -144,7 +145,11 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_batch_free": (None, [Batch]),
     "llama_decode": (ctypes.c_int32, [_HANDLE, Batch]),
     "llama_synchronize": (None, [_HANDLE]),
-    "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), [_HANDLE, ctypes.c_int32]),
+    "llama_get_logits_ith": (_FLOATS, [_HANDLE, ctypes.c_int32]),
+    "ggml_quantize_chunk": (
+        ctypes.c_size_t,
+        [ctypes.c_int, _FLOATS, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, _FLOATS],
+    ),
 }
 
 _MODEL_DEFAULTS = {"n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "use_extra_bufts": True}

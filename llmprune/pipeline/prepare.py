@@ -17,7 +17,7 @@ from llmprune.core.files import exists, read_json, write_json
 from llmprune.core.recipe import Recipe
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import TokenSplits, build_token_splits
-from llmprune.formats.limits import check_parent, cut, merging_helps
+from llmprune.formats.limits import check_parent, check_precision, cut, merging_helps
 from llmprune.measure.record import QUOTED
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.llamacpp_engine import check_engine
@@ -134,6 +134,7 @@ def _check_parent(parent: Parent, recipe: Recipe) -> None:
         check_compiler(parent.device)
     if recipe.workload.engine == "llamacpp":
         check_engine(parent, recipe.deploy.gguf_type)
+    check_precision(parent.shape, recipe)
 
 
 def _space(parent: Parent, recipe: Recipe) -> Space:
@@ -145,6 +146,7 @@ def _space(parent: Parent, recipe: Recipe) -> Space:
         drop=rules.drop,
         size=rules.size,
         merge_kv=rules.merge_kv or merging_helps(parent, recipe.deploy, rules.size),
+        precision=rules.precision,
     )
     check_choices(parent, (*whole.attention, *whole.ffn))
     return cut(whole, parent, recipe.deploy, recipe.workload.engine)

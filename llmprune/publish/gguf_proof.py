@@ -11,12 +11,12 @@ Shapes: B sequences, T tokens of each, V words of the vocabulary, D inputs of a 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
@@ -25,10 +25,12 @@ from transformers import PreTrainedModel
 
 from llmprune.core.errors import ExportError
 from llmprune.core.recipe import GgufType
-from llmprune.formats.gguf import stored_type
+from llmprune.formats.gguf import type_of
 from llmprune.formats.gguf_expanded import write_expanded
 from llmprune.measure.speed.llamacpp import GgufModel, logits_of
 from llmprune.models.checkpoint import PROOF_SHAPE
+from llmprune.models.stored import stored_weights
+from llmprune.numerics.ggml import from_blocks, to_blocks
 
 MAX_CONTENTS_KL = 1e-5
 """Nats a token: float32 rounding alone was at most 6e-9, in children that have lost nearly everything."""
@@ -104,7 +106,6 @@ def _rounded_like(child: PreTrainedModel, weights: GgufType) -> PreTrainedModel:
     Of twice B sequences, the inputs of projections are rounded in the second half. Matrices are the child's own
     storage; all else is copied.
     """
-    type_ = stored_type(weights)
     memo: dict[int, Any] = {id(buffer): buffer.detach().to("cpu", copy=True) for buffer in child.buffers()}
     for parameter in child.parameters():
         alone = nn.Parameter(parameter.detach().to("cpu", torch.float32, copy=True), requires_grad=False)
@@ -112,27 +113,38 @@ def _rounded_like(child: PreTrainedModel, weights: GgufType) -> PreTrainedModel:
     model: PreTrainedModel = copy.deepcopy(child, memo)
     # A child spread over several devices has hooks that would move activations.
     remove_hook_from_module(model, recurse=True)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.forward = partial(_project, module.weight, module.bias, type_)  # type: ignore[method-assign]
-        elif isinstance(module, nn.Embedding):
-            module.forward = partial(_embed, module.weight, type_)  # type: ignore[method-assign]
+    known = stored_weights(child)
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            type_ = type_of(child.config, own := f"{name}.weight", weights)
+            # One that is rounded already is what it is.
+            rounded = (lambda values: values.detach().cpu().float()) if own in known else partial(_rounded, type_=type_)
+            use: Any = (
+                partial(_project, module.weight, module.bias, rounded, _INPUTS.get(type_, "q8_0"))
+                if isinstance(module, nn.Linear)
+                else partial(_embed, module.weight, rounded)
+            )
+            module.forward = use  # type: ignore[method-assign]
     return model
 
 
+_INPUTS: Mapping[GgufType, GgufType] = {"f32": "f32", "f16": "f16"}
+"""What llama.cpp rounds the inputs of a product to, by the type of the weights; 8 bits for all that are not here."""
+
+_Rounding = Callable[[torch.Tensor], torch.Tensor]
+
+
 def _project(
-    weight: torch.Tensor, bias: torch.Tensor | None, type_: gguf.GGMLQuantizationType, inputs_BTD: torch.Tensor
+    weight: torch.Tensor, bias: torch.Tensor | None, rounding: _Rounding, inputs: GgufType, inputs_BTD: torch.Tensor
 ) -> torch.Tensor:
     exact, rounded = inputs_BTD.chunk(2)
-    return functional.linear(torch.cat([exact, _rounded(rounded, type_)]), _rounded(weight, type_), bias)
+    return functional.linear(torch.cat([exact, _rounded(rounded, inputs)]), rounding(weight), bias)
 
 
-def _embed(weight: torch.Tensor, type_: gguf.GGMLQuantizationType, ids_BT: torch.Tensor) -> torch.Tensor:
-    return _rounded(functional.embedding(ids_BT.to(weight.device), weight), type_)
+def _embed(weight: torch.Tensor, rounding: _Rounding, ids_BT: torch.Tensor) -> torch.Tensor:
+    return rounding(functional.embedding(ids_BT.to(weight.device), weight))
 
 
-def _rounded(values: torch.Tensor, type_: gguf.GGMLQuantizationType) -> torch.Tensor:
+def _rounded(values: torch.Tensor, type_: GgufType) -> torch.Tensor:
     """What a file of this type holds of `values`, on the CPU in float32; each row is rounded for itself."""
-    numbers = values.detach().to("cpu", torch.float32).contiguous().numpy()
-    stored = gguf.quants.quantize(numbers, type_)
-    return torch.from_numpy(gguf.quants.dequantize(stored, type_).reshape(numbers.shape))
+    return from_blocks(to_blocks(values.flatten(0, -2), type_), type_).reshape(values.shape)

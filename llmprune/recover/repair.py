@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from llmprune.core.errors import RunDirectoryError
 from llmprune.core.files import atomic_path
 from llmprune.models.proof import digests
+from llmprune.models.stored import store_again
 
 REFIT, DISTIL = "refit", "distil"
 TRAINED = "trained"
@@ -39,12 +40,14 @@ class Repair:
         return cls(f"{what}-{hashlib.sha256(named.encode()).hexdigest()[:8]}", tensors, facts)
 
     def apply(self, child: PreTrainedModel) -> None:
-        """Put the tensors in place of the child's own, whose storage, which may be the parent's, is not written to."""
+        """Put the tensors in place of the child's own, whose storage, which may be the parent's, is not written to.
+        What the child stores in a type of its own is rounded again."""
         places = child.state_dict()
         alike = {name: value.to(places[name]) for name, value in self.tensors.items()}
         _, unexpected = child.load_state_dict(alike, strict=False, assign=True)
         assert not unexpected, f"no parameters of the child: {unexpected}"
         child.tie_weights()
+        store_again(child)
         child.requires_grad_(False)
 
     def write(self, path: Path, key: str) -> None:

@@ -15,6 +15,8 @@ from llmprune.choices.kinds import by_kind
 from llmprune.choices.space import Assignment, Space
 
 PROBES_PER_KIND = 6
+PROBES_PER_TYPE = 3
+"""Of sizes in a type of weights: between them time is the straighter, as no size is another kernel's."""
 LEAST_ERROR = 1e-6
 """Of a saving, as a share of the largest."""
 

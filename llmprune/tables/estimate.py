@@ -17,9 +17,11 @@ from llmprune.blocks.solve import own_input_choices
 from llmprune.choices.architecture import Architecture
 from llmprune.choices.choice import Choice
 from llmprune.choices.dimensions import BlockKind
+from llmprune.choices.space import Space
 from llmprune.data.tokens import Split
 from llmprune.models.beside import own_blocks, own_inputs
 from llmprune.models.parent import Parent
+from llmprune.models.surgery import output_of
 
 WINDOWS_A_BATCH = 2
 
@@ -78,10 +80,10 @@ def estimate_delta_nats(
     """
     at = at or parent.shape.architecture
     own = {(layer, choice.kind): choice for layer, choice in at.blocks()}
-    keys = [(i, c) for i, kind in library.space.blocks() for c in library.space.ladder(kind)]
+    keys = [(i, c) for i, kind in library.space.blocks() for c in _scored(library.space, kind)]
     per_source = {name: dict.fromkeys(keys, 0.0) for name in split.sources}
     layers = range(parent.shape.layers)
-    beside = {choice: own_blocks(parent, choice, layers) for choice in own_input_choices(library.space)}
+    beside = {choice: own_blocks(parent, choice, layers, library) for choice in own_input_choices(library.space)}
     plan = _batches(split, tokens)
     for done, (name, windows, share) in enumerate(plan):
         sums, count = _batch_scores(parent, library, own, beside, windows)
@@ -89,9 +91,35 @@ def estimate_delta_nats(
             per_source[name][key] += share * value / count
         if progress:
             progress(done + 1, len(plan))
+    composed = {name: _with_types(library.space, own, found) for name, found in per_source.items()}
+    every = [(i, c) for i, kind in library.space.blocks() for c in library.space.ladder(kind)]
     return {
-        key: cautious({name: found[key] for name, found in per_source.items()}, split.weights, caution) for key in keys
+        key: cautious({name: found[key] for name, found in composed.items()}, split.weights, caution) for key in every
     }
+
+
+def _scored(space: Space, kind: BlockKind) -> list[Choice]:
+    """The choices that are estimated: of those with a type of their own, the whole blocks."""
+    return [
+        choice for choice in space.ladder(kind) if choice.stored is None or choice == choice.entered_as(space.shape)
+    ]
+
+
+def _with_types(space: Space, own: Mapping[tuple[int, BlockKind], Choice], found: DeltaNats) -> DeltaNats:
+    """And the rest of them: what was cut and what is rounded err independently of each other, so that their costs,
+    which are of second order, add up; and the rounding of fewer rows costs less in proportion."""
+    shape, every = space.shape, dict(found)
+    for layer, kind in space.blocks():
+        full = shape.full(kind)
+        for choice in space.ladder(kind):
+            if choice == own[layer, kind]:
+                every[layer, choice] = 0.0
+            elif (layer, choice) not in found:
+                entered, share = choice.entered_as(shape), shape.rows(choice.plain) / shape.rows(full)
+                assert entered is not None, "a type of its own"
+                rounding = found[layer, entered] - found[layer, full]
+                every[layer, choice] = found[layer, choice.plain] + share * rounding
+    return every
 
 
 def cautious(nats: Mapping[str, float], weights: Mapping[str, float], caution: float) -> float:
@@ -124,8 +152,8 @@ def _candidate(parent: Parent, library: BlockLibrary, layer: int, choice: Choice
         return _Candidate(choice, nothing, weight_DI[:, nothing], torch.zeros_like(own_bias))
     if choice == parent.shape.full(choice.kind):
         return _Candidate(choice, torch.arange(weight_DI.shape[1], device=weight_DI.device), weight_DI, own_bias)
-    columns_S = choice.columns(library.kept(layer, choice), parent.shape)
-    new_weight, new_bias = library.output(layer, choice)
+    columns_S = choice.columns(library.kept(layer, choice.plain), parent.shape)
+    new_weight, new_bias, _ = output_of(parent, library, layer, choice)
     bias_D = own_bias if new_bias is None else new_bias.to(own_bias)
     return _Candidate(choice, columns_S.to(weight_DI.device), new_weight.to(weight_DI), bias_D)
 
@@ -180,8 +208,11 @@ class _Watched:
         """Of a block: runs those of these choices beside it."""
         for choice in choices:
             # Gradients of earlier layers flow through what `at` has, and through nothing else.
-            with torch.set_grad_enabled(choice == self.own[layer, choice.kind]):
+            with torch.set_grad_enabled(choice == self._entered_as(self.own[layer, choice.kind])):
                 self._entered[layer, choice] = own_inputs(self.beside[choice][layer], args, kwargs)
+
+    def _entered_as(self, choice: Choice) -> Choice | None:
+        return choice.entered_as(self.parent.shape)
 
     def _project(
         self, layer: int, kind: BlockKind, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
@@ -192,7 +223,8 @@ class _Watched:
         if mine == self.parent.shape.full(kind):
             return output
         candidate = _candidate(self.parent, self.library, layer, mine)
-        return candidate.output(self._entered.get((layer, mine), args[0]))
+        entered = self._entered_as(mine)
+        return candidate.output(args[0] if entered is None else self._entered[layer, entered])
 
     def _add(
         self, layer: int, kind: BlockKind, _: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
@@ -216,10 +248,12 @@ class _Watched:
 
         def along_gradient(choice: Choice) -> torch.Tensor:
             candidate = _candidate(self.parent, self.library, layer, choice)
-            return _along_gradient(gradient_BTD.detach(), others.get(choice, x_BTI), candidate, norm)
+            entered = self._entered_as(choice)
+            inputs_BTI = x_BTI if entered is None else others[entered]
+            return _along_gradient(gradient_BTD.detach(), inputs_BTI, candidate, norm)
 
         own_N = along_gradient(mine)
-        for choice in self.library.space.ladder(kind):
+        for choice in _scored(self.library.space, kind):
             if choice != mine:
                 change_N = along_gradient(choice) - own_N
                 self.sums[layer, choice] = float((change_N + 0.5 * change_N.square()).double().sum())

@@ -13,6 +13,7 @@ import torch
 
 from llmprune.choices.architecture import Architecture
 from llmprune.choices.choice import Choice, Kept, attends
+from llmprune.choices.dimensions import BlockKind
 from llmprune.choices.space import Decision, Space
 from llmprune.core.budgets import parse_budget, parse_pick
 from llmprune.core.errors import RecipeError
@@ -156,6 +157,9 @@ class _FirstUnits:
         return choice.kept({}, self._parent.shape)
 
     def norm_squares(self, layer: int, name: str) -> None:
+        return None
+
+    def input_squares(self, layer: int, kind: BlockKind) -> None:
         return None
 
     def output(self, layer: int, choice: Choice) -> tuple[torch.Tensor, torch.Tensor | None]:

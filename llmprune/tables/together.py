@@ -29,7 +29,8 @@ def together_architectures(space: Space, rungs: int) -> dict[Choice, Architectur
     layers, found = range(space.shape.layers), {}
     for kind in BLOCK_KINDS:
         for _, own in by_kind(space.ladder(kind)[:-1]):
-            kept = [choice for choice in own if choice.units]
+            # A type of weights adds an error of its own, whose sums hold.
+            kept = [choice for choice in own if choice.units and choice.stored is None]
             count = min(rungs, len(kept))
             for place in (np.arange(count) + 0.5) * len(kept) / max(count, 1) - 0.5:
                 choice = kept[round(place)]
@@ -43,7 +44,8 @@ def together_factors(
     """By choice, what it costs where all layers make it, over the sum of its scores; 1 where nothing was tried.
 
     `score` gives nats a token of an architecture. Between the choices that are tried factors are interpolated in rows,
-    for each kind of choice by itself; beyond them, and for drops, that of the nearest holds.
+    for each kind of choice by itself; beyond them, and for drops, that of the nearest holds. A choice with a type of
+    weights has that of the same size without; rounding alone has 1.
     """
     children = together_architectures(space, rungs)
     if not children:
@@ -73,11 +75,15 @@ def _factor(lost: Callable[[], float], summed: float) -> float | None:
 def _interpolated(space: Space, tried: Mapping[Choice, float]) -> dict[Choice, float]:
     rows, factors = space.shape.rows, dict[Choice, float]()
     for kind in BLOCK_KINDS:
-        for _, own in by_kind(space.ladder(kind)):
+        for _, own in by_kind(choice for choice in space.ladder(kind) if choice.stored is None):
             known = sorted((rows(choice), tried[choice]) for choice in own if choice in tried)
             sizes, values = [size for size, _ in known], [factor for _, factor in known]
             for choice in own:
                 factors[choice] = float(np.interp(rows(choice), sizes, values)) if known else 1.0
+        full = space.shape.full(kind)
+        for choice in space.ladder(kind):
+            if choice.stored is not None:
+                factors[choice] = 1.0 if choice.plain == full else factors[choice.plain]
     return factors
 
 
