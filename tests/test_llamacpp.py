@@ -26,11 +26,12 @@ from llmprune.core.recipe import Recipe, WorkloadRecipe
 from llmprune.core.recipe_text import parse_recipe
 from llmprune.formats.gguf import write_gguf
 from llmprune.measure.quality import perplexity
-from llmprune.measure.speed import llamacpp_engine, llamacpp_library
+from llmprune.measure.speed import llamacpp_engine
 from llmprune.measure.speed.llamacpp import GgufModel, greedy, logits_of, window_nats
 from llmprune.measure.speed.llamacpp_engine import loaded_runs
 from llmprune.measure.speed.throughput import Workload, measure_paired, token_ids
 from llmprune.models.surgery import prune
+from llmprune.numerics import llamacpp_library
 from llmprune.pipeline.commands import front, search
 from llmprune.pipeline.prepare import lay_ground, stock_up
 from llmprune.pipeline.run import Run

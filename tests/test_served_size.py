@@ -24,6 +24,7 @@ from llmprune.measure.speed.llamacpp import GgufModel
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import size_of
 from llmprune.models.surgery import prune, skeleton
+from llmprune.numerics.ggml import TYPES
 from llmprune.pipeline.commands import export, front, search
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
@@ -31,6 +32,7 @@ from llmprune.tables.block_tables import count_savings
 from llmprune.tables.costs import CostTable
 
 BLOCKS = Case("llama", "blocky", {**BLOCKY, "tie_word_embeddings": True})
+WIDE = Case("llama", "wide", {**BLOCKS.values, "hidden_size": 256, "head_dim": 64, "intermediate_size": 768})
 PADDING = gguf.GGUF_DEFAULT_ALIGNMENT
 
 
@@ -47,8 +49,9 @@ def test_every_byte_of_a_childs_tensors_is_counted(shape: str, family: str, tmp_
 
 @pytest.mark.parametrize("weights", get_args(GgufType))
 def test_every_type_is_counted(weights: GgufType, tmp_path: Path) -> None:
-    parent = tiny_parent(BLOCKS)
-    for i, layers in enumerate(([(4, 96)] * 4, [(0, 64), (3, 0), (0, 0), (1, 32)])):
+    parent = tiny_parent(BLOCKS if TYPES[weights].block <= 32 else WIDE)
+    step = parent.shape.ffn_width // 3
+    for i, layers in enumerate(([(4, 3 * step)] * 4, [(0, 2 * step), (4, 0), (0, 0), (2, step)])):
         assert_exact(parent, Architecture.of(layers), weights, tmp_path / f"{i}.gguf")
 
 

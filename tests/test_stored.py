@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import patch
 
 import gguf
 import pytest
@@ -13,8 +14,11 @@ from closeness import assert_close, tolerance
 from families import COMMON, Case, Slices, tiny_parent, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_run import changed
 from test_sensitivity import estimate_by_hand
+from tiny import spread, tiny_recipe
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llmprune.blocks.library import build_library
 from llmprune.choices.architecture import DROPPED, Architecture, LayerChoice
@@ -24,17 +28,28 @@ from llmprune.choices.kinds import parse_choice
 from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.choices.space import Space
 from llmprune.choices.stored import StoredAttention, StoredFfn
-from llmprune.core.errors import ArchitectureError
-from llmprune.core.recipe import GgufType, ImportanceRecipe
+from llmprune.core.budgets import parse_pick
+from llmprune.core.errors import ArchitectureError, RecipeError
+from llmprune.core.progress import silent
+from llmprune.core.recipe import GgufType, ImportanceRecipe, Recipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.data.tokens import SourceTokens, Split
-from llmprune.formats.gguf import write_gguf
+from llmprune.formats.gguf import tensor_bytes, write_gguf
+from llmprune.formats.layers import layer_sizes
 from llmprune.formats.served_size import served_size
+from llmprune.measure.speed.throughput import Speed, Spread
 from llmprune.models.parent import Parent
 from llmprune.models.stored import stored_weights
 from llmprune.models.surgery import prune
 from llmprune.numerics.ggml import TYPES, from_blocks, to_blocks
+from llmprune.pipeline.commands import export, front, search
+from llmprune.pipeline.run import Run
+from llmprune.pipeline.run_directory import RunDirectory
+from llmprune.publish.conversion import convert
 from llmprune.publish.gguf_proof import prove_gguf
 from llmprune.recover.repair import Repair
+from llmprune.search import judging
+from llmprune.tables import block_tables
 from llmprune.tables.estimate import estimate_delta_nats
 
 SHAPE = {
@@ -256,3 +271,87 @@ def test_any_child_of_a_space_with_types_computes_what_its_file_does(data: st.Da
     child = prune(parent(), architecture, Slices(parent()))
     with torch.inference_mode():
         assert bool(child(tokens()).logits.isfinite().all())
+
+
+def types_recipe(root: Path, *changes: str) -> Recipe:
+    """A run whose blocks may be stored in smaller types: llama.cpp reads its children."""
+    recipe = changed(
+        tiny_recipe(root),
+        "workload.engine=llamacpp",
+        "deploy.formats=[hf, gguf]",
+        "deploy.gguf_type=q8_0",
+        "space.precision=[q5_0, q4_0]",
+        "space.ffn_step=32",
+        "search.targets=[1.3]",
+        *changes,
+    )
+    config = LlamaConfig.from_pretrained(recipe.model.path)
+    for name, value in {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}.items():
+        setattr(config, name, value)
+    config.num_attention_heads, config.num_key_value_heads = 8, 4
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(recipe.model.path)
+    return recipe
+
+
+def by_bytes(reference: Any, candidates: Any, *rest: Any) -> Any:
+    """Stands in for `measure_paired`: a model is as fast as its file is small, always."""
+
+    def size(model: Any) -> int:
+        return sum(tensor_bytes(model, "q8_0").values())
+
+    speeds = [spread(size(reference) / size(model)) for model in candidates]
+    return speed_of(spread(1.0)), [speed_of(one) for one in speeds]
+
+
+def speed_of(ratio: Spread) -> Speed:
+    return Speed(spread(100.0), spread(10.0), ratio, ratio)
+
+
+def test_a_run_finds_exports_and_serves_children_of_several_types(tmp_path: Path) -> None:
+    recipe = types_recipe(tmp_path)
+    with (
+        RunDirectory(tmp_path / "run").locked(),
+        patch.object(judging, "measure_paired", by_bytes),
+        patch.object(block_tables, "measure_paired", by_bytes),
+    ):
+        run = Run.start(tmp_path / "run", recipe)
+        search(run)
+        found = front(run)
+        fastest = max(found.children, key=lambda child: child.decode_speedup.median)
+        assert {"q5_0", "q4_0"} & {choice.stored for _, choice in fastest.architecture.blocks()}
+        assert fastest.stored_as.startswith("GGUF q8_0+q") and fastest.bytes < found.parent.bytes / 1.25
+        written = export(run, parse_pick(fastest.id), tmp_path / "child")
+    path = tmp_path / "child" / "model-Q8_0.gguf"
+    assert written["formats"][0]["proof"].startswith("run in llama.cpp")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "child", trust_remote_code=False)
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for layer, sizes in enumerate(layer_sizes(loaded.config)):
+        if sizes.ffn_width:
+            tensor = held[f"blk.{layer}.ffn_down.weight"]
+            assert tensor.tensor_type.name.lower() == sizes.types.get("ffn", "q8_0")
+            if "ffn" in sizes.types:
+                numbers = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+                assert torch.equal(numbers, loaded.get_submodule(f"model.layers.{layer}.mlp.down_proj").weight)
+    # A checkpoint knows its types: the file can be written again from it.
+    again = convert(ModelRecipe(path=str(tmp_path / "child")), recipe.deploy, None, silent, force=True)
+    assert again["formats"][0]["proof"].startswith("run in llama.cpp")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("workload.engine=torch", r"needs workload\.engine=llamacpp"),
+        ("space.precision=[q8_0]", r"q8_0, which is no smaller than deploy\.gguf_type=q8_0"),
+        ("space.precision=[f16]", "which is no smaller"),
+        ("space.precision=[q4_k]", r"blocks of 256, which rows of hidden_size 64 are not; use q5_1, q5_0, q4_1"),
+        ("space.size=layer", r"space\.precision=\[\]"),
+    ],
+)
+def test_types_that_are_no_choice_are_refused_before_anything_is_done(change: str, said: str, tmp_path: Path) -> None:
+    recipe = types_recipe(tmp_path, change)
+    with RunDirectory(tmp_path / "run").locked():
+        run = Run.start(tmp_path / "run", recipe)
+        with pytest.raises((RecipeError, ArchitectureError), match=said):
+            search(run)
+    assert not (tmp_path / "run" / "library").exists()

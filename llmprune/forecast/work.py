@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmprune.blocks.solve import own_input_choices, refitted
+from llmprune.blocks.solve import offers_types, own_input_choices, refitted
 from llmprune.choices.architecture import ParentShape
 from llmprune.choices.choice import Choice, RefitWork
 from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
@@ -78,7 +78,7 @@ def gram_flops_per_token(shape: ParentShape, own: Sequence[Choice] = ()) -> int:
 
 def _own_flops(shape: ParentShape, choice: Choice) -> int:
     """The projections of a block that a choice runs for itself, for one token, but for the one of its output."""
-    return 2 * shape.hidden_size * (shape.rows(choice) - shape.inputs(choice))
+    return 2 * shape.hidden_size * (shape.rows(choice.plain) - shape.inputs(choice))
 
 
 def estimate_flops_per_token(space: Space, *, anywhere: bool = False) -> int:
@@ -109,6 +109,9 @@ def layer_library_bytes(
         for work in refit_works(space, kind):
             total += 8 * work.order_numbers
             tensors += work.orders
+        if offers_types(space):
+            total += 8 * (shape.hidden_size + inputs_of(shape, kind))
+            tensors += 2
         if method == "flap":
             total += 8 * (shape.units(kind) + inputs_of(shape, kind))
             tensors += 2

@@ -91,15 +91,18 @@ def _text(contents: Contents, repo: str, child: Record, parent: Record, evaluati
 
 
 def architecture_map(architecture: Architecture, shape: ParentShape) -> str:
-    """A line for each layer of the parent: KV groups, query heads and FFN width that stayed, drawn as bars."""
-    lines = [f"layer  {'KV groups':<{BAR_WIDTH + 10}}{'query heads':<14}FFN width"]
+    """A line for each layer of the parent: KV groups, query heads and FFN width that stayed, drawn as bars; and types
+    of weights, where blocks have their own."""
+    typed = 8 if any(choice.stored for _, choice in architecture.blocks()) else 0
+    lines = [f"layer  {'KV groups':<{BAR_WIDTH + 10 + typed}}{'query heads':<14}FFN width"]
     for index, layer in enumerate(architecture.layers):
         sizes = {**layer.attention.sizes(shape), **layer.ffn.sizes(shape)}
         groups, queries, width = (sizes.get(word, 0) for word in ("kv_heads", "heads", "ffn_width"))
+        types = [f" {choice.stored}" if choice.stored else "" for choice in layer.blocks]
         attention = f"{_bar(groups, shape.kv_groups)} {groups}/{shape.kv_groups}" if groups else "attention dropped"
         heads = f"{queries}/{shape.kv_groups * shape.queries_per_group}" if groups else ""
         ffn = f"{_bar(width, shape.ffn_width)} {width}/{shape.ffn_width}" if width else "FFN dropped"
-        line = f"{index:>5}  {attention:<{BAR_WIDTH + 10}}{heads:<14}{ffn}"
+        line = f"{index:>5}  {attention + types[0]:<{BAR_WIDTH + 10 + typed}}{heads:<14}{ffn}{types[1]}"
         lines.append(f"{index:>5}  layer dropped" if layer.is_gone else line)
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from llmprune.choices.architecture import Architecture
+from llmprune.choices.choice import Choice
 from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.core.budgets import parse_pick, pick_record
 from llmprune.core.errors import BudgetError
@@ -82,7 +83,8 @@ def cells_of(architecture: Architecture, whole: Architecture) -> Iterator[Row]:
             "layer": layer,
             "block": KIND_NAMES[choice.kind],
             "kept": choice.units / full.units,
-            "units": f"{choice.units:,} of {full.units:,} {'KV groups' if choice.kind == 'attention' else 'wide'}",
+            "units": f"{choice.units:,} of {full.units:,} {'KV groups' if choice.kind == 'attention' else 'wide'}"
+            + (f", {choice.stored}" if choice.stored else ""),
         }
 
 
@@ -122,12 +124,18 @@ def choice_rows(tables: BlockTables, phase: str) -> Iterator[Row]:
                     "layer": layer,
                     "block": KIND_NAMES[kind],
                     "place": place,
-                    "left": "dropped" if not choice.units else f"{choice.units:,}",
+                    "left": _left(choice),
                     "nats": _finite(nats),
                     # A colour per factor: what is lost spans orders of magnitude, and noise may be below nothing.
                     "shade": _finite(max(nats, 1e-4)),
                     "saved": tables.costs.saving[phase][choice],
                 }
+
+
+def _left(choice: Choice) -> str:
+    if not choice.units:
+        return "dropped"
+    return f"{choice.units:,}" + (f" {choice.stored}" if choice.stored else "")
 
 
 def trial_rows(trials: Sequence[Judged], phase: str, tables: BlockTables | None) -> Iterator[Row]:
