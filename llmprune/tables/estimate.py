@@ -85,8 +85,9 @@ def estimate_delta_nats(
     layers = range(parent.shape.layers)
     beside = {choice: own_blocks(parent, choice, layers, library) for choice in own_input_choices(library.space)}
     plan = _batches(split, tokens)
+    rounded: dict[tuple[int, Choice], _Candidate] = {}
     for done, (name, windows, share) in enumerate(plan):
-        sums, count = _batch_scores(parent, library, own, beside, windows)
+        sums, count = _batch_scores(parent, library, own, beside, rounded, windows)
         for key, value in sums.items():
             per_source[name][key] += share * value / count
         if progress:
@@ -163,10 +164,11 @@ def _batch_scores(
     library: BlockLibrary,
     own: Mapping[tuple[int, BlockKind], Choice],
     beside: _Beside,
+    rounded: dict[tuple[int, Choice], _Candidate],
     windows: torch.Tensor,
 ) -> tuple[DeltaNats, int]:
     """Sums over the batch's tokens of g.delta + (g.delta)^2 / 2 for every candidate, and the number of tokens."""
-    watched = _Watched(parent, library, own, beside)
+    watched = _Watched(parent, library, own, beside, rounded)
     with watched.hooked(), torch.enable_grad():
         embedded = parent.model.get_input_embeddings()(windows.to(parent.device)).detach().requires_grad_()
         logits = parent.model(inputs_embeds=embedded, use_cache=False).logits[:, :-1].float()
@@ -184,6 +186,8 @@ class _Watched:
     library: BlockLibrary
     own: Mapping[tuple[int, BlockKind], Choice]
     beside: _Beside
+    rounded: dict[tuple[int, Choice], _Candidate]
+    """What takes time to make, from one batch to the next."""
     sums: DeltaNats = field(default_factory=dict)
     _entered: dict[tuple[int, Choice], torch.Tensor] = field(default_factory=dict)
     _inputs: dict[tuple[int, BlockKind], torch.Tensor] = field(default_factory=dict)
@@ -211,6 +215,14 @@ class _Watched:
             with torch.set_grad_enabled(choice == self._entered_as(self.own[layer, choice.kind])):
                 self._entered[layer, choice] = own_inputs(self.beside[choice][layer], args, kwargs)
 
+    def _candidate(self, layer: int, choice: Choice) -> _Candidate:
+        key = layer, choice
+        if choice.stored is None:
+            return _candidate(self.parent, self.library, layer, choice)
+        if key not in self.rounded:
+            self.rounded[key] = _candidate(self.parent, self.library, layer, choice)
+        return self.rounded[key]
+
     def _entered_as(self, choice: Choice) -> Choice | None:
         return choice.entered_as(self.parent.shape)
 
@@ -222,7 +234,7 @@ class _Watched:
         self._inputs[layer, kind] = args[0].detach()
         if mine == self.parent.shape.full(kind):
             return output
-        candidate = _candidate(self.parent, self.library, layer, mine)
+        candidate = self._candidate(layer, mine)
         entered = self._entered_as(mine)
         return candidate.output(args[0] if entered is None else self._entered[layer, entered])
 
@@ -247,7 +259,7 @@ class _Watched:
         mine, norm = self.own[layer, kind], self.parent.output_norm(layer, kind)
 
         def along_gradient(choice: Choice) -> torch.Tensor:
-            candidate = _candidate(self.parent, self.library, layer, choice)
+            candidate = self._candidate(layer, choice)
             entered = self._entered_as(choice)
             inputs_BTI = x_BTI if entered is None else others[entered]
             return _along_gradient(gradient_BTD.detach(), inputs_BTI, candidate, norm)
