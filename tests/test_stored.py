@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -50,7 +51,7 @@ from llmprune.publish.gguf_proof import prove_gguf
 from llmprune.recover.repair import Repair
 from llmprune.search import judging
 from llmprune.tables import block_tables
-from llmprune.tables.estimate import estimate_delta_nats
+from llmprune.tables.estimate import _second_order, estimate_delta_nats
 
 SHAPE = {
     **COMMON,
@@ -209,10 +210,10 @@ def test_calibration_says_what_rounding_is_weighed_by(split: Split) -> None:
     assert plain.input_squares(1, "ffn") is None
 
 
-@pytest.mark.parametrize("choice", [ffn(512, "q3_k"), attention(4, "q3_k")])
+@pytest.mark.parametrize("choice", [ffn(512, "q6_k"), attention(4, "q6_k")])
 def test_rounding_a_whole_block_is_estimated_by_what_the_block_then_adds(choice: Choice, split: Split) -> None:
     """All its weights are rounded, not the last alone; and with rows left out both costs add up."""
-    space = Space.of(parent().shape, 1, 256, precision=("q3_k",))
+    space = Space.of(parent().shape, 1, 256, precision=("q6_k",))
     library = build_library(parent(), split, ImportanceRecipe(), space)
     estimated = estimate_delta_nats(parent(), split, library, tokens=10**6)
     for layer in range(3):
@@ -225,9 +226,15 @@ def test_rounding_a_whole_block_is_estimated_by_what_the_block_then_adds(choice:
         child(split.sources["text"].windows, use_cache=False)
         handle.remove()
         by_hand = estimate_by_hand(parent(), split, layer, lambda name, found=outputs: found[0], choice.kind)
-        assert estimated[layer, choice] == pytest.approx(by_hand, rel=1e-3) and abs(by_hand) > 1e-4
-    summed = estimated[1, FfnChoice(256)] + 0.5 * estimated[1, ffn(512, "q3_k")]
-    assert estimated[1, ffn(256, "q3_k")] == pytest.approx(summed)
+        assert estimated[layer, choice] == pytest.approx(by_hand, rel=1e-3, abs=1e-6) and abs(by_hand) > 1e-5
+    summed = estimated[1, FfnChoice(256)] + 0.5 * estimated[1, ffn(512, "q6_k")]
+    assert estimated[1, ffn(256, "q6_k")] == pytest.approx(summed)
+
+
+def test_what_a_rounding_does_to_a_token_is_not_believed_beyond_a_nat() -> None:
+    change_N = torch.tensor([-40.0, -1.0, 0.0, 0.5, 3.0])
+    assert torch.equal(_second_order(change_N, 1.0), torch.tensor([39.5, 0.5, 0.0, 0.125, 2.5]))
+    assert torch.equal(_second_order(change_N, math.inf), 0.5 * change_N.square())
 
 
 def test_the_estimate_at_a_stored_child_runs_that_child(split: Split) -> None:

@@ -24,6 +24,10 @@ from llmprune.models.parent import Parent
 from llmprune.models.surgery import output_of
 
 WINDOWS_A_BATCH = 2
+FURTHEST = 1.0
+"""Nats of a token up to which the second order of a rounding is believed. The stream of a few tokens is thousands of
+times the others' (massive activations, arXiv 2402.17762): the same relative error of it is as much further, and says
+nothing, since a norm follows. On SmolLM2 one layer's FFN in q4_0 was estimated at +0.92 nats a token for -0.02."""
 
 DeltaNats = dict[tuple[int, Choice], float]
 """Nats a token that each choice of each layer costs."""
@@ -68,7 +72,8 @@ def estimate_delta_nats(
     is taken behind it, by the norm itself: it does not see the scale of its input, so that in front of it the gradient
     is orthogonal to the output, and a dropped block would seem to cost nothing. Products are in float32 at the least,
     whatever the parent's dtype. It sees no interaction between the blocks that change: what is built on it is measured
-    as a whole model.
+    as a whole model. Where weights are rounded the second order of a token grows no faster than its size beyond
+    `FURTHEST`.
 
     About `tokens` tokens of `split` are used, shared over its sources by weight. With `caution`, so many standard
     deviations between the sources' own estimates are added to their mean (see `cautious`).
@@ -268,7 +273,15 @@ class _Watched:
         for choice in _scored(self.library.space, kind):
             if choice != mine:
                 change_N = along_gradient(choice) - own_N
-                self.sums[layer, choice] = float((change_N + 0.5 * change_N.square()).double().sum())
+                rounds = choice.stored is not None or mine.stored is not None
+                second_N = _second_order(change_N, FURTHEST if rounds else math.inf)
+                self.sums[layer, choice] = float((change_N + second_N).double().sum())
+
+
+def _second_order(change_N: torch.Tensor, furthest: float) -> torch.Tensor:
+    """Half the square, and beyond `furthest` what has the same slope from there on (Huber, 1964)."""
+    size_N = change_N.abs()
+    return torch.where(size_N <= furthest, 0.5 * change_N.square(), furthest * (size_N - 0.5 * min(furthest, 1e30)))
 
 
 def _along_gradient(

@@ -29,8 +29,8 @@ def together_architectures(space: Space, rungs: int) -> dict[Choice, Architectur
     layers, found = range(space.shape.layers), {}
     for kind in BLOCK_KINDS:
         for _, own in by_kind(space.ladder(kind)[:-1]):
-            # A type of weights adds an error of its own, whose sums hold.
-            kept = [choice for choice in own if choice.units and choice.stored is None]
+            # A type of weights adds an error of its own, which whole blocks tell.
+            kept = [choice for choice in own if choice.units and (choice.stored is None or _only_rounds(choice, space))]
             count = min(rungs, len(kept))
             for place in (np.arange(count) + 0.5) * len(kept) / max(count, 1) - 0.5:
                 choice = kept[round(place)]
@@ -44,12 +44,12 @@ def together_factors(
     """By choice, what it costs where all layers make it, over the sum of its scores; 1 where nothing was tried.
 
     `score` gives nats a token of an architecture. Between the choices that are tried factors are interpolated in rows,
-    for each kind of choice by itself; beyond them, and for drops, that of the nearest holds. A choice with a type of
-    weights has that of the same size without; rounding alone has 1.
+    for each kind of choice by itself; beyond them, and for drops, that of the nearest holds. Where rows leave and the
+    rest is rounded, each of both costs counts by its own.
     """
     children = together_architectures(space, rungs)
     if not children:
-        return _interpolated(space, {})
+        return _interpolated(space, {}, delta_nats)
     base, tried = score(space.shape.architecture), {}
     for done, (choice, architecture) in enumerate(children.items()):
         advance(done, len(children))
@@ -58,7 +58,7 @@ def together_factors(
         if factor is not None:
             tried[choice] = factor
     advance(len(children), len(children))
-    return _interpolated(space, tried)
+    return _interpolated(space, tried, delta_nats)
 
 
 def _factor(lost: Callable[[], float], summed: float) -> float | None:
@@ -72,7 +72,11 @@ def _factor(lost: Callable[[], float], summed: float) -> float | None:
     return min(max(found / summed, 1 / FURTHEST), FURTHEST)
 
 
-def _interpolated(space: Space, tried: Mapping[Choice, float]) -> dict[Choice, float]:
+def _only_rounds(choice: Choice, space: Space) -> bool:
+    return choice.plain == space.shape.full(choice.kind)
+
+
+def _interpolated(space: Space, tried: Mapping[Choice, float], delta_nats: Scores) -> dict[Choice, float]:
     rows, factors = space.shape.rows, dict[Choice, float]()
     for kind in BLOCK_KINDS:
         for _, own in by_kind(choice for choice in space.ladder(kind) if choice.stored is None):
@@ -80,11 +84,23 @@ def _interpolated(space: Space, tried: Mapping[Choice, float]) -> dict[Choice, f
             sizes, values = [size for size, _ in known], [factor for _, factor in known]
             for choice in own:
                 factors[choice] = float(np.interp(rows(choice), sizes, values)) if known else 1.0
-        full = space.shape.full(kind)
         for choice in space.ladder(kind):
             if choice.stored is not None:
-                factors[choice] = 1.0 if choice.plain == full else factors[choice.plain]
+                factors[choice] = _of_both(choice, space, factors[choice.plain], tried, delta_nats)
     return factors
+
+
+def _of_both(choice: Choice, space: Space, of_cut: float, tried: Mapping[Choice, float], delta_nats: Scores) -> float:
+    """The factor of a choice that rounds what it leaves: the mean of the cut's own and the rounding's, by what each
+    costs."""
+    whole = choice.entered_as(space.shape)
+    assert whole is not None, "it has a type of its own"
+    of_rounding = tried.get(whole, 1.0)
+    if whole == choice:
+        return of_rounding
+    cut, both = (sum(max(delta_nats[i, c], 0.0) for i in range(space.shape.layers)) for c in (choice.plain, choice))
+    share = min(cut / both, 1.0) if both > 0 else 1.0
+    return share * of_cut + (1.0 - share) * of_rounding
 
 
 def weighed(scores: Scores, factors: Mapping[Choice, float], at: Architecture) -> dict[tuple[int, Choice], float]:
