@@ -13,6 +13,7 @@ import yaml
 from conftest import Finished, Llmprune, Result
 from tiny import contents
 
+from llmprune.cli.options import recipe_from
 from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_files import recipe_names
 from llmprune.core.recipe_text import to_yaml
@@ -35,6 +36,12 @@ def assert_one_error(result: Result, message: str) -> None:
     assert message in result.err
 
 
+def test_a_model_is_compressed_by_a_recipe_that_comes_along() -> None:
+    recipe = recipe_from("a/model", ["search.trials=3"], "llamacpp")
+    assert (recipe.model.path, recipe.search.trials, recipe.workload.engine) == ("a/model", 3, "llamacpp")
+    assert recipe.space.precision and recipe_from("a/model", None).space.precision == ()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -49,6 +56,16 @@ def assert_one_error(result: Result, message: str) -> None:
         ("compress {recipe} --out {tmp}/run space.merge_kv=true space.size=layer --quiet", "space.merge_kv changes"),
         ("compress {recipe} --out {run} data.seq_len=32 --quiet", "was made with another data.seq_len"),
         ("compress {tmp}/broken.yaml --out {tmp}/run", "is not YAML"),
+        ("compress {recipe} --recipe llamacpp --out {tmp}/run", "tiny.yaml is a recipe itself"),
+        (
+            "compress a/model --recipe llama --out {tmp}/run",
+            "no recipe is called 'llama'; there are: bench-smollm2-135m",
+        ),
+        ("compress {recipe} --out {tmp}/run space.precision=[q4_0] --quiet", "needs workload.engine=llamacpp"),
+        (
+            "compress {recipe} --out {tmp}/run space.precision=[q4_9] --quiet",
+            "space.precision.0: Input should be 'f32'",
+        ),
         ("search {tmp}/run", "is not a run directory yet; name a recipe or model with --recipe"),
         ("search {run} search.sampler=best --quiet", "search.sampler: Input should be"),
         ("front {tmp}/run", "is not a run directory yet"),

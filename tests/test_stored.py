@@ -325,6 +325,13 @@ def test_a_run_finds_exports_and_serves_children_of_several_types(tmp_path: Path
         run = Run.start(tmp_path / "run", recipe)
         search(run)
         found = front(run)
+        named = {record.name: record for record in found.baselines}
+        assert {"parent in q5_0", "parent in q4_0"} <= named.keys()
+        for type_ in ("q5_0", "q4_0"):
+            quantised = named[f"parent in {type_}"]
+            assert {choice.stored for _, choice in quantised.architecture.blocks()} == {type_}
+            assert quantised.params == found.parent.params and quantised.bytes < found.parent.bytes
+            assert quantised.stored_as == f"GGUF q8_0+{type_}" and quantised.test is not None
         fastest = max(found.children, key=lambda child: child.decode_speedup.median)
         assert {"q5_0", "q4_0"} & {choice.stored for _, choice in fastest.architecture.blocks()}
         assert fastest.stored_as.startswith("GGUF q8_0+q") and fastest.bytes < found.parent.bytes / 1.25

@@ -1,13 +1,20 @@
 """Uniform width: one number of KV groups and one FFN width for all layers (Minitron, arXiv 2407.14679, without the
-training). Which units stay, and whether the rest is re-solved, is the library's affair."""
+training). Which units stay, and whether the rest is re-solved, is the library's affair. Where a space offers types of
+weights, all attentions have one and all FFNs have one: pruned first, and quantised then."""
 
 from __future__ import annotations
 
 from llmprune.baselines.given import Given
 from llmprune.choices.architecture import Architecture
+from llmprune.choices.dimensions import BLOCK_KINDS
+from llmprune.choices.space import Space
+from llmprune.core.recipe import GgufType
+from llmprune.numerics.ggml import TYPES
 from llmprune.search.warm_starts import uniform_width
 from llmprune.tables.draw import SPEED_TOLERANCE
 
+NEAR = 8
+"""Architectures of about the speed that are tried at the most: with types of weights there are dozens."""
 FASTER = 3
 """Faster architectures that are tried at the most."""
 
@@ -22,7 +29,20 @@ def uniform(given: Given, speedup: float) -> Architecture | None:
         return max(every, key=given.speedup)
     near = [a for a in fast if given.speedup(a) <= speedup * (1 + SPEED_TOLERANCE)] or [min(fast, key=given.speedup)]
     estimated = given.tables.nats_lost
+    near = sorted(near, key=estimated)[:NEAR]
     least = min(map(estimated, near))
     better = sorted((a for a in fast if a not in near and estimated(a) < least), key=estimated)
     candidates = near + better[:FASTER]
     return candidates[0] if len(candidates) == 1 else given.best(candidates)
+
+
+def parents_in_types(space: Space) -> list[tuple[GgufType, Architecture]]:
+    """The parent with all its blocks in one of the types that the space offers, as it would be quantised without being
+    pruned: each type, widest first."""
+    whole = {(kind, choice.stored): choice for kind in BLOCK_KINDS for choice in space.ladder(kind) if choice.stored}
+    layers, found = range(space.shape.layers), []
+    for name in TYPES:
+        own = [choice for kind in BLOCK_KINDS if (choice := whole.get((kind, name))) is not None]
+        if len(own) == len(BLOCK_KINDS) and all(choice.plain == space.shape.full(choice.kind) for choice in own):
+            found.append((name, space.shape.architecture.with_choices((i, c) for i in layers for c in own)))
+    return found

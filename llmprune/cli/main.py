@@ -53,6 +53,9 @@ def compress(
     model_or_recipe: Annotated[str, typer.Argument(help="Recipe (.yaml), Hub id, checkpoint directory or GGUF file.")],
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", help="Run directory.")] = Path("runs/run"),
+    recipe_name: Annotated[
+        str | None, typer.Option("--recipe", help="For a model: the recipe, by a name that `recipes ls` prints.")
+    ] = None,
     storage: Storage = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -63,7 +66,7 @@ def compress(
     from llmprune.pipeline import commands
     from llmprune.pipeline.run_directory import read_front
 
-    recipe = recipe_from(model_or_recipe, overrides)
+    recipe = recipe_from(model_or_recipe, overrides, recipe_name)
     if dry_run:
         return _print_forecast(out, recipe, "export", storage, json, quiet)
     with opened_run(out, recipe, quiet, storage) as (run, report):

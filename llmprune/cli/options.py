@@ -75,14 +75,17 @@ def emit(data: Any, as_json: bool, lines: Any) -> None:
         target.print(line, markup=False, soft_wrap=True) if isinstance(line, str) else target.print(line)
 
 
-def recipe_from(model_or_recipe: str, overrides: list[str] | None) -> Recipe:
-    """A recipe file, or the default recipe for a model."""
+def recipe_from(model_or_recipe: str, overrides: list[str] | None, by: str | None = None) -> Recipe:
+    """A recipe file; or for a model the recipe called `by` that comes along, by default the default one."""
     if model_or_recipe.endswith((".yaml", ".yml")):
+        if by is not None:
+            raise RecipeError(f"--recipe names the recipe for a model; {shortened(model_or_recipe)} is a recipe itself")
         return with_absolute_paths(load_recipe(Path(model_or_recipe), overrides))
-    data = read_yaml_file(recipe_path(DEFAULT_RECIPE))
+    name = by or DEFAULT_RECIPE
+    data = read_yaml_file(recipe_path(name))
     data["model"]["path"] = model_or_recipe
     data = apply_overrides(data, overrides or [])
-    return with_absolute_paths(parse_recipe(data, origin=f"the default recipe for {shortened(model_or_recipe)}"))
+    return with_absolute_paths(parse_recipe(data, origin=f"the {name} recipe for {shortened(model_or_recipe)}"))
 
 
 def recipe_of_run(run: Path, recipe: str | None, overrides: list[str] | None) -> Recipe:

@@ -209,6 +209,11 @@ class Record(_Value):
         return float(found.median if isinstance(found, Spread) else found)
 
     @property
+    def bits(self) -> float:
+        """Bits that a weight takes on average, scales counted in, as `stored_as` says."""
+        return 8 * self.bytes / self.params
+
+    @property
     def is_finite(self) -> bool:
         """Whether the child computes numbers at all: a broken one is no candidate."""
         return math.isfinite(self.nats_per_token) and math.isfinite(self.ppl)

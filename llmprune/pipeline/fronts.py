@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from optuna.storages import BaseStorage
 
 from llmprune.baselines.contest import Entrant, choose_beside
+from llmprune.baselines.uniform import parents_in_types
 from llmprune.choices.architecture import Architecture
 from llmprune.core.budgets import parse_budget, parse_pick
 from llmprune.core.errors import ModelError, RunDirectoryError
@@ -99,12 +100,14 @@ def _measured(run: Run, judges: Judges, chosen: Sequence[Record], beside: Mappin
             with suppress(ModelError):
                 baselines.append((rival.measure(architecture), rival))
         advance(len(chosen) + len(beside), len(chosen) + len(beside))
+        stored = [judge.judge(whole, f"parent in {name}") for name, whole in parents_in_types(judge.library.space)]
     # What another child beats before it is repaired is not worth the minutes that a repair takes.
     best = non_dominated((record for record in children if record.is_finite), run.speed)
     own = _Forms(run, judges, judge, judges.quoting())
     forms = {repaired.id: (record, repaired) for record in best for repaired in [own.repaired(record)]}
     chosen_children = non_dominated((repaired for _, repaired in forms.values()), run.speed)
     kept = [(*forms[record.id], own) for record in chosen_children]
+    kept += [(record, record, own) for record in stored]
     for record, rival in baselines:
         theirs = _Forms(run, judges, rival.judge, rival.quoting)
         helped = run.recipe.recover.baselines and rival.judge.finish is None

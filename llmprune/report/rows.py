@@ -48,6 +48,7 @@ def _of_record(record: Record, role: str, phase: str) -> Row:
         "fast": speed.high,
         "params": record.params,
         "bytes": record.bytes,
+        "bits": record.bits,
         "done": ", ".join(record.done) or "nothing: one-shot",
         "usable": record.usable is not False,
         **quoted,
