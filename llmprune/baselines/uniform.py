@@ -13,7 +13,7 @@ from llmprune.numerics.ggml import TYPES
 from llmprune.search.warm_starts import uniform_width
 from llmprune.tables.draw import SPEED_TOLERANCE
 
-NEAR = 8
+NEAR = 4
 """Architectures of about the speed that are tried at the most: with types of weights there are dozens."""
 FASTER = 3
 """Faster architectures that are tried at the most."""
