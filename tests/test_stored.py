@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 from unittest.mock import patch
 
@@ -48,6 +49,7 @@ from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
 from llmprune.publish.conversion import convert
 from llmprune.publish.gguf_proof import prove_gguf
+from llmprune.recover import sequential
 from llmprune.recover.repair import Repair
 from llmprune.search import judging
 from llmprune.tables import block_tables
@@ -263,6 +265,28 @@ def test_a_repaired_child_is_rounded_again() -> None:
     assert torch.equal(stored_weights(child)[name].numbers_like(changed), child.state_dict()[name])
     assert torch.equal(child.state_dict()["model.layers.0.input_layernorm.weight"], norm)
     assert (changed - child.state_dict()[name]).abs().max() > tolerance(1.0)
+
+
+def test_how_far_a_refit_goes_is_judged_as_it_is_stored(split: Split) -> None:
+    child = prune(parent(), mixed("q4_0"), Slices(parent()))
+    name, free = "model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.o_proj.weight"
+    before = {key: child.state_dict()[key].clone() for key in (name, free)}
+    solved = {key: value + 0.02 * torch.randn_like(value) for key, value in before.items()}
+    seen: list[dict[str, Tensor]] = []
+
+    def scored(model: Any, judged_by: Split) -> Any:
+        seen.append({key: model.state_dict()[key].clone() for key in solved})
+        return SimpleNamespace(nats_per_token=1.0)
+
+    with patch.object(sequential, "score", scored):
+        nats = sequential.nats_on_the_way(child, solved, split, lambda done, total: None)
+    assert len(seen) == len(nats) > 1
+    for share, state in zip(nats, seen, strict=True):
+        moved = {key: torch.lerp(before[key], solved[key], share) for key in solved}
+        assert torch.equal(state[free], moved[free])
+        expected = from_blocks(to_blocks(moved[name], "q4_0"), "q4_0") if share else before[name]
+        assert torch.equal(state[name], expected)
+    assert all(torch.equal(child.state_dict()[key], before[key]) for key in before)
 
 
 @settings(max_examples=20, deadline=None)

@@ -54,6 +54,12 @@ def remember(model: nn.Module, weights: Mapping[str, StoredWeight]) -> None:
         model.__dict__[_ATTRIBUTE] = dict(weights)
 
 
+def as_stored(child: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that would take the place of a child's own, those in a type of their own rounded to it."""
+    known = stored_weights(child)
+    return {name: known[name].anew(t).numbers_like(t) if name in known else t for name, t in tensors.items()}
+
+
 @torch.no_grad()
 def store_again(child: PreTrainedModel) -> None:
     """Round what is stored in a type of its own after it was changed."""

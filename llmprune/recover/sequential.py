@@ -26,6 +26,7 @@ from llmprune.data.tokens import Split
 from llmprune.measure.quality.perplexity import score
 from llmprune.models.modeling_pruned import input_axis
 from llmprune.models.parent import Parent
+from llmprune.models.stored import as_stored
 from llmprune.recover.held_out import windows_of
 from llmprune.recover.least_squares import LeastSquares
 from llmprune.recover.streams import (
@@ -117,7 +118,9 @@ def nats_on_the_way(
     own, nats = {name: child.state_dict()[name] for name in solved}, {}
     for done, share in enumerate(SHARES):
         progress(done, len(SHARES))
-        child.load_state_dict(on_the_way(child, solved, share), strict=False, assign=True)
+        # As it would be stored: what a refit gains may be lost in rounding again.
+        moved = as_stored(child, on_the_way(child, solved, share)) if share else own
+        child.load_state_dict(moved, strict=False, assign=True)
         nats[share] = score(child, judged_by).nats_per_token
         child.load_state_dict(own, strict=False, assign=True)
     return nats
