@@ -66,7 +66,9 @@ def _cells(label: str, record: Record, splits: Sequence[SplitName]) -> Iterator[
     done = "".join(f"\n[dim]{name}[/dim]" for name in record.done)
     yield f"{label}\n[dim]{record.id}[/dim]{done}" + ("" if record.usable else "\n[red]unusable[/red]")
     yield f"{record.params / 1e6:.1f}M"
-    yield f"{record.bytes / 1e6:.0f}M\n[dim]{record.stored_as}\n{record.bits:.1f} bits a weight[/dim]"
+    # Which types, the architecture says.
+    stored = "GGUF mixed" if "+" in record.stored_as else record.stored_as
+    yield f"{record.bytes / 1e6:.0f}M\n[dim]{stored}\n{record.bits:.1f} bits[/dim]"
     yield f"{record.kv_bytes_per_token:,}"
     for split in splits:
         on = record.quoted[split]
