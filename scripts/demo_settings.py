@@ -21,7 +21,7 @@ except ModelError as error:
 """
 IN_TORCH = (
     *("workload.engine=torch", "deploy.formats=[hf]", "space.precision=[]", "space.ffn_step=128"),
-    *("search.targets=[1.36,1.3]", "front.baselines_at=1.3", "export.pick=decode_speedup>=1.3"),
+    *("search.targets=[1.36,1.3]", "recover.minutes=2.5", "recover.learning_rate=0.0002"),
 )
 
 

@@ -36,6 +36,7 @@ from llmprune.core.progress import silent
 from llmprune.core.recipe import GgufType, ImportanceRecipe, Recipe
 from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.data.tokens import SourceTokens, Split
+from llmprune.forecast.work import rounded_numbers
 from llmprune.formats.gguf import tensor_bytes, write_gguf
 from llmprune.formats.layers import layer_sizes
 from llmprune.formats.served_size import served_size
@@ -302,6 +303,14 @@ def test_any_child_of_a_space_with_types_computes_what_its_file_does(data: st.Da
     child = prune(parent(), architecture, Slices(parent()))
     with torch.inference_mode():
         assert bool(child(tokens()).logits.isfinite().all())
+
+
+def test_a_forecast_counts_what_is_rounded() -> None:
+    space = Space.of(parent().shape, 1, 256, precision=("q5_0", "q4_0"))
+    layer = parent().layer(0)
+    matrices = sum(weight.numel() for weight in layer.parameters() if weight.ndim == 2)
+    assert rounded_numbers(space) == 2 * matrices
+    assert rounded_numbers(Space.of(parent().shape, 1, 256)) == 0
 
 
 def types_recipe(root: Path, *changes: str) -> Recipe:

@@ -8,7 +8,8 @@ from typing import Any
 
 from llmprune.choices.architecture import Architecture
 from llmprune.evaluation.comparing import alike, figure_rows, kept_of, measured_on, read_on
-from llmprune.report.charts import Figure, maps_beside
+from llmprune.report.drawing import Figure
+from llmprune.report.maps import maps_beside
 from llmprune.report.page import rendered, write_text
 
 

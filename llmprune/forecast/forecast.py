@@ -39,6 +39,7 @@ from llmprune.forecast.work import (
     graph_bytes_per_token,
     layer_library_bytes,
     layer_solver_flops,
+    rounded_numbers,
     solving_bytes,
 )
 from llmprune.measure.quality.perplexity import LOGITS_BYTES
@@ -117,12 +118,13 @@ def _solving_bytes(plan: Plan, layers: int) -> int:
 
 
 def _estimating_bytes(plan: Plan) -> int:
-    """Graph and logits of a batch."""
+    """Graph and logits of a batch, and every block as each type of weights has it."""
     batch = WINDOWS_A_BATCH * plan.recipe.data.seq_len
     # The logits, then in float32 their copy, the log-softmax and its gradient, and the gradient of the logits.
     logits = batch * plan.vocabulary * (2 * plan.dtype_bytes + 3 * 4)
-    own = own_input_choices(plan.space)
-    return logits + batch * graph_bytes_per_token(plan.space.shape, plan.dtype_bytes, own)
+    own, shape = own_input_choices(plan.space), plan.space.shape
+    graph = batch * graph_bytes_per_token(shape, plan.dtype_bytes, own)
+    return logits + graph + shape.layers * rounded_numbers(plan.space) * plan.dtype_bytes
 
 
 def _estimate(plan: Plan) -> StageCost:

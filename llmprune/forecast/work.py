@@ -78,7 +78,20 @@ def gram_flops_per_token(shape: ParentShape, own: Sequence[Choice] = ()) -> int:
 
 def _own_flops(shape: ParentShape, choice: Choice) -> int:
     """The projections of a block that a choice runs for itself, for one token, but for the one of its output."""
-    return 2 * shape.hidden_size * (shape.rows(choice.plain) - shape.inputs(choice))
+    return 2 * shape.hidden_size * _entering_rows(shape, choice)
+
+
+def _entering_rows(shape: ParentShape, choice: Choice) -> int:
+    """Of these projections; those of an FFN that runs for itself are two, a gate's and one that it lets through."""
+    plain = choice.plain
+    return 2 * plain.units if plain.kind == "ffn" else shape.rows(plain) - shape.inputs(plain)
+
+
+def rounded_numbers(space: Space) -> int:
+    """Numbers of the blocks of one layer as each type of weights has them."""
+    shape = space.shape
+    own = [choice for choice in own_input_choices(space) if choice.stored is not None]
+    return sum((_entering_rows(shape, choice) + shape.inputs(choice)) * shape.hidden_size for choice in own)
 
 
 def estimate_flops_per_token(space: Space, *, anywhere: bool = False) -> int:

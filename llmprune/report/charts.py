@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import altair as alt
 
-from llmprune.choices.architecture import Architecture
 from llmprune.measure.record import Front
+from llmprune.report.drawing import Figure, data_of, side_by_side
 from llmprune.report.facts import Facts
+from llmprune.report.maps import map_figure
 from llmprune.report.rows import (
     Row,
-    cells_of,
     choice_rows,
     curve_rows,
     front_rows,
     hypervolume_rows,
-    map_rows,
     picked_id,
     repair_rows,
     time_rows,
@@ -27,23 +25,6 @@ from llmprune.report.rows import (
 WIDTH = 460
 ROLES = ("child", "baseline", "before its repair", "parent")
 SHAPES = ("circle", "square", "triangle-down", "diamond")
-
-
-class Figure(NamedTuple):
-    """A chart with what it must not be shown without."""
-
-    name: str
-    """Of its file and its place in the page."""
-    title: str
-    caption: str
-    """Data, unit, and whether it is estimated or measured."""
-    chart: alt.TopLevelMixin
-
-    def spec(self) -> dict[str, Any]:
-        """Vega-Lite. Its data lies in it."""
-        found = self.chart.to_dict(validate=False)
-        assert isinstance(found, dict), "a chart is an object"
-        return found
 
 
 def figures(facts: Facts) -> list[Figure]:
@@ -69,7 +50,7 @@ def front_figure(front: Front, facts: Facts) -> Figure:
     rows, phase = list(front_rows(front, facts.phase)), facts.phase
     speed = alt.X("speedup:Q", title=f"{phase} speed-up over the parent, measured", scale=alt.Scale(zero=False))
     lost = alt.Y("test_lost:Q", title="nats a token lost, test", scale=alt.Scale(zero=True))
-    base = alt.Chart(_data(rows))
+    base = alt.Chart(data_of(rows))
     bars = base.mark_rule(opacity=0.5).encode(x=alt.X("slow:Q"), x2="fast:Q", y=lost, color=_role_color())
     points = base.mark_point(size=110, filled=True, opacity=0.95).encode(
         x=speed,
@@ -84,7 +65,7 @@ def front_figure(front: Front, facts: Facts) -> Figure:
     )
     layers: list[alt.Chart] = [bars, points, names]
     if repaired := repair_rows(front, phase):
-        line = alt.Chart(_data(repaired)).mark_line(strokeDash=[4, 3], opacity=0.6, color="#888")
+        line = alt.Chart(data_of(repaired)).mark_line(strokeDash=[4, 3], opacity=0.6, color="#888")
         layers.insert(0, line.encode(x=speed, y=lost, detail="line:N", order="order:Q"))
     on = front.parent.test
     assert on is not None, "a stored front quotes the test split"
@@ -130,45 +111,6 @@ def _role_color() -> alt.Color:
     )
 
 
-def map_figure(front: Front, facts: Facts) -> Figure:
-    """What is left of every block, of the children that are chosen, side by side."""
-    rows = list(map_rows(front))
-    chart = _side_by_side(_map_cells(), rows, picked_id(facts))
-    caption = "Exact. Share of every block's units (KV groups, FFN channels) that a child keeps, layer by layer."
-    return Figure("architecture", "Architecture map", caption, chart)
-
-
-def maps_beside(maps: Mapping[str, tuple[Architecture, Architecture]]) -> alt.FacetChart:
-    """What is left of every block of several children, by what each is called: its architecture and its parent's."""
-    rows = [{"title": title, **row} for title, pair in maps.items() for row in cells_of(*pair)]
-    return alt.layer(_map_cells(), data=_data(rows)).facet(column=alt.Column("title:N", title=None, sort=list(maps)))
-
-
-def _map_cells() -> alt.Chart:
-    cells: alt.Chart = (
-        alt.Chart()
-        .mark_rect(stroke="#8884", strokeWidth=0.5)
-        .encode(
-            x=alt.X("block:N", title=None, sort=["attention", "FFN"], axis=alt.Axis(labelAngle=0, orient="top")),
-            y=alt.Y("layer:O", title="layer of the parent"),
-            color=alt.Color(
-                "kept:Q",
-                title="share kept",
-                scale=alt.Scale(domain=[0, 1], scheme="viridis"),
-                legend=alt.Legend(format=".0%"),
-            ),
-            tooltip=[
-                alt.Tooltip("title:N", title="child"),
-                alt.Tooltip("layer:O"),
-                alt.Tooltip("block:N"),
-                alt.Tooltip("units:N", title="kept"),
-            ],
-        )
-        .properties(width=150, height=alt.Step(13))
-    )
-    return cells
-
-
 def time_figure(front: Front, facts: Facts) -> Figure:
     """Where the time goes, before and after."""
     assert facts.tables is not None, "there are tables to read"
@@ -184,7 +126,7 @@ def time_figure(front: Front, facts: Facts) -> Figure:
         )
         .properties(width=240, height=alt.Step(13))
     )
-    chart = _side_by_side(bars, rows, picked_id(facts))
+    chart = side_by_side([bars], rows, picked_id(facts))
     caption = (
         f"Estimated: {facts.phase} time of every block as a share of the whole parent's, from the cost table, which "
         "was measured on whole children. What no choice touches (embedding, head, overhead) is not drawn."
@@ -192,28 +134,10 @@ def time_figure(front: Front, facts: Facts) -> Figure:
     return Figure("time", "Where the time goes", caption, chart)
 
 
-def _side_by_side(marks: alt.Chart, rows: Iterable[Row], picked: str) -> alt.FacetChart:
-    """The same marks for two children, chosen from lists, which the keyboard reaches; at first the pick and the
-    parent."""
-    rows = list(rows)
-    titles = {row["id"]: row["title"] for row in rows}
-    first = {"chosen": picked, "beside": next(iter(titles))}
-    listed = {
-        name: alt.binding_select(options=list(titles), labels=list(titles.values()), name=f"{label} ")
-        for name, label in (("chosen", "child"), ("beside", "beside"))
-    }
-    return (
-        alt.layer(marks, data=_data(rows))
-        .add_params(*(alt.param(name=name, value=first[name], bind=listed[name]) for name in first))
-        .transform_filter(" || ".join(f"datum.id == {name}" for name in first))
-        .facet(column=alt.Column("title:N", title=None))
-    )
-
-
 def recovery_figure(facts: Facts) -> Figure:
     """What distillation gave back, by tokens."""
     chart = (
-        alt.Chart(_data(curve_rows(facts.curves)))
+        alt.Chart(data_of(curve_rows(facts.curves)))
         .mark_line(point=True)
         .encode(
             x=alt.X("tokens:Q", title="tokens learnt from", axis=alt.Axis(format="~s")),
@@ -235,7 +159,7 @@ def sensitivity_figure(facts: Facts) -> Figure:
     assert facts.tables is not None, "there are tables to read"
     rows = list(choice_rows(facts.tables, facts.phase))
     cells = (
-        alt.Chart(_data(rows))
+        alt.Chart(data_of(rows))
         .mark_rect()
         .encode(
             x=alt.X("left:N", title="what is left", sort=alt.EncodingSortField("place"), axis=alt.Axis(labelAngle=-60)),
@@ -269,7 +193,7 @@ def trials_figure(facts: Facts) -> Figure:
     """Every trial."""
     rows = list(trial_rows(facts.trials, facts.phase, facts.tables))
     chart = (
-        alt.Chart(_data(rows))
+        alt.Chart(data_of(rows))
         .mark_point(filled=True, size=70)
         .encode(
             x=alt.X("speedup:Q", title=f"{facts.phase} speed-up, measured", scale=alt.Scale(zero=False)),
@@ -292,7 +216,9 @@ def trials_figure(facts: Facts) -> Figure:
 
 def progress_figure(facts: Facts) -> Figure:
     """How the search went on, by trials and by minutes."""
-    base = alt.Chart(_data(hypervolume_rows(facts.trials, facts.phase))).mark_line(interpolate="step-after", point=True)
+    base = alt.Chart(data_of(hypervolume_rows(facts.trials, facts.phase))).mark_line(
+        interpolate="step-after", point=True
+    )
     area = alt.Y("area:Q", title="hypervolume, nats x speed-up")
     sides = [
         base.encode(x=alt.X(f"{name}:Q", title=name), y=area, tooltip=["trials:Q", "minutes:Q", "area:Q"]).properties(
@@ -328,9 +254,9 @@ def _beside_itself(rows: Sequence[Row], across: str, up: str, title: str) -> alt
     known = [row for row in rows if row[up] is not None and row[across] is not None]
     values = [value for row in known for value in (row[across], row[up])]
     ends = [{"both": min(values)}, {"both": max(values)}]
-    line = alt.Chart(_data(ends)).mark_line(color="#999", strokeDash=[4, 3]).encode(x="both:Q", y="both:Q")
+    line = alt.Chart(data_of(ends)).mark_line(color="#999", strokeDash=[4, 3]).encode(x="both:Q", y="both:Q")
     points = (
-        alt.Chart(_data(known))
+        alt.Chart(data_of(known))
         .mark_point(filled=True, size=60)
         .encode(
             x=alt.X(f"{across}:Q", title=f"{title}, estimated", scale=alt.Scale(zero=False)),
@@ -344,7 +270,3 @@ def _beside_itself(rows: Sequence[Row], across: str, up: str, title: str) -> alt
         )
     )
     return alt.layer(line, points).properties(width=WIDTH // 2 + 40, height=220)
-
-
-def _data(rows: Iterable[Row]) -> alt.Data:
-    return alt.Data(values=list(rows))  # type: ignore[no-untyped-call]

@@ -16,8 +16,10 @@ from llmprune.core.recipe_text import to_yaml
 from llmprune.measure.record import Record, text_of
 from llmprune.publish.card import difference_text, metric_text
 from llmprune.publish.contents import PICTURES
-from llmprune.report.charts import Figure, figures, front_figure, maps_beside
+from llmprune.report.charts import figures, front_figure
+from llmprune.report.drawing import Figure
 from llmprune.report.facts import Facts
+from llmprune.report.maps import maps_beside
 from llmprune.report.rows import front_rows, picked_id
 
 DRAW = """

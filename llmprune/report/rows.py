@@ -84,6 +84,7 @@ def cells_of(architecture: Architecture, whole: Architecture) -> Iterator[Row]:
             "layer": layer,
             "block": KIND_NAMES[choice.kind],
             "kept": choice.units / full.units,
+            "stored": choice.stored or "",
             "units": f"{choice.units:,} of {full.units:,} {'KV groups' if choice.kind == 'attention' else 'wide'}"
             + (f", {choice.stored}" if choice.stored else ""),
         }
