@@ -19,10 +19,7 @@ try:
 except ModelError as error:
     sys.exit(str(error))
 """
-IN_TORCH = (
-    *("workload.engine=torch", "deploy.formats=[hf]", "space.precision=[]", "space.ffn_step=128"),
-    *("search.targets=[1.36,1.3]", "recover.minutes=2.5", "recover.learning_rate=0.0002"),
-)
+IN_TORCH = ("workload.engine=torch", "deploy.formats=[hf]")
 
 
 def problem(code: str = LOAD) -> str | None:

@@ -23,8 +23,7 @@ def test_the_demo_searches_for_what_it_serves() -> None:
     recipe = load_recipe(RECIPE)
     assert recipe.workload.engine == "llamacpp"
     assert recipe.deploy.formats == ("hf", "gguf") and recipe.deploy.gguf_type == "q8_0"
-    assert recipe.front.baselines_at == 1.3 and recipe.export.pick == "decode_speedup>=1.3"
-    assert min(recipe.search.targets) > 1.3 and recipe.space.precision == ("q4_0",)
+    assert min(recipe.search.targets) == 1.3 and recipe.front.baselines_at == 1.3
 
 
 def test_where_llama_cpp_loads_the_recipe_stands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,8 +48,7 @@ def test_where_it_does_not_the_demo_times_torch_and_says_why(
     demo_settings.main()
     out, err = capsys.readouterr()
     recipe = load_recipe(RECIPE, out.split())
-    assert recipe.workload.engine == "torch" and recipe.deploy.formats == ("hf",) and not recipe.space.precision
-    assert min(recipe.search.targets) == 1.3 == recipe.front.baselines_at and recipe.recover.minutes == 2.5
+    assert recipe.workload.engine == "torch" and recipe.deploy.formats == ("hf",)
     assert err.startswith("the demo times torch") and why in err
 
 
