@@ -369,7 +369,7 @@ def test_a_run_finds_exports_and_serves_children_of_several_types(tmp_path: Path
         assert {"q5_0", "q4_0"} & {choice.stored for _, choice in fastest.architecture.blocks()}
         assert fastest.stored_as.startswith("GGUF q8_0+q") and fastest.bytes < found.parent.bytes / 1.25
         written = export(run, parse_pick(fastest.id), tmp_path / "child")
-    path = tmp_path / "child" / "model-Q8_0.gguf"
+    path = tmp_path / "child" / "model-Q8_0-mixed.gguf"
     assert written["formats"][0]["proof"].startswith("run in llama.cpp")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "child", trust_remote_code=False)
     held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}

@@ -13,6 +13,7 @@ from llmprune.core.progress import Show
 from llmprune.core.recipe import DeployRecipe, FormatName, GgufType
 from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.formats.gguf import write_gguf
+from llmprune.formats.layers import layer_sizes
 from llmprune.formats.limits import check_child
 from llmprune.formats.vllm import write_vllm
 from llmprune.models.checkpoint import staging_beside
@@ -23,9 +24,9 @@ from llmprune.publish.contents import VLLM_DIRECTORY
 from llmprune.publish.gguf_proof import prove_gguf
 
 
-def gguf_name(weights: GgufType) -> str:
-    """Name of the file, as llama.cpp's users know it."""
-    return f"model-{weights.upper()}.gguf"
+def gguf_name(weights: GgufType, *, mixed: bool = False) -> str:
+    """Name of the file, as llama.cpp's users know it; it says so if some blocks have types of their own."""
+    return f"model-{weights.upper()}{'-mixed' if mixed else ''}.gguf"
 
 
 def write_formats(
@@ -45,7 +46,8 @@ def write_formats(
         check_child(child.config, name, rules)
     written: list[dict[str, Any]] = []
     if "gguf" in rules.formats:
-        path = directory / gguf_name(rules.gguf_type)
+        mixed = any(layer.types for layer in layer_sizes(child.config))
+        path = directory / gguf_name(rules.gguf_type, mixed=mixed)
         if path.exists() and not force:
             raise ExportError(f"{path} is there already; use --force to replace it")
         written.append(_entry("gguf", path, _write_proven_gguf(child, tokenizer, path, rules.gguf_type)))
