@@ -30,6 +30,7 @@ from llmprune.choices.kinds import parse_choice
 from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.choices.space import Space
 from llmprune.choices.stored import StoredAttention, StoredFfn
+from llmprune.cli.front_tables import front_table
 from llmprune.core.budgets import parse_pick
 from llmprune.core.errors import ArchitectureError, RecipeError
 from llmprune.core.progress import silent
@@ -365,6 +366,7 @@ def test_a_run_finds_exports_and_serves_children_of_several_types(tmp_path: Path
             assert {choice.stored for _, choice in quantised.architecture.blocks()} == {type_}
             assert quantised.params == found.parent.params and quantised.bytes < found.parent.bytes
             assert quantised.stored_as == f"GGUF q8_0+{type_}" and quantised.test is not None
+        assert "(mixed: some blocks in a type of their own), scored in torch" in str(front_table(found).caption)
         fastest = max(found.children, key=lambda child: child.decode_speedup.median)
         assert {"q5_0", "q4_0"} & {choice.stored for _, choice in fastest.architecture.blocks()}
         assert fastest.stored_as.startswith("GGUF q8_0+q") and fastest.bytes < found.parent.bytes / 1.25

@@ -35,8 +35,8 @@ def front_table(front: Front) -> Table:
             f"Nats and perplexity: {quoted}. Chosen on other text, the {on.split} split of "
             f"{on.dataset}. Batch {workload['batch']}, {workload['prompt_tokens']} prompt + "
             f"{workload['generated_tokens']} generated tokens, {workload['dtype']}, {workload['threads']} threads on "
-            f"{workload['device']}{', compiled' if workload.get('compile') else ''}{_timed_by(workload)}. Speed-ups "
-            "are medians of paired ratios (10th-90th percentile)."
+            f"{workload['device']}{', compiled' if workload.get('compile') else ''}{_timed_by(workload, front)}. "
+            "Speed-ups are medians of paired ratios (10th-90th percentile)."
             + (" Unusable: perplexity beyond front.usable_ppl_ratio times the parent's." if marked else "")
         ),
         caption_justify="left",
@@ -78,11 +78,12 @@ def _cells(label: str, record: Record, splits: Sequence[SplitName]) -> Iterator[
     yield f"{record.decode_tokens_per_s.median:.1f}\n{spread_text(record.decode_speedup)}"
 
 
-def _timed_by(workload: Mapping[str, Any]) -> str:
+def _timed_by(workload: Mapping[str, Any], front: Front) -> str:
     """The engine, where it is not the one that scored."""
     if workload.get("engine", "torch") == "torch":
         return ""
-    return f"; timed in llama.cpp from {workload['gguf_type']} GGUF files, scored in torch"
+    types = " (mixed: some blocks in a type of their own)" if any("+" in r.stored_as for r in front.every) else ""
+    return f"; timed in llama.cpp from {workload['gguf_type']} GGUF files{types}, scored in torch"
 
 
 def baselines_table(result: Compared) -> Table:
