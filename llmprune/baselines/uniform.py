@@ -39,10 +39,11 @@ def uniform(given: Given, speedup: float) -> Architecture | None:
 def parents_in_types(space: Space) -> list[tuple[GgufType, Architecture]]:
     """The parent with all its blocks in one of the types that the space offers, as it would be quantised without being
     pruned: each type, widest first."""
-    whole = {(kind, choice.stored): choice for kind in BLOCK_KINDS for choice in space.ladder(kind) if choice.stored}
-    layers, found = range(space.shape.layers), []
+    shape, found = space.shape, []
+    every = [choice for kind in BLOCK_KINDS for choice in space.ladder(kind)]
     for name in TYPES:
-        own = [choice for kind in BLOCK_KINDS if (choice := whole.get((kind, name))) is not None]
-        if len(own) == len(BLOCK_KINDS) and all(choice.plain == space.shape.full(choice.kind) for choice in own):
-            found.append((name, space.shape.architecture.with_choices((i, c) for i in layers for c in own)))
+        whole = [choice for choice in every if choice.stored == name and choice == choice.entered_as(shape)]
+        if len(whole) == len(BLOCK_KINDS):
+            changes = ((layer, choice) for layer in range(shape.layers) for choice in whole)
+            found.append((name, shape.architecture.with_choices(changes)))
     return found

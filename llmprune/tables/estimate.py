@@ -85,7 +85,7 @@ def estimate_delta_nats(
     """
     at = at or parent.shape.architecture
     own = {(layer, choice.kind): choice for layer, choice in at.blocks()}
-    keys = [(i, c) for i, kind in library.space.blocks() for c in _scored(library.space, kind)]
+    keys = [(i, c) for i, kind in library.space.blocks() for c in estimated_choices(library.space, kind)]
     per_source = {name: dict.fromkeys(keys, 0.0) for name in split.sources}
     layers = range(parent.shape.layers)
     beside = {choice: own_blocks(parent, choice, layers, library) for choice in own_input_choices(library.space)}
@@ -104,7 +104,7 @@ def estimate_delta_nats(
     }
 
 
-def _scored(space: Space, kind: BlockKind) -> list[Choice]:
+def estimated_choices(space: Space, kind: BlockKind) -> list[Choice]:
     """The choices that are estimated: of those with a type of their own, the whole blocks."""
     return [
         choice for choice in space.ladder(kind) if choice.stored is None or choice == choice.entered_as(space.shape)
@@ -270,18 +270,17 @@ class _Watched:
             return _along_gradient(gradient_BTD.detach(), inputs_BTI, candidate, norm)
 
         own_N = along_gradient(mine)
-        for choice in _scored(self.library.space, kind):
+        for choice in estimated_choices(self.library.space, kind):
             if choice != mine:
                 change_N = along_gradient(choice) - own_N
                 rounds = choice.stored is not None or mine.stored is not None
-                second_N = _second_order(change_N, FURTHEST if rounds else math.inf)
+                second_N = _bounded_second_order(change_N) if rounds else 0.5 * change_N.square()
                 self.sums[layer, choice] = float((change_N + second_N).double().sum())
 
 
-def _second_order(change_N: torch.Tensor, furthest: float) -> torch.Tensor:
-    """Half the square, and beyond `furthest` what has the same slope from there on (Huber, 1964)."""
-    size_N = change_N.abs()
-    return torch.where(size_N <= furthest, 0.5 * change_N.square(), furthest * (size_N - 0.5 * min(furthest, 1e30)))
+def _bounded_second_order(change_N: torch.Tensor) -> torch.Tensor:
+    """Half the square, and beyond FURTHEST what has the same slope from there on (Huber, 1964)."""
+    return nn.functional.huber_loss(change_N, torch.zeros_like(change_N), reduction="none", delta=FURTHEST)
 
 
 def _along_gradient(

@@ -18,6 +18,7 @@ from llmprune.choices.space import Space
 from llmprune.core.errors import ModelError
 from llmprune.core.progress import Advance
 from llmprune.tables.allocate import Scores
+from llmprune.tables.estimate import estimated_choices
 
 FURTHEST = 4.0
 """How far from 1, either way, a factor may be: beyond that it is the tokens that are few."""
@@ -30,7 +31,7 @@ def together_architectures(space: Space, rungs: int) -> dict[Choice, Architectur
     for kind in BLOCK_KINDS:
         for _, own in by_kind(space.ladder(kind)[:-1]):
             # A type of weights adds an error of its own, which whole blocks tell.
-            kept = [choice for choice in own if choice.units and (choice.stored is None or _only_rounds(choice, space))]
+            kept = [choice for choice in own if choice.units and choice in estimated_choices(space, kind)]
             count = min(rungs, len(kept))
             for place in (np.arange(count) + 0.5) * len(kept) / max(count, 1) - 0.5:
                 choice = kept[round(place)]
@@ -70,10 +71,6 @@ def _factor(lost: Callable[[], float], summed: float) -> float | None:
     if not (math.isfinite(found) and math.isfinite(summed)) or min(found, summed) <= 0:
         return None
     return min(max(found / summed, 1 / FURTHEST), FURTHEST)
-
-
-def _only_rounds(choice: Choice, space: Space) -> bool:
-    return choice.plain == space.shape.full(choice.kind)
 
 
 def _interpolated(space: Space, tried: Mapping[Choice, float], delta_nats: Scores) -> dict[Choice, float]:
