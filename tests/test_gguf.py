@@ -21,7 +21,8 @@ from llmprune.choices.ffn import FfnChoice
 from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.core.errors import ExportError, RunDirectoryError
 from llmprune.core.recipe import GgufType
-from llmprune.formats.gguf import LLAMA_SHAPED, gguf_child_problem, gguf_choice_problem, gguf_problem, write_gguf
+from llmprune.formats.gguf import write_gguf
+from llmprune.formats.gguf_limits import LLAMA_SHAPED, gguf_child_problem, gguf_choice_problem, gguf_problem
 from llmprune.formats.gguf_tokenizer import _LLAMA3, _QWEN2
 from llmprune.measure.speed.llamacpp import GgufModel, logits_of
 from llmprune.models.checkpoint import PROOF_TEXT

@@ -12,7 +12,7 @@ from llmprune.core.errors import DataError, ModelError
 from llmprune.core.progress import Show
 from llmprune.core.recipe import GgufType, WorkloadRecipe
 from llmprune.core.recipe_inputs import ModelRecipe
-from llmprune.formats.gguf import gguf_child_problem, gguf_problem
+from llmprune.formats.gguf_limits import gguf_child_problem, gguf_problem
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.throughput import Workload, check_compiler, measure_paired
 from llmprune.models.loading import dtype_of, load_model, resolve_device

@@ -46,3 +46,8 @@ def _sizes_of(config: Any, index: int) -> LayerSizes:
     stored: Mapping[BlockKind, GgufType | None] = (getattr(config, "stored_types", None) or {index: {}})[index]
     types = {kind: type_ for kind, type_ in stored.items() if type_ is not None}
     return LayerSizes(heads, kv_heads, 0 if "mlp" in skip else width, types)
+
+
+def head_dim_of(config: Any) -> int:
+    """Size of a head, of a stock or a pruned config."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

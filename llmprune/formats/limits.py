@@ -13,7 +13,7 @@ from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.core.errors import ExportError, RecipeError, UnsupportedModelError
 from llmprune.core.recipe import DeployRecipe, EngineName, FormatName, Recipe, SpaceSize
-from llmprune.formats.gguf import gguf_child_problem, gguf_choice_problem, gguf_problem
+from llmprune.formats.gguf_limits import gguf_child_problem, gguf_choice_problem, gguf_problem
 from llmprune.formats.layers import layer_sizes, stock_type
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import is_stock, stock_can_say

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from llmprune.core.errors import RecipeError
 from llmprune.core.recipe import GgufType
-from llmprune.formats.gguf import gguf_problem, write_gguf
+from llmprune.formats.gguf import write_gguf
+from llmprune.formats.gguf_limits import gguf_problem
 from llmprune.measure.speed.llamacpp import GgufModel, Session
 from llmprune.models.parent import Parent
 from llmprune.numerics.llamacpp_library import library
