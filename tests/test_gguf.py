@@ -22,12 +22,14 @@ from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.core.errors import ExportError, RunDirectoryError
 from llmprune.core.recipe import GgufType
 from llmprune.formats.gguf import write_gguf
-from llmprune.formats.gguf_limits import LLAMA_SHAPED, gguf_child_problem, gguf_choice_problem, gguf_problem
+from llmprune.formats.gguf_families import GGUF_FAMILIES
+from llmprune.formats.gguf_limits import gguf_child_problem, gguf_choice_problem, gguf_problem
 from llmprune.formats.gguf_tokenizer import _LLAMA3, _QWEN2
 from llmprune.measure.speed.llamacpp import GgufModel, logits_of
 from llmprune.models.checkpoint import PROOF_TEXT
 from llmprune.models.surgery import prune
 
+LLAMA_SHAPED = [name for name, family in GGUF_FAMILIES.items() if family.layers_differ]
 WRITABLE = [name for name in IDS if name.split("-")[0] in LLAMA_SHAPED and not name.endswith("sliding")]
 # Rows that q8_0 can store; heads of 16.
 BLOCKY = {
@@ -133,9 +135,7 @@ def test_tied_embeddings_are_written_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "change", "named"),
     [
-        ("qwen3-gqa", {}, "qwen3"),
-        ("gemma2-gqa", {}, "gemma2"),
-        ("gpt2-mha", {}, "gpt2"),
+        ("opt-mha", {}, "opt"),
         ("mistral-sliding", {}, "8 positions"),
         ("qwen2-sliding", {}, "8 positions"),
         ("llama-gqa", {"hidden_act": "gelu"}, "gelu"),
@@ -165,13 +165,13 @@ def test_a_window_as_long_as_the_context_is_no_window() -> None:
 
 def test_rows_that_q8_0_cannot_store_are_refused(tmp_path: Path) -> None:
     parent = tiny_parent(Case("llama", "blocky", BLOCKY))
-    shape = parent.shape
+    shape, config = parent.shape, parent.model.config
     for choice in (FfnChoice(96), FfnChoice(0), AttentionChoice(3), AttentionChoice(2, queries_per_group=1)):
-        assert gguf_choice_problem(shape, choice, "q8_0") is None
-    assert gguf_choice_problem(shape, FfnChoice(50), "f16") is None
-    problem = gguf_choice_problem(shape, FfnChoice(50), "q8_0")
+        assert gguf_choice_problem(config, shape, choice, "q8_0") is None
+    assert gguf_choice_problem(config, shape, FfnChoice(50), "f16") is None
+    problem = gguf_choice_problem(config, shape, FfnChoice(50), "q8_0")
     assert problem is not None and "multiple of 32 for gguf in q8_0, got 50; use 32 or 64, or" in problem
-    problem = gguf_choice_problem(shape, AttentionChoice(1, queries_per_group=1), "q8_0")
+    problem = gguf_choice_problem(config, shape, AttentionChoice(1, queries_per_group=1), "q8_0")
     assert problem is not None and "got 1 x 16;" in problem
     child = prune(parent, Architecture.of([(4, 96), (4, 96), (4, 50), (4, 96)]), Slices(parent))
     assert gguf_child_problem(child.config, "f16") is None

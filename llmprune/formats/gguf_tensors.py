@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from llmprune.choices.dimensions import BlockKind
 from llmprune.core.errors import ExportError, ModelError
 from llmprune.core.recipe import GgufType
+from llmprune.formats.gguf_families import Rewrite, gguf_family
+from llmprune.formats.gguf_rope import rope_divisors
 from llmprune.formats.layers import head_dim_of, layer_sizes, stock_type
 from llmprune.models.modeling_pruned import FAMILIES
 from llmprune.models.stored import StoredWeight, stored_weights
@@ -24,6 +26,10 @@ from llmprune.numerics.ggml import TYPES, Blocks, to_blocks
 
 _ZERO_WIDTH = 32
 """Of a zero FFN: the smallest that most types can store."""
+
+
+def _as_it_is(values: torch.Tensor) -> torch.Tensor:
+    return values
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,8 @@ class FileTensor:
     numbers: Callable[[], torch.Tensor]
     rounded: StoredWeight | None = None
     """How the child has it stored already."""
-    turned_heads: int = 0
-    """Of queries and keys: heads whose rows llama.cpp has in another order."""
+    rewrite: Callable[[torch.Tensor], torch.Tensor] = _as_it_is
+    """Of the child's values, or of the blocks that hold them: to what the file has."""
 
     @property
     def bytes(self) -> int:
@@ -60,9 +66,8 @@ class FileTensor:
     def stored(self) -> Blocks:
         """The values in the file's type. Raises ExportError if it cannot hold one of them."""
         if self.rounded is not None:
-            blocks = torch.from_numpy(self.rounded.blocks)
-            return _turned(blocks, self.turned_heads).numpy()
-        values = _turned(self.numbers(), self.turned_heads)
+            return self.rewrite(torch.from_numpy(self.rounded.blocks)).numpy()
+        values = self.rewrite(self.numbers())
         assert values.shape == self.shape, f"{self.name}: {values.shape} for {self.shape}"
         try:
             return to_blocks(values, self.type)
@@ -72,13 +77,13 @@ class FileTensor:
 
 def file_layers(config: Any) -> list[FileLayer]:
     """What each layer of the file has: the child's blocks, and zero blocks where llama.cpp has to have one."""
-    family = FAMILIES[stock_type(config)]
+    prefix, fills = FAMILIES[stock_type(config)].layers, gguf_family(config).layers_differ
     layers = []
     for i, sizes in enumerate(layer_sizes(config)):
-        zero_head, zero_ffn = i == 0 and not sizes.heads, not sizes.ffn_width
+        zero_head, zero_ffn = fills and i == 0 and not sizes.heads, fills and not sizes.ffn_width
         layers.append(
             FileLayer(
-                f"{family.layers}.{i}.",
+                f"{prefix}.{i}.",
                 heads=1 if zero_head else sizes.heads,
                 kv_heads=1 if zero_head else sizes.kv_heads,
                 ffn_width=_ZERO_WIDTH if zero_ffn else sizes.ffn_width,
@@ -90,49 +95,40 @@ def file_layers(config: Any) -> list[FileLayer]:
     return layers
 
 
-_NAMES: Mapping[str, str] = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-"""Modules of a layer, and what llama.cpp calls them."""
-
-
 def file_tensors(child: PreTrainedModel, layers: list[FileLayer], weights: GgufType) -> Iterator[FileTensor]:
     """Every tensor of the file, in order."""
-    config, state, known = child.config, child.state_dict(), stored_weights(child)
+    config, state, known, family = child.config, child.state_dict(), stored_weights(child), gguf_family(child.config)
 
-    def tensor(name: str, own: str, type_: GgufType = weights, turned_heads: int = 0) -> FileTensor:
-        source, rounded = state[own], known.get(own)
-        stored_as: GgufType = type_ if source.ndim == 2 else "f32"
-        assert rounded is None or rounded.type == stored_as, f"{own} is stored in {rounded}"
-        return FileTensor(name, tuple(source.shape), stored_as, lambda: source, rounded, turned_heads)
+    def tensors(prefix: str, module: str, name: str, type_: GgufType, heads: int = 0) -> Iterator[FileTensor]:
+        for part in ("weight", "bias"):
+            if (own := f"{module}.{part}") not in state:
+                continue
+            source, rounded, rewrite = state[own], known.get(own), family.rewrites.get(name)
+            stored_as: GgufType = type_ if source.ndim == 2 else "f32"
+            assert rounded is None or rounded.type == stored_as, f"{own} is stored in {rounded}"
+            shape = tuple(reversed(source.shape) if rewrite == "transposed" else source.shape)
+            rewritten = _as_it_is if rewrite is None else partial(_REWRITES[rewrite], heads)
+            yield FileTensor(f"{prefix}{name}.{part}", shape, stored_as, partial(_as_it_is, source), rounded, rewritten)
 
-    yield tensor("token_embd.weight", "model.embed_tokens.weight")
-    if not config.tie_word_embeddings:
-        yield tensor("output.weight", "lm_head.weight")
-    yield tensor("output_norm.weight", "model.norm.weight")
-    factors = _rope_factors(child)
-    if not torch.allclose(factors, torch.ones_like(factors), rtol=1e-6, atol=0):
-        yield FileTensor("rope_freqs.weight", tuple(factors.shape), "f32", lambda: factors)
+    for module, name in family.whole.items():
+        if name != "output" or not config.tie_word_embeddings:
+            yield from tensors("", module, name, whole_type(name, weights))
+    if (divisors := rope_divisors(child)) is not None:
+        yield FileTensor("rope_freqs.weight", tuple(divisors.shape), "f32", partial(_as_it_is, divisors))
     for i, layer in enumerate(layers):
-        for module, name in _NAMES.items():
-            turned = {"attn_q": layer.heads, "attn_k": layer.kv_heads}.get(name, 0)
+        for module, name in family.layer.items():
             kind: BlockKind = "attention" if name.startswith("attn") else "ffn"
-            for part in ("weight", "bias"):
-                own = f"{layer.prefix}{module}.{part}"
-                if own in state:
-                    yield tensor(f"blk.{i}.{name}.{part}", own, layer.types.get(kind, weights), turned)
+            heads = layer.kv_heads if name == "attn_k" else layer.heads
+            yield from tensors(f"blk.{i}.", f"{layer.prefix}{module}", name, layer.types.get(kind, weights), heads)
         for name, zeros in _zero_block_shapes(config, layer).items():
             # Rows of a head whose size is no multiple of a block cannot be quantised.
             fits = len(zeros) == 2 and zeros[-1] % TYPES[weights].block == 0
             yield FileTensor(f"blk.{i}.{name}.weight", zeros, weights if fits else "f32", partial(torch.zeros, zeros))
+
+
+def whole_type(name: str, weights: GgufType) -> GgufType:
+    """How a matrix outside the layers is stored: positions are added up in f32."""
+    return "f32" if name == "position_embd" else weights
 
 
 def _zero_block_shapes(config: Any, layer: FileLayer) -> dict[str, tuple[int, ...]]:
@@ -148,24 +144,30 @@ def _zero_block_shapes(config: Any, layer: FileLayer) -> dict[str, tuple[int, ..
     return shapes
 
 
-def _turned(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of the queries or keys of some heads, (R, D) or (R,), in llama.cpp's order: transformers turns number i of a
-    head with number i + H/2, llama.cpp number 2i with 2i + 1. Without heads the rows as they are."""
-    if not heads:
-        return rows
+def _turned(heads: int, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of the queries or keys of some heads, (R, D) or (R,): transformers turns number i of a head with number
+    i + H/2, llama.cpp number 2i with 2i + 1."""
     return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def _rope_factors(child: PreTrainedModel) -> torch.Tensor:
-    """(H/2,) what llama.cpp divides the plain rotary frequencies by, to have the model's own."""
-    rotary = child.get_submodule("model.rotary_emb")
-    if rotary.get_buffer("inv_freq").is_meta:
-        rotary = type(rotary)(config=child.config)
-    head_dim, theta = head_dim_of(child.config), rope_theta(child.config)
-    frequencies = rotary.get_buffer("inv_freq").detach().cpu().double()
-    plain = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    return (plain / frequencies).float()
+def _kinds_apart(heads: int, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of queries, keys and values, head by head, (R, D) or (R,): all queries first, then keys, then values."""
+    return rows.reshape(heads, 3, len(rows) // heads // 3, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
 
 
-def rope_theta(config: Any) -> float:
-    return float(config.rope_parameters["rope_theta"])
+def _transposed(_: int, weight: torch.Tensor) -> torch.Tensor:
+    """A matrix that is stored by its inputs, as one that is stored by its outputs; a bias as it is."""
+    return weight.T if weight.ndim == 2 else weight
+
+
+def _plus_one(_: int, weight: torch.Tensor) -> torch.Tensor:
+    """What a norm multiplies by, where its weight says how much more than one that is."""
+    return weight.float() + 1
+
+
+_REWRITES: Mapping[Rewrite, Callable[[int, torch.Tensor], torch.Tensor]] = {
+    "heads turned": _turned,
+    "kinds apart": _kinds_apart,
+    "transposed": _transposed,
+    "plus one": _plus_one,
+}

@@ -6,14 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmprune.choices.architecture import LayerChoice, ParentShape
+from llmprune.choices.architecture import DROPPED, LayerChoice
 from llmprune.choices.choice import Choice
 from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.core.errors import ExportError, RecipeError, UnsupportedModelError
 from llmprune.core.recipe import DeployRecipe, EngineName, FormatName, Recipe, SpaceSize
-from llmprune.formats.gguf_limits import gguf_child_problem, gguf_choice_problem, gguf_problem
+from llmprune.formats.gguf_families import GGUF_FAMILIES
+from llmprune.formats.gguf_limits import (
+    gguf_child_problem,
+    gguf_choice_problem,
+    gguf_problem,
+    gguf_sizes,
+    gguf_types_problem,
+)
 from llmprune.formats.layers import layer_sizes, stock_type
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import is_stock, stock_can_say
@@ -29,8 +36,8 @@ class Format:
 
     `parent_problem(config, rules)`: why no child of such a parent can be held. `choice_problem(parent, choice, rules)`:
     why a choice cannot, in whatever layer; such choices are left out of the search. `child_problem(config, rules)`: why
-    this child cannot. `constant_heads`: all layers have the same number of query heads. `sizes`: the space sizes whose
-    children it holds.
+    this child cannot. `constant_heads`: all layers have the same number of query heads. `sizes(config)`: the space
+    sizes whose children it holds, of such a parent.
     """
 
     name: FormatName
@@ -40,7 +47,7 @@ class Format:
     choice_problem: Callable[[Parent, Choice, DeployRecipe], Problem]
     child_problem: Callable[[Any, DeployRecipe], Problem]
     constant_heads: bool = False
-    sizes: tuple[SpaceSize, ...] = ("small", "layer", "medium", "large")
+    sizes: Callable[[Any], tuple[SpaceSize, ...]] = lambda config: ("small", "layer", "medium", "large")
 
 
 def check_parent(parent: Parent, rules: DeployRecipe, size: SpaceSize) -> None:
@@ -50,22 +57,24 @@ def check_parent(parent: Parent, rules: DeployRecipe, size: SpaceSize) -> None:
             raise UnsupportedModelError(
                 f"deploy.formats names {form.name}, which cannot hold {parent.source}: {problem}"
             )
-        if size not in form.sizes:
+        if size not in (sizes := form.sizes(parent.model.config)):
             raise RecipeError(
-                f"deploy.formats names {form.name}, which holds {form.holds}: space.size must be "
-                f"{' or '.join(form.sizes)}; got {size}"
+                f"deploy.formats names {form.name}, which holds {form.holds}: space.size must be {' or '.join(sizes)} "
+                f"for {parent.source}; got {size}"
             )
 
 
-def check_precision(shape: ParentShape, recipe: Recipe) -> None:
+def check_precision(parent: Parent, recipe: Recipe) -> None:
     """Raises RecipeError if a recipe lets blocks have types of weights that are no choice: not timed where types count,
-    not below the file's own, or too wide for the parent's rows."""
-    rules, own = recipe.space.precision, recipe.deploy.gguf_type
+    not below the file's own, too wide for the parent's rows, or of rows that a file has the other way round."""
+    shape, rules, own = parent.shape, recipe.space.precision, recipe.deploy.gguf_type
     if rules and recipe.workload.engine != "llamacpp":
         raise RecipeError(
             f"space.precision={list(rules)} needs workload.engine=llamacpp, which reads such weights; got "
             f"{recipe.workload.engine}"
         )
+    if rules and (problem := gguf_types_problem(parent.model.config)):
+        raise RecipeError(f"space.precision={list(rules)} is no choice for {parent.source}: {problem}")
     for type_ in rules:
         if TYPES[type_].bits >= TYPES[own].bits:
             raise RecipeError(
@@ -103,6 +112,9 @@ def cut(space: Space, parent: Parent, rules: DeployRecipe, engine: EngineName = 
         for problem in [next(filter(None, (form.choice_problem(parent, choice, rules) for form in forms)), None)]
         if problem
     }
+    if timed and space.size == "small" and "medium" not in gguf_sizes(parent.model.config):
+        # A small space leaves out nothing; these are timed for the sake of others only, with a lone block gone.
+        problems |= dict.fromkeys(DROPPED.values(), "a block leaves with its layer")
     kept = replace(
         space,
         attention=tuple(choice for choice in space.attention if choice not in problems),
@@ -187,6 +199,8 @@ def _mixed_heads(config: Any, rules: DeployRecipe) -> Problem:
     return None
 
 
+_OWN_ARCHITECTURES = ", ".join(name for name, family in GGUF_FAMILIES.items() if not family.layers_differ)
+
 FORMATS: dict[FormatName, Format] = {
     form.name: form
     for form in (
@@ -205,16 +219,20 @@ FORMATS: dict[FormatName, Format] = {
             parent_problem=_never,
             choice_problem=_no_stock_words,
             child_problem=_not_uniform,
-            sizes=("small", "layer"),
+            sizes=lambda config: ("small", "layer"),
         ),
         Format(
             "gguf",
             holds="children of Llama-shaped families (llama, mistral without a sliding window, qwen2): any heads, any "
-            "blocks, in any types; rows are multiples of 256 in K-quants and iq4_xs, of 32 in other types below f16",
-            served_by="llama.cpp and what stands on it (architecture deci)",
+            f"blocks; of {_OWN_ARCHITECTURES}: all layers alike, whole layers left out; in any types, whose rows are "
+            "multiples of 256 in K-quants and iq4_xs, of 32 in others below f16",
+            served_by="llama.cpp and what stands on it (architecture deci, or the family's own)",
             parent_problem=lambda config, rules: gguf_problem(config, rules.gguf_type),
-            choice_problem=lambda parent, choice, rules: gguf_choice_problem(parent.shape, choice, rules.gguf_type),
+            choice_problem=lambda parent, choice, rules: gguf_choice_problem(
+                parent.model.config, parent.shape, choice, rules.gguf_type
+            ),
             child_problem=lambda config, rules: gguf_child_problem(config, rules.gguf_type),
+            sizes=gguf_sizes,
         ),
         Format(
             "vllm",

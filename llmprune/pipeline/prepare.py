@@ -133,8 +133,8 @@ def _check_parent(parent: Parent, recipe: Recipe) -> None:
     if recipe.workload.compile:
         check_compiler(parent.device)
     if recipe.workload.engine == "llamacpp":
-        check_engine(parent, recipe.deploy.gguf_type)
-    check_precision(parent.shape, recipe)
+        check_engine(parent, recipe.deploy.gguf_type, recipe.space.size)
+    check_precision(parent, recipe)
 
 
 def _space(parent: Parent, recipe: Recipe) -> Space:

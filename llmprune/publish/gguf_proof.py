@@ -22,6 +22,8 @@ from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
 from llmprune.core.errors import ExportError
 from llmprune.core.recipe import GgufType
@@ -29,6 +31,7 @@ from llmprune.formats.gguf import type_of
 from llmprune.formats.gguf_expanded import write_expanded
 from llmprune.measure.speed.llamacpp import GgufModel, logits_of
 from llmprune.models.checkpoint import PROOF_SHAPE
+from llmprune.models.modeling_pruned import input_axis
 from llmprune.models.stored import stored_weights
 from llmprune.numerics.ggml import from_blocks, to_blocks
 
@@ -115,34 +118,47 @@ def _rounded_like(child: PreTrainedModel, weights: GgufType) -> PreTrainedModel:
     remove_hook_from_module(model, recurse=True)
     known = stored_weights(child)
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        use: Any = None
+        if isinstance(module, (nn.Linear, nn.Embedding, Conv1D)):
             type_ = type_of(child.config, own := f"{name}.weight", weights)
             # One that is rounded already is what it is.
             rounded = (lambda values: values.detach().cpu().float()) if own in known else partial(_rounded, type_=type_)
-            use: Any = (
-                partial(_project, module.weight, module.bias, rounded, _INPUTS.get(type_, "q8_0"))
-                if isinstance(module, nn.Linear)
-                else partial(_embed, module.weight, rounded)
+            use = (
+                partial(_embed, module, rounded)
+                if isinstance(module, nn.Embedding)
+                else partial(_project, module, rounded, _INPUTS.get(type_, "q8_0"))
             )
-            module.forward = use  # type: ignore[method-assign]
+        elif isinstance(module, _GELUS):
+            use = _looked_up_gelu
+        if use is not None:
+            module.forward = use
     return model
 
 
+_GELUS = (GELUActivation, GELUTanh, NewGELUActivation, FastGELUActivation)
 _INPUTS: Mapping[GgufType, GgufType] = {"f32": "f32", "f16": "f16"}
 """What llama.cpp rounds the inputs of a product to, by the type of the weights; 8 bits for all that are not here."""
 
 _Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _project(
-    weight: torch.Tensor, bias: torch.Tensor | None, rounding: _Rounding, inputs: GgufType, inputs_BTD: torch.Tensor
-) -> torch.Tensor:
+def _project(module: Any, rounding: _Rounding, inputs: GgufType, inputs_BTD: torch.Tensor) -> torch.Tensor:
     exact, rounded = inputs_BTD.chunk(2)
-    return functional.linear(torch.cat([exact, _rounded(rounded, inputs)]), rounding(weight), bias)
+    weight = module.weight if input_axis(module) == 1 else module.weight.T
+    return functional.linear(torch.cat([exact, _rounded(rounded, inputs)]), rounding(weight), module.bias)
 
 
-def _embed(weight: torch.Tensor, rounding: _Rounding, ids_BT: torch.Tensor) -> torch.Tensor:
-    return rounding(functional.embedding(ids_BT.to(weight.device), weight))
+def _embed(module: nn.Embedding, rounding: _Rounding, ids_BT: torch.Tensor) -> torch.Tensor:
+    # Gemma's are scaled as they are looked up.
+    scale = getattr(module, "embed_scale", None)
+    rows = rounding(functional.embedding(ids_BT.to(module.weight.device), module.weight))
+    return rows if scale is None else rows * scale.float()
+
+
+def _looked_up_gelu(inputs: torch.Tensor) -> torch.Tensor:
+    """GELU as llama.cpp has it: its tanh form in a table of f16 for every f16, and the plain ends of the line."""
+    looked_up = functional.gelu(inputs.half().float(), approximate="tanh").half().float()
+    return torch.where(inputs <= -10, torch.zeros_like(inputs), torch.where(inputs >= 10, inputs, looked_up))
 
 
 def _rounded(values: torch.Tensor, type_: GgufType) -> torch.Tensor:

@@ -17,9 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from llmprune.core.errors import RecipeError
-from llmprune.core.recipe import GgufType
+from llmprune.core.recipe import GgufType, SpaceSize
 from llmprune.formats.gguf import write_gguf
-from llmprune.formats.gguf_limits import gguf_problem
+from llmprune.formats.gguf_limits import gguf_problem, gguf_sizes
 from llmprune.measure.speed.llamacpp import GgufModel, Session
 from llmprune.models.parent import Parent
 from llmprune.numerics.llamacpp_library import library
@@ -71,11 +71,17 @@ def loaded_runs(
         yield [LlamaCppRun(session, ids_BT, prompt_tokens) for session in sessions]
 
 
-def check_engine(parent: Parent, weights: GgufType) -> None:
-    """Raises ModelError unless llama.cpp is there, RecipeError unless it can run models of the parent's kind."""
+def check_engine(parent: Parent, weights: GgufType, size: SpaceSize) -> None:
+    """Raises ModelError unless llama.cpp is there, RecipeError unless it can run children of the parent from a space of
+    this size."""
     library()
     if problem := gguf_problem(parent.model.config, weights):
         raise RecipeError(f"workload.engine=llamacpp times models from GGUF files; {parent.source} has none: {problem}")
+    if size not in (sizes := gguf_sizes(parent.model.config)):
+        raise RecipeError(
+            f"workload.engine=llamacpp times models from GGUF files, which hold children of {parent.source} whose "
+            f"layers are all alike: space.size must be {' or '.join(sizes)}; got {size}"
+        )
 
 
 def _kept_file(model: PreTrainedModel, weights: GgufType) -> GgufModel:
