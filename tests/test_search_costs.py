@@ -41,6 +41,16 @@ def test_a_probe_without_attention_keeps_it_in_the_first_layer() -> None:
     assert [layer.attention.kv_groups for layer in without.layers] == [2, 0, 0]
 
 
+def test_where_no_lone_block_can_leave_layers_are_timed_whole() -> None:
+    space = tiny_space(layers=4, size="layer")
+    probes = probe_architectures(space, whole_layers=True)
+    assert probes.keys() == {AttentionChoice(0), FfnChoice(0)}
+    assert {architecture.kept_layers for architecture in probes.values()} == {(0,)}
+    costs = cost_table(space, {probe: {"decode": 2.5} for probe in probes}, whole_layers=True)
+    assert costs.speedup(space.shape.architecture.without_layers([1, 2, 3]), "decode") == pytest.approx(2.5)
+    assert costs.relative_time(space.shape.architecture.without_layers([2]), "decode") == pytest.approx(0.8)
+
+
 def test_a_parent_of_one_layer_can_be_probed() -> None:
     space = tiny_space(layers=1)
     probes = probe_architectures(space)

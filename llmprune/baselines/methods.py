@@ -16,7 +16,9 @@ from llmprune.baselines.uniform import uniform
 from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
 from llmprune.choices.space import Space
-from llmprune.core.recipe import BaselineName, ImportanceRecipe
+from llmprune.core.errors import RecipeError
+from llmprune.core.recipe import BaselineName, EngineName, ImportanceRecipe
+from llmprune.formats.gguf_limits import gguf_mixes
 from llmprune.models.parent import Parent
 from llmprune.search.judging import Finish
 
@@ -45,6 +47,8 @@ class Method:
     """Whether it scores every block at every step."""
     draws: bool = False
     """Whether its children depend on the seed."""
+    mixes: bool = False
+    """Whether layers of its children differ, whatever the space."""
 
     def aim(self, given: Given) -> Aim:
         """The method at work."""
@@ -89,15 +93,28 @@ METHODS: Mapping[BaselineName, Method] = {
     "uniform": Method(aimed=uniform, statistics=True, most_scored=_uniforms),
     "magnitude": Method(aimed=uniform, importance=_own("magnitude"), most_scored=_uniforms),
     "wanda-sp": Method(aimed=uniform, importance=_own("wanda-sp"), statistics=True, most_scored=_uniforms),
-    "flap": Method(path=flap, importance=_own("flap"), finish=compensation, statistics=True),
+    "flap": Method(path=flap, importance=_own("flap"), finish=compensation, statistics=True, mixes=True),
     "shortgpt": Method(path=shortgpt, table_passes=1),
     "sleb": Method(path=sleb, greedy=True, most_scored=lambda space, draws: _removals(space, space.shape.layers)),
     "blockpruner": Method(
-        path=blockpruner, greedy=True, most_scored=lambda space, draws: _removals(space, 2 * space.shape.layers)
+        path=blockpruner,
+        greedy=True,
+        most_scored=lambda space, draws: _removals(space, 2 * space.shape.layers),
+        mixes=True,
     ),
     "milp": Method(aimed=milp, statistics=True, table_passes=3),
     "random": Method(aimed=best_of_random, statistics=True, draws=True, most_scored=lambda space, draws: draws),
 }
+
+
+def check_methods(names: Iterable[BaselineName], parent: Parent, engine: EngineName, key: str) -> None:
+    """Raises RecipeError, naming the recipe's `key`, if llama.cpp is to time children that no GGUF file holds."""
+    mixing = [name for name in names if METHODS[name].mixes]
+    if mixing and engine == "llamacpp" and not gguf_mixes(parent.model.config):
+        raise RecipeError(
+            f"{key} has {', '.join(mixing)}, whose children have layers that differ; workload.engine=llamacpp times "
+            f"children of {parent.source} whose layers are all alike: name others, or time with engine torch"
+        )
 
 
 def own_libraries(names: Iterable[BaselineName], of_run: ImportanceRecipe) -> dict[str, ImportanceRecipe]:

@@ -30,11 +30,15 @@ def gguf_problem(config: Any, weights: GgufType = "f16") -> str | None:
 
 def gguf_sizes(config: Any) -> tuple[SpaceSize, ...]:
     """The space sizes whose children a GGUF file can be, for a parent with this config that can."""
-    family = gguf_family(config)
-    if family.layers_differ:
+    if gguf_mixes(config):
         return ("small", "layer", "medium", "large")
     # Where a layer's place says what it computes, hardly a layer can leave by itself.
-    return ("small",) if family.unturned_every else ("small", "layer")
+    return ("small",) if gguf_family(config).unturned_every else ("small", "layer")
+
+
+def gguf_mixes(config: Any) -> bool:
+    """Whether a file of a model with this config may have layers that differ."""
+    return gguf_family(config).layers_differ
 
 
 def gguf_types_problem(config: Any) -> str | None:
@@ -54,7 +58,7 @@ def gguf_choice_problem(config: Any, shape: ParentShape, choice: Choice, weights
 
 def gguf_child_problem(config: Any, weights: GgufType = "f16") -> str | None:
     """Why a child with this config cannot be a GGUF file, naming the layer; None if it can."""
-    return _differing_problem(config, gguf_family(config)) or gguf_row_problem(config, weights)
+    return _differing_problem(config) or gguf_row_problem(config, weights)
 
 
 def gguf_row_problem(config: Any, weights: GgufType) -> str | None:
@@ -122,16 +126,16 @@ def _heads_problem(config: Any, family: GgufFamily, heads: int) -> str | None:
     )
 
 
-def _differing_problem(config: Any, family: GgufFamily) -> str | None:
+def _differing_problem(config: Any) -> str | None:
     """Layers that differ, where the family's architecture has them alike; types of their weights may differ."""
-    if family.layers_differ:
+    if gguf_mixes(config):
         return None
     sizes = [(layer.heads, layer.kv_heads, layer.ffn_width) for layer in layer_sizes(config)]
     for i, own in enumerate(sizes):
         if own != sizes[0] or not all(own):
-            first = sizes[0]
+            first, name = sizes[0], gguf_family(config).architecture
             return (
-                f"all layers of llama.cpp's {family.architecture} have the same sizes, with every block there; "
+                f"all layers of llama.cpp's {name} have the same sizes, with every block there; "
                 f"layer {i} has {own[0]} query heads, {own[1]} KV heads and FFN width {own[2]}, layer 0 {first[0]}, "
                 f"{first[1]} and {first[2]}; search with space.size={' or '.join(gguf_sizes(config))}, or export to hf"
             )

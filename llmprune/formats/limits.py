@@ -17,6 +17,7 @@ from llmprune.formats.gguf_families import GGUF_FAMILIES
 from llmprune.formats.gguf_limits import (
     gguf_child_problem,
     gguf_choice_problem,
+    gguf_mixes,
     gguf_problem,
     gguf_sizes,
     gguf_types_problem,
@@ -112,8 +113,8 @@ def cut(space: Space, parent: Parent, rules: DeployRecipe, engine: EngineName = 
         for problem in [next(filter(None, (form.choice_problem(parent, choice, rules) for form in forms)), None)]
         if problem
     }
-    if timed and space.size == "small" and "medium" not in gguf_sizes(parent.model.config):
-        # A small space leaves out nothing; these are timed for the sake of others only, with a lone block gone.
+    if timed and space.size == "small" and not gguf_mixes(parent.model.config):
+        # Such a space leaves nothing out: a drop would be timed for the tables alone, and no file holds it.
         problems |= dict.fromkeys(DROPPED.values(), "a block leaves with its layer")
     kept = replace(
         space,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llmprune.baselines.methods import check_methods
 from llmprune.core.budgets import Pick, parse_pick, pick_record
 from llmprune.core.errors import RunDirectoryError, StorageError
 from llmprune.core.recipe import BaselinesRecipe
@@ -128,6 +129,7 @@ def baselines(run: Run, rules: BaselinesRecipe) -> Compared:
     if not run.directory.tables.is_file():
         raise RunDirectoryError(f"{run.directory.path} has no tables yet; run llmprune search first")
     prepared = prepare(run)
+    check_methods(rules.methods, prepared.parent, prepared.workload.engine, "--method")
     return compare_methods(contest_of(run, prepared, Judges(run, prepared)), rules)
 
 

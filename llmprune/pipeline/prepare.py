@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 
+from llmprune.baselines.methods import check_methods
 from llmprune.blocks.library import BlockLibrary, build_library, load_library, stored_layers
 from llmprune.blocks.statistics import few_tokens_warning
 from llmprune.choices.dimensions import BLOCK_KINDS
@@ -134,6 +135,7 @@ def _check_parent(parent: Parent, recipe: Recipe) -> None:
         check_compiler(parent.device)
     if recipe.workload.engine == "llamacpp":
         check_engine(parent, recipe.deploy.gguf_type, recipe.space.size)
+        check_methods(recipe.front.baselines, parent, recipe.workload.engine, "front.baselines")
     check_precision(parent, recipe)
 
 

@@ -18,6 +18,7 @@ from llmprune.core.errors import ArchitectureError, RunDirectoryError
 from llmprune.core.progress import Show
 from llmprune.core.recipe import GgufType, TablesRecipe
 from llmprune.data.tokens import Split
+from llmprune.formats.gguf_limits import gguf_mixes
 from llmprune.formats.served_size import served_size
 from llmprune.measure.quality.perplexity import score
 from llmprune.measure.quality.prefix import PrefixScorer
@@ -139,7 +140,9 @@ def build_tables(
             library.space, delta_nats, rules.together, lambda one: _nats(parent, library, scored, one), advance
         )
     joint_nats = weighed(delta_nats, together, parent.shape.architecture)
-    probes = probe_architectures(library.space)
+    alone = workload.engine == "torch" or gguf_mixes(parent.model.config)
+    whole_layers = library.space.size == "layer" and not alone
+    probes = probe_architectures(library.space, whole_layers=whole_layers)
     measured: dict[Choice, dict[str, float]] = {}
     errors: dict[Choice, dict[str, float]] = {}
     with show("measuring what each choice saves") as advance:
@@ -147,7 +150,7 @@ def build_tables(
         for choice, architecture in probes.items():
             advance(len(measured), total)
             measured[choice], errors[choice] = _timed(parent, architecture, library, workload, repeats)
-        costs = cost_table(library.space, measured, errors)
+        costs = cost_table(library.space, measured, errors, whole_layers=whole_layers)
         shares: list[dict[str, float]] = []
         for speedup in CALIBRATE_AT:
             advance(len(measured) + len(shares), total)

@@ -73,15 +73,21 @@ class CostTable:
         )
 
 
-def probe_architectures(space: Space) -> dict[Choice, Architecture]:
+def probe_architectures(space: Space, *, whole_layers: bool = False) -> dict[Choice, Architecture]:
     """Children that differ from the parent in one kind of block, by the same choice in all layers.
 
     Some rungs of the ladder, the lowest among them; the rest is interpolated, since time is close to linear
     in rows. Every kind of choice has a ladder of its own: its rows may save other work than those of another. Dropping
     every attention would leave no model: there the first layer stays whole (and with one layer, there is nothing to
     probe).
+
+    `whole_layers`: in a space of whole layers whose engine runs no child with a lone block gone, all layers but the
+    first leave whole; it is timed once for each of their blocks.
     """
     probes = {}
+    if whole_layers:
+        shorter = space.shape.architecture.without_layers(range(1, space.shape.layers))
+        return {ladder[0]: shorter for kind in BLOCK_KINDS for ladder in _ladders(space, kind)}
     for ladder in (ladder for kind in BLOCK_KINDS for ladder in _ladders(space, kind)):
         count = min(PROBES_PER_KIND, len(ladder))
         for position in np.linspace(0, len(ladder) - 1, count).round().astype(int):
@@ -96,13 +102,15 @@ def cost_table(
     space: Space,
     speedups: Mapping[Choice, Mapping[str, float]],
     errors: Mapping[Choice, Mapping[str, float]] | None = None,
+    *,
+    whole_layers: bool = False,
 ) -> CostTable:
     """From the measured speed-ups (by phase) of the probes, and their standard errors if they are known, to savings a
     block.
 
     Time is close to linear in rows, and a mild choice saves less than a timing may be off: so savings are shrunk
     towards a line, the more the less sure they are (see `shrunk_to_line`). They are kept monotone in rows, for the
-    choices of each kind among themselves.
+    choices of each kind among themselves. Of `whole_layers`, each block counts half.
     """
     rows = space.shape.rows
     saving: dict[str, dict[Choice, float]] = {}
@@ -112,9 +120,9 @@ def cost_table(
             full = rows(space.shape.full(ladder[0].kind))
             # In the ladder's order: of two with as many rows the later one counts, in every process.
             probes = [choice for choice in ladder if choice in speedups]
-            changed = [space.shape.layers - _first_changed(choice) for choice in probes]
+            changed = [_blocks_changed(space, choice, whole_layers=whole_layers) for choice in probes]
             times = [1.0 / speedups[choice][phase] for choice in probes]
-            savings = [(1.0 - time) / layers for time, layers in zip(times, changed, strict=True)]
+            savings = [(1.0 - time) / blocks for time, blocks in zip(times, changed, strict=True)]
             if errors and probes:
                 sure = [errors[c][phase] * time**2 / n for c, time, n in zip(probes, times, changed, strict=True)]
                 savings = shrunk_to_line([full - rows(choice) for choice in probes], savings, sure)
@@ -153,6 +161,11 @@ def shrunk_to_line(x: Sequence[float], y: Sequence[float], errors: Sequence[floa
 def _ladders(space: Space, kind: BlockKind) -> list[list[Choice]]:
     """The choices below the parent's, ascending, each kind of choice apart."""
     return [own for _, own in by_kind(space.ladder(kind)[:-1])]
+
+
+def _blocks_changed(space: Space, choice: Choice, *, whole_layers: bool) -> int:
+    """How many blocks a probe has changed."""
+    return 2 * (space.shape.layers - 1) if whole_layers else space.shape.layers - _first_changed(choice)
 
 
 def _first_changed(choice: Choice) -> int:
