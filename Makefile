@@ -131,7 +131,7 @@ test-oldest:
 # Sums come out in another order on another CPU: the same tests with other kernels, on one thread and on two. CI takes
 # WAYS="default-2 avx2-1": each kernel and each number of threads once.
 WAYS ?= default-1 default-2 avx2-1 avx2-2
-NUMERIC := $(patsubst %,tests/test_%.py,merging blocks_refit blocks_library sensitivity measure baselines_flap gguf gguf_proof recover_sequential stored)
+NUMERIC := $(patsubst %,tests/test_%.py,merging blocks_refit blocks_library sensitivity measure baselines_flap gguf gguf_families gguf_proof recover_sequential stored)
 
 test-numerics: setup
 	@set -e; for way in $(WAYS); do \

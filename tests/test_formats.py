@@ -149,6 +149,8 @@ def test_where_query_heads_have_to_stay_kv_groups_may_merge() -> None:
     assert merging_helps(parent, rules("hf", "vllm"), "medium")
     assert not merging_helps(parent, rules("hf"), "medium") and not merging_helps(parent, rules("vllm"), "layer")
     assert not merging_helps(parent_of("llama-mqa"), rules("vllm"), "medium")
+    for family, helps in (("olmo2-gqa", True), ("phi3-gqa", True), ("qwen3-gqa", False), ("gpt2-mha", False)):
+        assert merging_helps(parent_of(family), rules("gguf"), "small") == helps
 
 
 def test_hf_uniform_keeps_what_stock_attributes_can_say() -> None:

@@ -225,8 +225,8 @@ def regex(pattern: str) -> list[pre_tokenizers.PreTokenizer]:
     return [pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_only]
 
 
-def sentencepiece(*, prefix: bool) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer with byte fallback, as Llama 2's was converted."""
+def sentencepiece(*, prefix: bool, cut: pre_tokenizers.PreTokenizer | None = None) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer with byte fallback, as Llama 2's was converted; cut at nothing, as Gemma's is."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     replace = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace] if prefix else [replace])
@@ -241,6 +241,8 @@ def sentencepiece(*, prefix: bool) -> PreTrainedTokenizerFast:
     loaded = json.loads(tokenizer.to_str())
     loaded["added_tokens"] = [entry for entry in loaded["added_tokens"] if not entry["content"].startswith("<0x")]
     tokenizer = Tokenizer.from_str(json.dumps(loaded))
+    if cut is not None:
+        tokenizer.pre_tokenizer = cut
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
@@ -256,6 +258,9 @@ TOKENIZERS: dict[str, Any] = {
     "qwen2": lambda: byte_level(*regex(_QWEN2)),
     "default": lambda: sentencepiece(prefix=True),
     "default without prefix": lambda: sentencepiece(prefix=False),
+    "default with a cut": lambda: sentencepiece(
+        prefix=False, cut=pre_tokenizers.Split(" ", "merged_with_previous", invert=False)
+    ),
 }
 
 

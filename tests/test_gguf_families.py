@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from closeness import tolerance
-from families import CASES, COMMON, GROUPED, IDS, Case, Slices, tiny_model, tiny_parent, tokens
+from families import CASES, COMMON, GROUPED, IDS, Case, Slices, merging, tiny_model, tiny_parent, tokens
 from transformers import PreTrainedModel
 
 from llmprune.choices.architecture import Architecture, LayerChoice
@@ -136,6 +136,13 @@ def test_variants_of_families_compute_the_same(variant: Case, tmp_path: Path) ->
     assert difference(tiny_model(variant), tmp_path / "model.gguf") <= bound(variant.model_type)
 
 
+@pytest.mark.parametrize("model_type", ["qwen3", "granite", "smollm3", "olmo2", "gemma2", "gemma3_text", "phi3"])
+def test_merged_kv_groups_compute_the_same(model_type: str, tmp_path: Path) -> None:
+    parent = tiny_parent(PLAIN[model_type])
+    child = prune(parent, merging(parent.shape, dict.fromkeys(range(parent.shape.layers), 1)), Slices(parent))
+    assert difference(child, tmp_path / "child.gguf") <= bound(model_type)
+
+
 @pytest.mark.parametrize("model_type", ["qwen3", "granite", "smollm3", "gemma2", "gemma3_text"])
 def test_fewer_query_heads_a_group_compute_the_same(model_type: str, tmp_path: Path) -> None:
     parent = tiny_parent(PLAIN[model_type])
@@ -203,6 +210,14 @@ def test_a_file_in_q8_0_has_the_childs_numbers_rounded_and_nothing_else(model_ty
             blocks = gguf.quants.quantize(numbers.contiguous().numpy(), type_)
             numbers = torch.from_numpy(gguf.quants.dequantize(blocks, type_))
         assert np.array_equal(gguf.quants.dequantize(tensor.data, tensor.tensor_type), numbers.numpy()), name
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "gpt2"])
+def test_children_in_half_precision_are_proven(model_type: str, tmp_path: Path) -> None:
+    """The scale of Gemma's embeddings, the root of 48, is no number of bfloat16."""
+    child, path = tiny_model(PLAIN[model_type]).bfloat16(), tmp_path / "child.gguf"
+    write_gguf(child, None, path, "f32")
+    assert prove_gguf(child, path, "f32").contents_kl < MAX_CONTENTS_KL / 10
 
 
 @pytest.mark.parametrize("weights", ["f32", "f16", "q8_0"])

@@ -1,8 +1,9 @@
 """A fast tokenizer's vocabulary, merges, special tokens and chat template, under the keys that llama.cpp reads.
 
 Two kinds are known: byte-level BPE (GPT-2's, Llama 3's, SmolLM's, Qwen 2's) and SentencePiece's BPE with byte fallback
-(Llama 2's, Mistral's). llama.cpp knows how text is cut before merging by name only, so the name is looked up by what
-the tokenizer does; one that does something else is refused rather than written under a name that is nearly right.
+(Llama 2's, Mistral's, Gemma's). llama.cpp knows how text is cut before merging by name only, so the name is looked up
+by what the tokenizer does; one that does something else is refused rather than written under a name that is nearly
+right.
 """
 
 from __future__ import annotations
@@ -145,6 +146,12 @@ def _prepends_space(data: Mapping[str, Any]) -> bool:
         case [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "content": "▁"}], None:
             return True
         case [{"type": "Replace", "content": "▁"}], None:
+            return False
+        # Gemma's: once spaces are turned, there is none to cut at.
+        case [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}], {
+            "type": "Split",
+            "pattern": {"String": " "},
+        }:
             return False
         case [], {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}:
             return bool(scheme != "never")

@@ -13,7 +13,7 @@ from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.core.errors import ExportError, RecipeError, UnsupportedModelError
 from llmprune.core.recipe import DeployRecipe, EngineName, FormatName, Recipe, SpaceSize
-from llmprune.formats.gguf_families import GGUF_FAMILIES
+from llmprune.formats.gguf_families import GGUF_FAMILIES, gguf_family
 from llmprune.formats.gguf_limits import (
     gguf_child_problem,
     gguf_choice_problem,
@@ -37,8 +37,8 @@ class Format:
 
     `parent_problem(config, rules)`: why no child of such a parent can be held. `choice_problem(parent, choice, rules)`:
     why a choice cannot, in whatever layer; such choices are left out of the search. `child_problem(config, rules)`: why
-    this child cannot. `constant_heads`: all layers have the same number of query heads. `sizes(config)`: the space
-    sizes whose children it holds, of such a parent.
+    this child cannot. Of a parent with this config, `constant_heads(config)`: whether all layers have the same number
+    of query heads; `sizes(config)`: the space sizes whose children it holds.
     """
 
     name: FormatName
@@ -47,7 +47,7 @@ class Format:
     parent_problem: Callable[[Any, DeployRecipe], Problem]
     choice_problem: Callable[[Parent, Choice, DeployRecipe], Problem]
     child_problem: Callable[[Any, DeployRecipe], Problem]
-    constant_heads: bool = False
+    constant_heads: Callable[[Any], bool] = lambda config: False
     sizes: Callable[[Any], tuple[SpaceSize, ...]] = lambda config: ("small", "layer", "medium", "large")
 
 
@@ -94,7 +94,7 @@ def check_precision(parent: Parent, recipe: Recipe) -> None:
 
 def merging_helps(parent: Parent, rules: DeployRecipe, size: SpaceSize) -> bool:
     """Whether a format leaves attention nothing but merged KV groups to be pruned by, and the parent can have them."""
-    wanted = any(FORMATS[name].constant_heads for name in rules.formats)
+    wanted = any(FORMATS[name].constant_heads(parent.model.config) for name in rules.formats)
     return wanted and size != "layer" and parent.family.kv_heads is not None and bool(MergedChoice.of(parent.shape))
 
 
@@ -233,6 +233,7 @@ FORMATS: dict[FormatName, Format] = {
                 parent.model.config, parent.shape, choice, rules.gguf_type
             ),
             child_problem=lambda config, rules: gguf_child_problem(config, rules.gguf_type),
+            constant_heads=lambda config: gguf_family(config).heads_fill_hidden,
             sizes=gguf_sizes,
         ),
         Format(
@@ -243,7 +244,7 @@ FORMATS: dict[FormatName, Format] = {
             parent_problem=_not_decilm,
             choice_problem=_other_heads,
             child_problem=_mixed_heads,
-            constant_heads=True,
+            constant_heads=lambda config: True,
         ),
     )
 }

@@ -148,11 +148,11 @@ def _project(module: Any, rounding: _Rounding, inputs: GgufType, inputs_BTD: tor
     return functional.linear(torch.cat([exact, _rounded(rounded, inputs)]), rounding(weight), module.bias)
 
 
-def _embed(module: nn.Embedding, rounding: _Rounding, ids_BT: torch.Tensor) -> torch.Tensor:
-    # Gemma's are scaled as they are looked up.
-    scale = getattr(module, "embed_scale", None)
+def _embed(module: Any, rounding: _Rounding, ids_BT: torch.Tensor) -> torch.Tensor:
     rows = rounding(functional.embedding(ids_BT.to(module.weight.device), module.weight))
-    return rows if scale is None else rows * scale.float()
+    # Gemma's are scaled as they are looked up; the buffer of this number may be in half precision.
+    scale: float = getattr(module, "scalar_embed_scale", 1.0)
+    return rows * scale
 
 
 def _looked_up_gelu(inputs: torch.Tensor) -> torch.Tensor:
