@@ -32,7 +32,7 @@ from llmprune.formats.gguf_limits import (
 from llmprune.measure.speed.llamacpp import GgufModel, logits_of
 from llmprune.models.modeling_pruned import FAMILIES
 from llmprune.models.parent import Parent
-from llmprune.models.surgery import prune
+from llmprune.models.surgery import is_stock, prune
 from llmprune.publish.gguf_proof import MAX_CONTENTS_KL, prove_gguf
 
 LENGTH = 40
@@ -148,6 +148,16 @@ def test_fewer_query_heads_a_group_compute_the_same(model_type: str, tmp_path: P
     parent = tiny_parent(PLAIN[model_type])
     few = LayerChoice(AttentionChoice(3, queries_per_group=1), FfnChoice(24))
     child = prune(parent, Architecture((few,) * parent.shape.layers), Slices(parent))
+    assert difference(child, tmp_path / "child.gguf") <= bound(model_type)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "granite", "gemma2", "gemma3_text"])
+def test_alike_is_a_matter_of_sizes_not_of_the_class(model_type: str, tmp_path: Path) -> None:
+    """Five heads do not divide the hidden size: no stock class says so, and llama.cpp does not ask."""
+    values = {**PLAIN[model_type].values, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
+    parent = tiny_parent(Case(model_type, "eight heads", values))
+    child = prune(parent, Architecture.of([(5, 24)] * parent.shape.layers), Slices(parent))
+    assert not is_stock(child.config)
     assert difference(child, tmp_path / "child.gguf") <= bound(model_type)
 
 
