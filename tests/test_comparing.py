@@ -17,11 +17,15 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmprune.choices.architecture import Architecture
+from llmprune.choices.dimensions import WHOLE_MODEL
+from llmprune.choices.ffn import FfnChoice
+from llmprune.choices.stored import StoredFfn
+from llmprune.choices.vocabulary import VocabularyChoice
 from llmprune.core.errors import ModelError
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.evaluation import behaviour as module
 from llmprune.evaluation.behaviour import SPAN, behaviour
-from llmprune.evaluation.comparing import comparison_tables, differing_layers, structure
+from llmprune.evaluation.comparing import comparison_tables, differing_layers, kept_of, structure
 from llmprune.evaluation.comparison_page import comparison_page
 from llmprune.measure.quality.perplexity import score
 from llmprune.pipeline.run import Run
@@ -113,6 +117,10 @@ def test_structure_counts_what_is_left() -> None:
     rows = [{"architecture": a.to_json()} for a in (architecture, Architecture.of([(2, 16), (0, 4), (1, 0), (0, 0)]))]
     assert [layer["layer"] for layer in differing_layers(rows)] == [1]
     assert differing_layers([*rows, {"architecture": Architecture.of([(2, 16)]).to_json()}]) == []
+    whole = Architecture.of([(2, 16)])
+    stored = whole.with_choices([(0, StoredFfn(FfnChoice(16), "q4_0")), (WHOLE_MODEL, VocabularyChoice("q5_0"))])
+    layer, vocabulary = differing_layers([{"architecture": one.to_json()} for one in (whole, stored)])
+    assert kept_of(layer) == ["2, 16", "2, 16, q4_0"] and kept_of(vocabulary) == ["as the parent's", "q5_0"]
 
 
 def test_the_command_sets_children_side_by_side(finished_run: Finished, llmprune: Llmprune, tmp_path: Path) -> None:

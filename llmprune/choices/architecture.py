@@ -1,4 +1,4 @@
-"""What a child keeps of its parent: one choice per block, hashable, JSON in and out."""
+"""What a child keeps of its parent: one choice per block and one for the vocabulary, hashable, JSON in and out."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmprune.choices.choice import Choice, attends
-from llmprune.choices.dimensions import BlockKind, Dimensions
+from llmprune.choices.choice import AnyChoice, Assignment, Choice, attends
+from llmprune.choices.dimensions import WHOLE_MODEL, BlockKind, Dimensions
 from llmprune.choices.ffn import FfnChoice
 from llmprune.choices.kinds import parse_choice
 from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.choices.stored import whole
+from llmprune.choices.vocabulary import PARENTS_VOCABULARY, VocabularyChoice
 from llmprune.core.errors import ArchitectureError, quoted
 
 DROPPED: dict[BlockKind, Choice] = {"attention": AttentionChoice(0), "ffn": FfnChoice(0)}
@@ -50,6 +51,7 @@ class Architecture:
     """One choice per block of the parent; `layers[i]` speaks of the parent's layer `i`, kept or not."""
 
     layers: tuple[LayerChoice, ...]
+    vocabulary: VocabularyChoice = PARENTS_VOCABULARY
 
     @classmethod
     def of(cls, layers: Iterable[tuple[int, int]]) -> Architecture:
@@ -70,15 +72,24 @@ class Architecture:
         """Every block as `(parent layer, choice)`, attention before FFN."""
         return ((i, choice) for i, layer in enumerate(self.layers) for choice in layer.blocks)
 
-    def with_choices(self, changes: Iterable[tuple[int, Choice]]) -> Architecture:
-        """This architecture with some blocks changed, named by their layer."""
-        layers = list(self.layers)
-        for layer, choice in changes:
-            layers[layer] = layers[layer].with_choice(choice)
-        return Architecture(tuple(layers))
+    def assignments(self) -> Iterator[Assignment]:
+        """All that is chosen: every block, and the vocabulary where it is not the parent's."""
+        yield from self.blocks()
+        if self.vocabulary != PARENTS_VOCABULARY:
+            yield WHOLE_MODEL, self.vocabulary
 
-    def with_choice(self, layer: int, choice: Choice) -> Architecture:
-        """This architecture with one block changed."""
+    def with_choices(self, changes: Iterable[Assignment]) -> Architecture:
+        """This architecture with some choices changed: of blocks, named by their layer, or of the vocabulary."""
+        layers, vocabulary = list(self.layers), self.vocabulary
+        for layer, choice in changes:
+            if isinstance(choice, VocabularyChoice):
+                vocabulary = choice
+            else:
+                layers[layer] = layers[layer].with_choice(choice)
+        return Architecture(tuple(layers), vocabulary)
+
+    def with_choice(self, layer: int, choice: AnyChoice) -> Architecture:
+        """This architecture with one choice changed."""
         return self.with_choices([(layer, choice)])
 
     def without_layers(self, layers: Iterable[int]) -> Architecture:
@@ -86,12 +97,13 @@ class Architecture:
         return self.with_choices((layer, choice) for layer in layers for choice in DROPPED.values())
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "layers": [
-                {"layer": i, "attention": layer.attention.to_json(), "ffn": layer.ffn.to_json()}
-                for i, layer in enumerate(self.layers)
-            ]
-        }
+        layers = [
+            {"layer": i, "attention": layer.attention.to_json(), "ffn": layer.ffn.to_json()}
+            for i, layer in enumerate(self.layers)
+        ]
+        # Only where it is not the parent's: most architectures are of blocks alone.
+        vocabulary = self.vocabulary.to_json()
+        return {"layers": layers, **({"vocabulary": vocabulary} if vocabulary else {})}
 
     @classmethod
     def from_json(cls, data: Any) -> Architecture:
@@ -103,6 +115,7 @@ class Architecture:
                 LayerChoice(parse_choice(entry["attention"], "attention"), parse_choice(entry["ffn"], "ffn"))
                 for entry in entries
             ]
+            vocabulary = VocabularyChoice.from_json(data.get("vocabulary", {}))
         except (TypeError, KeyError, AttributeError) as error:
             raise ArchitectureError(
                 'an architecture is {"layers": [{"layer": 0, "attention": {"kv_groups": n}, '
@@ -112,7 +125,7 @@ class Architecture:
             raise ArchitectureError(
                 f"an architecture names every parent layer 0..n-1 once; got layers {quoted(indices)}"
             )
-        architecture = cls(tuple(layers))
+        architecture = cls(tuple(layers), vocabulary)
         if architecture.to_json() != {**data, "layers": entries}:
             raise ArchitectureError(
                 "the layers of an architecture say one choice for each block, and nothing else; this one has more, "
@@ -162,6 +175,8 @@ class ParentShape(Dimensions):
         for i, choice in architecture.blocks():
             if problem := choice.problem(self):
                 raise ArchitectureError(f"layer {i} keeps {choice} of a parent with {problem}")
+        if problem := architecture.vocabulary.problem(self):
+            raise ArchitectureError(f"a child has {architecture.vocabulary} of a parent with {problem}")
         if not architecture.attends:
             raise ArchitectureError(
                 "a child keeps attention in at least one layer (without it no token sees another); all kv_groups are 0"

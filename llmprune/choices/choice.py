@@ -2,7 +2,7 @@
 
 A kind is a class in a module of its own, listed in `kinds.py`: it owns its ladder, what is legal, its JSON, what stays
 of a block, the refit of what is left, the tensors and sizes that come of it, and what all that costs. Formats own their
-limits, and families are data. What is decided for the whole model (a vocabulary, a hidden size) is no block's choice.
+limits, and families are data. What is decided for the whole model (`vocabulary.py`) is no block's choice.
 
 Shapes: D outputs and I inputs of a block's output projection, U units that stay, Q query heads that stay of each.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmprune.choices.dimensions import BlockKind, Dimensions, SizeWord
 from llmprune.choices.rows import input_columns, unit_rows
+from llmprune.choices.vocabulary import VocabularyChoice
 from llmprune.core.recipe import GgufType, ImportanceRecipe, SpaceRecipe
 
 Orders = Mapping[str, Tensor]
@@ -204,9 +205,14 @@ class Choice(ABC):
         return None
 
 
-def attends(choices: Iterable[Choice]) -> bool:
+AnyChoice = Choice | VocabularyChoice
+Assignment = tuple[int, AnyChoice]
+"""A choice for the block of its kind in a layer; or, for `WHOLE_MODEL`, for the vocabulary."""
+
+
+def attends(choices: Iterable[AnyChoice]) -> bool:
     """Whether there is an attention among these that stays: in a model without any, no token sees another."""
-    return any(choice.kind == "attention" and choice.units > 0 for choice in choices)
+    return any(isinstance(choice, Choice) and choice.kind == "attention" and choice.units > 0 for choice in choices)
 
 
 def too_many_units(choice: Choice, shape: Dimensions) -> str | None:

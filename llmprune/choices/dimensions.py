@@ -8,6 +8,8 @@ from typing import Literal
 BlockKind = Literal["attention", "ffn"]
 """A half of a layer."""
 BLOCK_KINDS: tuple[BlockKind, BlockKind] = ("attention", "ffn")
+WHOLE_MODEL = -1
+"""In place of a layer, where something is chosen once for a model."""
 
 SizeWord = Literal["heads", "kv_heads", "head_dim", "ffn_width"]
 """What a config may say of a layer, in the words of the family table (`models/modeling_pruned.py`)."""

@@ -8,19 +8,17 @@ from functools import cached_property
 from typing import Any
 
 from llmprune.choices.architecture import DROPPED, Architecture, ParentShape
-from llmprune.choices.choice import Choice
-from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
+from llmprune.choices.choice import AnyChoice, Assignment, Choice
+from llmprune.choices.dimensions import BLOCK_KINDS, WHOLE_MODEL, BlockKind
 from llmprune.choices.kinds import ladder_of, parse_choice
+from llmprune.choices.vocabulary import PARENTS_VOCABULARY, VocabularyChoice
 from llmprune.core.errors import ArchitectureError
 from llmprune.core.recipe import SpaceRecipe, SpaceSize
-
-Assignment = tuple[int, Choice]
-"""A choice for the block of its kind in a layer."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One thing to decide: each option, in order of size, assigns choices to some blocks; the last is the parent's."""
+    """One thing to decide: each option, in order of size, assigns some choices; the last is the parent's."""
 
     name: str
     options: tuple[tuple[Assignment, ...], ...]
@@ -32,13 +30,15 @@ class Space:
 
     `size` is how free it is: small, one choice a kind for all layers; layer, each layer whole or gone; medium, KV
     groups and FFN width block by block; large, query heads a group besides.
-    `attention` and `ffn` are the ladders of choices, ascending in size; the last of each is the parent's.
+    `attention`, `ffn` and `vocabulary` are the ladders of choices, ascending in size; the last of each is the parent's.
     """
 
     shape: ParentShape
     size: SpaceSize
     attention: tuple[Choice, ...]
     ffn: tuple[Choice, ...]
+    vocabulary: tuple[VocabularyChoice, ...] = ()
+    """Empty where there is nothing to choose."""
 
     @classmethod
     def of(cls, shape: ParentShape, kv_groups_step: int, ffn_step: int, **rules: Any) -> Space:
@@ -57,7 +57,7 @@ class Space:
             if not rules.drop:
                 raise ArchitectureError("space.size=layer leaves whole layers out; set space.drop=true")
             attention, ffn = ((DROPPED[kind], shape.full(kind)) for kind in BLOCK_KINDS)
-        space = cls(shape, rules.size, attention, ffn)
+        space = cls(shape, rules.size, attention, ffn, VocabularyChoice.ladder(shape, rules))
         if all(len(decision.options) == 1 for decision in space.decisions):
             raise ArchitectureError(
                 "the space holds the parent alone; allow space.drop, or lower space.kv_groups_step from "
@@ -67,16 +67,30 @@ class Space:
 
     def to_json(self) -> dict[str, Any]:
         attention, ffn = ([choice.to_json() for choice in ladder] for ladder in (self.attention, self.ffn))
-        return {"shape": asdict(self.shape), "size": self.size, "attention": attention, "ffn": ffn}
+        found = {"shape": asdict(self.shape), "size": self.size, "attention": attention, "ffn": ffn}
+        return found | ({"vocabulary": [choice.to_json() for choice in self.vocabulary]} if self.vocabulary else {})
 
     @classmethod
     def from_json(cls, data: Any) -> Space:
         """Inverse of `to_json`. Raises KeyError, TypeError or ArchitectureError on anything else."""
         attention, ffn = (tuple(parse_choice(choice, kind) for choice in data[kind]) for kind in BLOCK_KINDS)
-        return cls(ParentShape(**data["shape"]), data["size"], attention, ffn)
+        vocabulary = tuple(VocabularyChoice.from_json(choice) for choice in data.get("vocabulary", []))
+        return cls(ParentShape(**data["shape"]), data["size"], attention, ffn, vocabulary)
 
     def ladder(self, kind: BlockKind) -> tuple[Choice, ...]:
         return self.attention if kind == "attention" else self.ffn
+
+    @property
+    def ladders(self) -> dict[str, tuple[AnyChoice, ...]]:
+        """All of them, by what they are choices for."""
+        found: dict[str, tuple[AnyChoice, ...]] = {kind: self.ladder(kind) for kind in BLOCK_KINDS}
+        return found | ({"vocabulary": self.vocabulary} if self.vocabulary else {})
+
+    def assignments(self) -> Iterable[Assignment]:
+        """All that may be chosen."""
+        for layer, kind in self.blocks():
+            yield from ((layer, choice) for choice in self.ladder(kind))
+        yield from ((WHOLE_MODEL, choice) for choice in self.vocabulary)
 
     def blocks(self) -> Iterable[tuple[int, BlockKind]]:
         """Every block of the parent."""
@@ -85,6 +99,10 @@ class Space:
     @cached_property
     def decisions(self) -> tuple[Decision, ...]:
         """What Optuna's parameters stand for: an index into each decision's options."""
+        of_vocabulary = Decision("vocabulary", tuple(((WHOLE_MODEL, choice),) for choice in self.vocabulary))
+        return (*self._of_blocks(), *([of_vocabulary] if self.vocabulary else []))
+
+    def _of_blocks(self) -> tuple[Decision, ...]:
         layers = range(self.shape.layers)
         if self.size == "small":
             return tuple(
@@ -117,7 +135,8 @@ class Space:
                 f"an architecture has one entry per parent layer: the parent has {self.shape.layers} layers, "
                 f"the architecture {len(architecture.layers)}"
             )
-        chosen = {(layer, choice.kind): choice for layer, choice in architecture.blocks()}
+        chosen: dict[tuple[int, str], AnyChoice] = {(layer, own.kind): own for layer, own in architecture.blocks()}
+        chosen[WHOLE_MODEL, "vocabulary"] = architecture.vocabulary
         found = []
         for decision in self.decisions:
             wanted = tuple((layer, chosen[layer, choice.kind]) for layer, choice in decision.options[-1])
@@ -127,6 +146,8 @@ class Space:
                     f"{self.size} space; use another space.size or finer steps"
                 )
             found.append(decision.options.index(wanted))
+        if architecture.vocabulary not in (self.vocabulary or (PARENTS_VOCABULARY,)):
+            raise ArchitectureError(f"the space has no {architecture.vocabulary}; name its type in space.precision")
         return tuple(found)
 
     def __contains__(self, architecture: Architecture) -> bool:

@@ -86,15 +86,20 @@ def structure(architecture: Architecture) -> dict[str, int]:
 
 
 def differing_layers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The parent's layers that the models do not keep alike, with what each keeps of them."""
+    """The parent's layers that the models do not keep alike, with what each keeps of them; and likewise the
+    vocabulary."""
     every = [row["architecture"]["layers"] for row in rows]
     if len({len(layers) for layers in every}) > 1:
         return []  # Children of several parents have no layers in common.
-    return [
+    found: list[dict[str, Any]] = [
         {"layer": number, "kept": [{kind: layer[kind] for kind in BLOCK_KINDS} for layer in layers]}
         for number, layers in enumerate(zip(*every, strict=True))
         if any(layer != layers[0] for layer in layers)
     ]
+    vocabularies = [row["architecture"].get("vocabulary", {}) for row in rows]
+    if any(own != vocabularies[0] for own in vocabularies):
+        found.append({"layer": "vocabulary", "kept": [{"vocabulary": own} for own in vocabularies]})
+    return found
 
 
 def _behaviour(
@@ -166,8 +171,9 @@ def _layers(result: Mapping[str, Any]) -> Table:
 
 
 def kept_of(layer: Mapping[str, Any]) -> list[str]:
-    """Units that each model keeps of a layer they differ in."""
-    return [", ".join(f"{n:,}" for kind in BLOCK_KINDS for n in one[kind].values()) for one in layer["kept"]]
+    """Units that each model keeps of a layer they differ in, and the types that have been chosen for them."""
+    values = [[value for choice in one.values() for value in choice.values()] for one in layer["kept"]]
+    return [", ".join(n if isinstance(n, str) else f"{n:,}" for n in own) or "as the parent's" for own in values]
 
 
 def read_on(on: Mapping[str, Any]) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 from llmprune.blocks.solve import gathered_choices
 from llmprune.blocks.statistics import statistics_bytes
+from llmprune.choices.choice import Assignment
 from llmprune.choices.dimensions import BlockKind
-from llmprune.choices.space import Assignment, Space
+from llmprune.choices.space import Space
 from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_inputs import SplitName
 from llmprune.data.tokens import divide_windows, first_windows
@@ -76,7 +77,7 @@ class Plan:
     def exact_choices(self) -> list[Assignment]:
         """The choices that are scored exactly."""
         space, rules = self.space, self.recipe.tables
-        return [(i, c) for i, kind in space.blocks() for c in space.ladder(kind) if is_exact(c, space, rules)]
+        return [(i, c) for i, c in space.assignments() if is_exact(c, space, rules)]
 
     @property
     def layers_a_pass(self) -> int:

@@ -25,7 +25,7 @@ from llmprune.formats.gguf_limits import gguf_child_problem, gguf_problem, gguf_
 from llmprune.formats.gguf_rope import SLIDING, add_rope
 from llmprune.formats.gguf_tensors import FileLayer, file_layers, file_tensors, whole_type
 from llmprune.formats.gguf_tokenizer import add_tokenizer
-from llmprune.formats.layers import head_dim_of, layer_sizes, stock_type
+from llmprune.formats.layers import head_dim_of, layer_sizes, stock_type, vocabulary_type
 from llmprune.models.modeling_pruned import FAMILIES
 from llmprune.numerics.ggml import TYPES
 
@@ -35,7 +35,7 @@ def write_gguf(
 ) -> None:
     """Write a child - or a dense model of a family that llama.cpp knows - to `path`, whole or not at all.
 
-    `weights` is how projections and embeddings are stored, but for the blocks of a child that have a type of their own;
+    `weights` is how projections and embeddings are stored, but for what has a type of its own in the child;
     norms, biases and rotary factors are always f32. Without a tokenizer llama.cpp runs the file on token ids only. The
     child may be on any device and in any dtype.
     Raises ExportError if llama.cpp would not compute the same from it, RunDirectoryError if `path` cannot be written.
@@ -82,7 +82,7 @@ def type_of(config: Any, name: str, weights: GgufType) -> GgufType:
     family = FAMILIES[stock_type(config)]
     index, _, within = name.removeprefix(f"{family.layers}.").partition(".")
     if not name.startswith(f"{family.layers}."):
-        return whole_type(gguf_family(config).whole[name.removesuffix(".weight")], weights)
+        return whole_type(gguf_family(config).whole[name.removesuffix(".weight")], vocabulary_type(config) or weights)
     kind: BlockKind = "attention" if within.startswith(f"{family.attention.module}.") else "ffn"
     return layer_sizes(config)[int(index)].types.get(kind, weights)
 

@@ -19,7 +19,7 @@ from llmprune.core.errors import ExportError, ModelError
 from llmprune.core.recipe import GgufType
 from llmprune.formats.gguf_families import Rewrite, gguf_family
 from llmprune.formats.gguf_rope import rope_divisors
-from llmprune.formats.layers import head_dim_of, layer_sizes, stock_type
+from llmprune.formats.layers import head_dim_of, layer_sizes, stock_type, vocabulary_type
 from llmprune.models.modeling_pruned import FAMILIES
 from llmprune.models.stored import StoredWeight, stored_weights
 from llmprune.numerics.ggml import TYPES, Blocks, to_blocks
@@ -110,9 +110,10 @@ def file_tensors(child: PreTrainedModel, layers: list[FileLayer], weights: GgufT
             rewritten = _as_it_is if rewrite is None else partial(_REWRITES[rewrite], heads)
             yield FileTensor(f"{prefix}{name}.{part}", shape, stored_as, partial(_as_it_is, source), rounded, rewritten)
 
+    of_vocabulary = vocabulary_type(config) or weights
     for module, name in family.whole.items():
         if name != "output" or not config.tie_word_embeddings:
-            yield from tensors("", module, name, whole_type(name, weights))
+            yield from tensors("", module, name, whole_type(name, of_vocabulary))
     if (divisors := rope_divisors(child)) is not None:
         yield FileTensor("rope_freqs.weight", tuple(divisors.shape), "f32", partial(_as_it_is, divisors))
     for i, layer in enumerate(layers):

@@ -32,6 +32,12 @@ def layer_sizes(config: Any) -> tuple[LayerSizes, ...]:
     return tuple(_sizes_of(config, i) for i in range(config.num_hidden_layers))
 
 
+def vocabulary_type(config: Any) -> GgufType | None:
+    """The type of embedding and output head, where they have one of their own."""
+    type_: GgufType | None = getattr(config, "stored_vocabulary", None)
+    return type_
+
+
 def _sizes_of(config: Any, index: int) -> LayerSizes:
     family = FAMILIES[stock_type(config)]
     pruned = config.model_type.startswith(PRUNED_PREFIX)

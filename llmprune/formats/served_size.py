@@ -5,9 +5,10 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from llmprune.choices.architecture import Architecture, ParentShape
+from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.core.recipe import GgufType
 from llmprune.formats.gguf import cached_numbers, tensor_bytes
-from llmprune.formats.layers import layer_sizes
+from llmprune.formats.layers import layer_sizes, vocabulary_type
 from llmprune.models.sizes import Size, parameter_count, size_of
 from llmprune.numerics.ggml import TYPES
 
@@ -38,6 +39,9 @@ def served_size(
 
 
 def _types_of(model: PreTrainedModel, gguf_type: GgufType) -> list[str]:
-    """The types of a file's matrices, widest first; the file's own is that of embeddings."""
-    own = {type_ for layer in layer_sizes(model.config) for type_ in layer.types.values()}
-    return [name for name in TYPES if name in {gguf_type, *own}]
+    """The types of a file's matrices, widest first."""
+    config, found = model.config, {vocabulary_type(model.config) or gguf_type}
+    for layer in layer_sizes(config):
+        there = {"attention": layer.heads, "ffn": layer.ffn_width}
+        found |= {layer.types.get(kind, gguf_type) for kind in BLOCK_KINDS if there[kind]}
+    return [name for name in TYPES if name in found]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,11 @@ from llmprune.choices.choice import Choice
 from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind, SizeWord
 from llmprune.core.errors import RecipeError, UnsupportedModelError, quoted
 from llmprune.core.files import expanded
-from llmprune.core.recipe import Recipe
+from llmprune.core.recipe import GgufType, Recipe
 from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.models.loading import load_model
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, BlockNames, Family, input_axis
+from llmprune.models.stored import StoredWeight
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,8 @@ class Parent:
     family: Family
     shape: ParentShape
     source: str
+    rounded: dict[tuple[str, GgufType], tuple[StoredWeight, torch.Tensor]] = field(default_factory=dict, repr=False)
+    """Matrices outside of layers as types store them, and the numbers that those say: each is rounded once."""
 
     @property
     def device(self) -> torch.device:
@@ -83,6 +86,24 @@ class Parent:
     def output_bias(self, layer: int, kind: BlockKind) -> torch.Tensor | None:
         bias = getattr(self.output_projection(layer, kind), "bias", None)
         return None if bias is None else bias.detach()
+
+    def vocabulary_names(self) -> list[str]:
+        """What the state calls the matrices with a row a token: the embedding and, if that is another, the head."""
+        model = self.model
+        ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]  # type: ignore[no-untyped-call]
+        # A shared parameter is named once.
+        return [name for name, parameter in model.named_parameters() if any(parameter is one for one in ends)]
+
+    def rounded_to(self, name: str, type_: GgufType) -> tuple[StoredWeight, torch.Tensor]:
+        """A matrix outside of layers as a type stores it, and the numbers that it says. Raises ModelError as
+        `StoredWeight.of` does."""
+        if (name, type_) not in self.rounded:
+            weight = self.model.get_parameter(name).detach()
+            stored = StoredWeight.of(weight, type_)
+            # Normal tensors, although the caller may be in inference mode: they outlive it.
+            with torch.inference_mode(False):
+                self.rounded[name, type_] = stored, stored.numbers_like(weight)
+        return self.rounded[name, type_]
 
     @property
     def hash(self) -> str:

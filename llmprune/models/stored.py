@@ -71,4 +71,6 @@ def store_again(child: PreTrainedModel) -> None:
         found[name] = stored.anew(weight)
         # In its place: the storage may be another's.
         setattr(module, leaf, nn.Parameter(found[name].numbers_like(weight), requires_grad=weight.requires_grad))
+    # An output head may be the embedding.
+    child.tie_weights()
     remember(child, found)

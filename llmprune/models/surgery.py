@@ -137,6 +137,8 @@ def child_config(config: Any, family: Family, shape: ParentShape, architecture: 
         values["head_dim"] = shape.head_dim
         values["per_layer_config"] = {str(i): _layer_entry(family, shape, choice) for i, choice in enumerate(choices)}
         child = pruned_classes(config.model_type)[0](**values)
+    if architecture.vocabulary.stored:
+        child.stored_vocabulary = architecture.vocabulary.stored
     if any(choice.stored for layer in choices for choice in layer.blocks):
         child.stored_types = [{choice.kind: choice.stored for choice in layer.blocks} for layer in choices]
     child.dtype = config.dtype
@@ -205,10 +207,13 @@ def _child_tensors(
         for layer in architecture.kept_layers
     }
     tensors, stored = {}, {}
+    of_vocabulary = parent.vocabulary_names() if architecture.vocabulary.stored else []
     for name in child.state_dict():
         parent_name, layer, rest = _parent_name(parent, architecture, name)
         if layer is None:
             tensors[name] = parent_tensors[parent_name]
+            if name in of_vocabulary and architecture.vocabulary.stored:
+                stored[name], tensors[name] = parent.rounded_to(name, architecture.vocabulary.stored)
             continue
         values, weights = changed[layer]
         tensors[name] = values.get(rest, parent_tensors[parent_name])

@@ -100,7 +100,7 @@ def _measured(run: Run, judges: Judges, chosen: Sequence[Record], beside: Mappin
             with suppress(ModelError):
                 baselines.append((rival.measure(architecture), rival))
         advance(len(chosen) + len(beside), len(chosen) + len(beside))
-        stored = [judge.judge(whole, f"parent in {name}") for name, whole in parents_in_types(judge.library.space)]
+        stored = [judge.judge(whole, name) for name, whole in parents_in_types(judge.library.space)]
     # What another child beats before it is repaired is not worth the minutes that a repair takes.
     best = non_dominated((record for record in children if record.is_finite), run.speed)
     own = _Forms(run, judges, judge, judges.quoting())

@@ -104,6 +104,8 @@ def architecture_map(architecture: Architecture, shape: ParentShape) -> str:
         ffn = f"{_bar(width, shape.ffn_width)} {width}/{shape.ffn_width}" if width else "FFN dropped"
         line = f"{index:>5}  {attention + types[0]:<{BAR_WIDTH + 10 + typed}}{heads:<14}{ffn}{types[1]}"
         lines.append(f"{index:>5}  layer dropped" if layer.is_gone else line)
+    if stored := architecture.vocabulary.stored:
+        lines.append(f"embedding and output head in {stored}")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from llmprune.core.progress import Show
 from llmprune.core.recipe import DeployRecipe, FormatName, GgufType
 from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.formats.gguf import write_gguf
-from llmprune.formats.layers import layer_sizes
+from llmprune.formats.layers import layer_sizes, vocabulary_type
 from llmprune.formats.limits import check_child
 from llmprune.formats.vllm import write_vllm
 from llmprune.models.checkpoint import staging_beside
@@ -46,7 +46,8 @@ def write_formats(
         check_child(child.config, name, rules)
     written: list[dict[str, Any]] = []
     if "gguf" in rules.formats:
-        mixed = any(layer.types for layer in layer_sizes(child.config))
+        config = child.config
+        mixed = vocabulary_type(config) is not None or any(layer.types for layer in layer_sizes(config))
         path = directory / gguf_name(rules.gguf_type, mixed=mixed)
         if path.exists() and not force:
             raise ExportError(f"{path} is there already; use --force to replace it")

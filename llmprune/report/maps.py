@@ -10,7 +10,7 @@ from llmprune.choices.architecture import Architecture
 from llmprune.measure.record import Front
 from llmprune.report.drawing import Figure, data_of, side_by_side
 from llmprune.report.facts import Facts
-from llmprune.report.rows import cells_of, map_rows, picked_id
+from llmprune.report.rows import cells_of, map_rows, picked_id, titled
 
 
 def map_figure(front: Front, facts: Facts) -> Figure:
@@ -19,15 +19,17 @@ def map_figure(front: Front, facts: Facts) -> Figure:
     chart = side_by_side(_map_cells(), rows, picked_id(facts))
     caption = (
         "Exact. Share of every block's units (KV groups, FFN channels) that a child keeps, layer by layer, "
-        "and the type of its weights where it has one of its own."
+        "and the type of its weights where it has one of its own; vocabulary: embedding and output head."
     )
     return Figure("architecture", "Architecture map", caption, chart)
 
 
 def maps_beside(maps: Mapping[str, tuple[Architecture, Architecture]]) -> alt.FacetChart:
     """What is left of every block of several children, by what each is called: its architecture and its parent's."""
-    rows = [{"title": title, **row} for title, pair in maps.items() for row in cells_of(*pair)]
-    return alt.layer(*_map_cells(), data=data_of(rows)).facet(column=alt.Column("title:N", title=None, sort=list(maps)))
+    titles = {name: titled(name, architecture) for name, (architecture, _) in maps.items()}
+    rows = [{"title": titles[name], **row} for name, pair in maps.items() for row in cells_of(*pair)]
+    columns = alt.Column("title:N", title=None, sort=list(titles.values()))
+    return alt.layer(*_map_cells(), data=data_of(rows)).facet(column=columns)
 
 
 def _map_cells() -> list[alt.Chart]:

@@ -74,7 +74,13 @@ def map_rows(front: Front) -> Iterator[Row]:
     """How much of each block of the parent is left in every child and baseline."""
     for record, role in _drawn(front):
         for row in cells_of(record.architecture, front.parent.architecture):
-            yield {"id": record.id, "title": title_of(record, role), **row}
+            yield {"id": record.id, "title": titled(title_of(record, role), record.architecture), **row}
+
+
+def titled(name: str, architecture: Architecture) -> str:
+    """What a map of blocks is called: it has no cell for the vocabulary."""
+    stored = architecture.vocabulary.stored
+    return f"{name}, vocabulary in {stored}" if stored else name
 
 
 def cells_of(architecture: Architecture, whole: Architecture) -> Iterator[Row]:

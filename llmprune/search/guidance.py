@@ -9,7 +9,8 @@ from typing import Any
 
 from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
-from llmprune.choices.choice import Choice
+from llmprune.choices.choice import AnyChoice, Assignment
+from llmprune.choices.dimensions import WHOLE_MODEL
 from llmprune.choices.space import Space
 from llmprune.core.errors import ArchitectureError, RunDirectoryError
 from llmprune.core.progress import Show
@@ -47,7 +48,7 @@ class Estimates:
     """Of `split`, that each estimate takes."""
     device: str
     shrinkage: Shrinkage
-    together: Mapping[Choice, float]
+    together: Mapping[AnyChoice, float]
     """What choices cost together, over the sum of their scores (see `tables.together`)."""
     of_parent: Scores
     """What the tables have of the parent itself, so weighed and shrunk: it is not estimated again."""
@@ -64,9 +65,14 @@ class Estimates:
                 )
             if len(self._kept) == ESTIMATES_KEPT:
                 del self._kept[next(iter(self._kept))]
-            found = weighed(found, self.together, architecture)
+            found = weighed(found | self._of_vocabulary(architecture), self.together, architecture)
             self._kept[architecture] = self.shrinkage.apply(found, architecture)
         return self._kept[architecture]
+
+    def _of_vocabulary(self, architecture: Architecture) -> dict[Assignment, float]:
+        """What another vocabulary costs than an architecture has: as much as in the parent."""
+        nats = {choice: self.of_parent[WHOLE_MODEL, choice] for choice in self.library.space.vocabulary}
+        return {(WHOLE_MODEL, choice): own - nats[architecture.vocabulary] for choice, own in nats.items()}
 
 
 def walked_seeds(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from llmprune.choices.architecture import DROPPED, Architecture, LayerChoice
 from llmprune.choices.dimensions import BLOCK_KINDS
+from llmprune.choices.vocabulary import PARENTS_VOCABULARY
 from llmprune.tables.allocate import Allocator, Scores
 from llmprune.tables.costs import CostTable
 
@@ -45,12 +46,14 @@ def warm_starts(
 
 
 def uniform_width(costs: CostTable, phase: str, speedup: float) -> list[Architecture]:
-    """Architectures with one number of KV groups and one FFN width for all layers, nearest to `speedup` first."""
+    """Architectures with one number of KV groups and one FFN width for all layers, with any vocabulary; nearest to
+    `speedup` first."""
     space = costs.space
     uniform = [
-        Architecture((LayerChoice(attention, ffn),) * space.shape.layers)
+        Architecture((LayerChoice(attention, ffn),) * space.shape.layers, vocabulary)
         for attention in space.attention
         for ffn in space.ffn
+        for vocabulary in space.vocabulary or (PARENTS_VOCABULARY,)
         if attention.units and ffn.units
     ]
     return sorted(uniform, key=lambda architecture: abs(costs.speedup(architecture, phase) - speedup))
@@ -63,7 +66,7 @@ def _least_lost(
     group and a wide FFN may be as fast as all KV groups and a narrow one, and a faster one may lose less."""
     miss = abs(costs.speedup(nearest_first[0], phase) - speedup) + WITHIN * speedup
     fast = [a for a in nearest_first if costs.speedup(a, phase) >= speedup - miss]
-    return min(fast, key=lambda architecture: sum(delta_nats[key] for key in architecture.blocks()))
+    return min(fast, key=lambda architecture: sum(delta_nats[key] for key in architecture.assignments()))
 
 
 def depth_by_influence(influence: Sequence[float], costs: CostTable, phase: str, speedup: float) -> Architecture | None:

@@ -15,15 +15,15 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from llmprune.choices.architecture import Architecture
-from llmprune.choices.choice import Choice, attends
-from llmprune.choices.space import Assignment, Space
+from llmprune.choices.choice import Assignment, attends
+from llmprune.choices.space import Space
 from llmprune.tables.costs import CostTable
 
 TOLERANCE = 1e-4
 """By how much, relatively, a solution may miss a ratio: the solver's own tolerance, and no more."""
 SECONDS = 20.0
 
-Scores = Mapping[tuple[int, Choice], float]
+Scores = Mapping[Assignment, float]
 Floats = NDArray[np.float64]
 
 

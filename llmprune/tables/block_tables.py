@@ -10,8 +10,8 @@ from typing import Any
 
 from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
-from llmprune.choices.choice import Choice
-from llmprune.choices.dimensions import BLOCK_KINDS
+from llmprune.choices.choice import AnyChoice, Assignment
+from llmprune.choices.dimensions import BLOCK_KINDS, WHOLE_MODEL
 from llmprune.choices.space import Space
 from llmprune.core.budgets import SIZE_METRICS
 from llmprune.core.errors import ArchitectureError, RunDirectoryError
@@ -26,7 +26,7 @@ from llmprune.measure.speed.throughput import Workload, measure_paired, standard
 from llmprune.measure.speed.turns import timing
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import prune, skeleton
-from llmprune.tables.allocate import Allocator
+from llmprune.tables.allocate import Allocator, Scores
 from llmprune.tables.costs import CostTable, cost_table, probe_architectures
 from llmprune.tables.estimate import block_influence, estimate_delta_nats
 from llmprune.tables.exact import exact_delta_nats, is_exact
@@ -41,19 +41,19 @@ class BlockTables:
     """`delta_nats` by (layer, choice), put alone into the parent; each layer's block influence; the cost table; and by
     choice what it costs where all layers make it, over the sum of its scores."""
 
-    delta_nats: Mapping[tuple[int, Choice], float]
+    delta_nats: Scores
     influence: Sequence[float]
     costs: CostTable
-    together: Mapping[Choice, float]
+    together: Mapping[AnyChoice, float]
 
     @cached_property
-    def joint_nats(self) -> dict[tuple[int, Choice], float]:
+    def joint_nats(self) -> dict[Assignment, float]:
         """`delta_nats`, whose sums are what choices cost together."""
         return weighed(self.delta_nats, self.together, self.costs.space.shape.architecture)
 
     def nats_lost(self, architecture: Architecture) -> float:
         """What an architecture is estimated to lose."""
-        return sum(self.joint_nats[key] for key in architecture.blocks())
+        return sum(self.joint_nats[key] for key in architecture.assignments())
 
     def to_json(self) -> dict[str, Any]:
         space = self.costs.space
@@ -63,9 +63,10 @@ class BlockTables:
                 {kind: [self.delta_nats[layer, choice] for choice in space.ladder(kind)] for kind in BLOCK_KINDS}
                 for layer in range(space.shape.layers)
             ],
+            "vocabulary_nats": [self.delta_nats[WHOLE_MODEL, choice] for choice in space.vocabulary],
             "block_influence": list(self.influence),
             "time_saved_per_block": self.costs.to_json(),
-            "together": {kind: [self.together[choice] for choice in space.ladder(kind)] for kind in BLOCK_KINDS},
+            "together": {kind: [self.together[choice] for choice in row] for kind, row in space.ladders.items()},
         }
 
     @classmethod
@@ -86,18 +87,20 @@ class BlockTables:
     def from_json(cls, space: Space, data: Any) -> BlockTables:
         """Inverse of `to_json`. Raises RunDirectoryError on anything else."""
         try:
-            delta_nats = {
+            delta_nats: dict[Assignment, float] = {
                 (layer, choice): float(value)
                 for layer, row in enumerate(data["delta_nats"])
                 for kind in BLOCK_KINDS
                 for choice, value in zip(space.ladder(kind), row[kind], strict=True)
             }
+            of_vocabulary = zip(space.vocabulary, data.get("vocabulary_nats", []), strict=True)
+            delta_nats |= {(WHOLE_MODEL, choice): float(value) for choice, value in of_vocabulary}
             influence = [float(value) for value in data["block_influence"]]
             costs = CostTable.from_json(space, data["time_saved_per_block"])
             together = {
                 choice: float(value)
-                for kind in BLOCK_KINDS
-                for choice, value in zip(space.ladder(kind), data["together"][kind], strict=True)
+                for kind, row in space.ladders.items()
+                for choice, value in zip(row, data["together"][kind], strict=True)
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RunDirectoryError(
@@ -129,7 +132,8 @@ def build_tables(
             parent, split, library, tokens=rules.tokens, caution=rules.caution, progress=advance
         )
         influence = block_influence(parent, split, tokens=rules.tokens)
-    if wanted := [key for key in delta_nats if is_exact(key[1], library.space, rules)]:
+    delta_nats |= {(WHOLE_MODEL, choice): 0.0 for choice in library.space.vocabulary[-1:]}
+    if wanted := [key for key in library.space.assignments() if is_exact(key[1], library.space, rules)]:
         with show("scoring choices exactly") as advance:
             scored = split.head(split.first_windows(min(1.0, rules.tokens / split.tokens)))
             scorer = PrefixScorer(parent, library, scored)
@@ -143,8 +147,8 @@ def build_tables(
     alone = workload.engine == "torch" or gguf_mixes(parent.model.config)
     whole_layers = library.space.size == "layer" and not alone
     probes = probe_architectures(library.space, whole_layers=whole_layers)
-    measured: dict[Choice, dict[str, float]] = {}
-    errors: dict[Choice, dict[str, float]] = {}
+    measured: dict[AnyChoice, dict[str, float]] = {}
+    errors: dict[AnyChoice, dict[str, float]] = {}
     with show("measuring what each choice saves") as advance:
         total = len(probes) + len(CALIBRATE_AT)
         for choice, architecture in probes.items():
@@ -170,7 +174,7 @@ def _nats(parent: Parent, library: BlockLibrary, split: Split, architecture: Arc
     return score(prune(parent, architecture, library), split).nats_per_token
 
 
-def count_savings(parent: Parent, space: Space, gguf_type: GgufType | None = None) -> dict[str, dict[Choice, float]]:
+def count_savings(parent: Parent, space: Space, gguf_type: GgufType | None = None) -> dict[str, dict[AnyChoice, float]]:
     """Share of each of the parent's sizes that a choice takes off, counted on children without weights; of the sizes
     of GGUF files if llama.cpp is what serves them.
 
@@ -185,7 +189,7 @@ def count_savings(parent: Parent, space: Space, gguf_type: GgufType | None = Non
         return {metric: getattr(size, metric) for metric in SIZE_METRICS}
 
     of_parent = sizes(whole)
-    counted = {choice: sizes(whole.with_choice(last, choice)) for kind in BLOCK_KINDS for choice in space.ladder(kind)}
+    counted = {choice: sizes(whole.with_choice(last, choice)) for row in space.ladders.values() for choice in row}
     return {
         metric: {choice: 1.0 - own[metric] / of_parent[metric] for choice, own in counted.items()}
         for metric in SIZE_METRICS

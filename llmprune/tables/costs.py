@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from llmprune.choices.architecture import Architecture
-from llmprune.choices.choice import Choice, attends
-from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
+from llmprune.choices.choice import AnyChoice, Assignment, Choice, attends
+from llmprune.choices.dimensions import BLOCK_KINDS, WHOLE_MODEL, BlockKind
 from llmprune.choices.kinds import by_kind
-from llmprune.choices.space import Assignment, Space
+from llmprune.choices.space import Space
 
 PROBES_PER_KIND = 6
 PROBES_PER_TYPE = 3
@@ -23,13 +23,14 @@ LEAST_ERROR = 1e-6
 
 @dataclass(frozen=True)
 class CostTable:
-    """Share of the parent's time (or size) that one block takes off with each choice, relative to a full block.
+    """Share of the parent's time (or size) that one block takes off with each choice, relative to a full block; or the
+    vocabulary.
 
     `saving[column][choice]`: 0 for the parent's own, most for a drop. A column is a phase or a metric of size.
     """
 
     space: Space
-    saving: Mapping[str, Mapping[Choice, float]]
+    saving: Mapping[str, Mapping[AnyChoice, float]]
 
     def option_saving(self, column: str, option: Iterable[Assignment]) -> float:
         """Share of the parent that an option of a decision saves, in one column of the table."""
@@ -37,7 +38,7 @@ class CostTable:
 
     def relative_time(self, architecture: Architecture, phase: str) -> float:
         """Estimated time of a child, as a share of the parent's."""
-        saved = sum(self.saving[phase][choice] for _, choice in architecture.blocks())
+        saved = sum(self.saving[phase][choice] for _, choice in architecture.assignments())
         return max(1.0 - saved, 0.01)
 
     def speedup(self, architecture: Architecture, phase: str) -> float:
@@ -54,7 +55,7 @@ class CostTable:
     def to_json(self) -> dict[str, Any]:
         """By phase and kind, the savings in the order of the ladder."""
         return {
-            phase: {kind: [row[choice] for choice in self.space.ladder(kind)] for kind in BLOCK_KINDS}
+            phase: {kind: [row[choice] for choice in ladder] for kind, ladder in self.space.ladders.items()}
             for phase, row in self.saving.items()
         }
 
@@ -65,16 +66,17 @@ class CostTable:
             {
                 phase: {
                     choice: float(value)
-                    for kind in BLOCK_KINDS
-                    for choice, value in zip(space.ladder(kind), data[phase][kind], strict=True)
+                    for kind, ladder in space.ladders.items()
+                    for choice, value in zip(ladder, data[phase][kind], strict=True)
                 }
                 for phase in data
             },
         )
 
 
-def probe_architectures(space: Space, *, whole_layers: bool = False) -> dict[Choice, Architecture]:
-    """Children that differ from the parent in one kind of block, by the same choice in all layers.
+def probe_architectures(space: Space, *, whole_layers: bool = False) -> dict[AnyChoice, Architecture]:
+    """Children that differ from the parent in one kind of block, by the same choice in all layers; or in the
+    vocabulary.
 
     Some rungs of the ladder, the lowest among them; the rest is interpolated, since time is close to linear
     in rows. Every kind of choice has a ladder of its own: its rows may save other work than those of another. Dropping
@@ -84,7 +86,7 @@ def probe_architectures(space: Space, *, whole_layers: bool = False) -> dict[Cho
     `whole_layers`: in a space of whole layers whose engine runs no child with a lone block gone, all layers but the
     first leave whole; it is timed once for each of their blocks.
     """
-    probes = {}
+    probes: dict[AnyChoice, Architecture] = {}
     if whole_layers:
         shorter = space.shape.architecture.without_layers(range(1, space.shape.layers))
         return {ladder[0]: shorter for kind in BLOCK_KINDS for ladder in _ladders(space, kind)}
@@ -95,13 +97,15 @@ def probe_architectures(space: Space, *, whole_layers: bool = False) -> dict[Cho
             layers = range(_first_changed(choice), space.shape.layers)
             if layers:
                 probes[choice] = space.shape.architecture.with_choices((layer, choice) for layer in layers)
+    for vocabulary in space.vocabulary[:-1]:
+        probes[vocabulary] = space.shape.architecture.with_choice(WHOLE_MODEL, vocabulary)
     return probes
 
 
 def cost_table(
     space: Space,
-    speedups: Mapping[Choice, Mapping[str, float]],
-    errors: Mapping[Choice, Mapping[str, float]] | None = None,
+    speedups: Mapping[AnyChoice, Mapping[str, float]],
+    errors: Mapping[AnyChoice, Mapping[str, float]] | None = None,
     *,
     whole_layers: bool = False,
 ) -> CostTable:
@@ -113,9 +117,11 @@ def cost_table(
     choices of each kind among themselves. Of `whole_layers`, each block counts half.
     """
     rows = space.shape.rows
-    saving: dict[str, dict[Choice, float]] = {}
+    saving: dict[str, dict[AnyChoice, float]] = {}
     for phase in next(iter(speedups.values())):
-        saving[phase] = {space.shape.full(kind): 0.0 for kind in BLOCK_KINDS}
+        saving[phase] = {ladder[-1]: 0.0 for ladder in space.ladders.values()}
+        for vocabulary in space.vocabulary[:-1]:
+            saving[phase][vocabulary] = max(0.0, 1.0 - 1.0 / speedups[vocabulary][phase])
         for ladder in (ladder for kind in BLOCK_KINDS for ladder in _ladders(space, kind)):
             full = rows(space.shape.full(ladder[0].kind))
             # In the ladder's order: of two with as many rows the later one counts, in every process.

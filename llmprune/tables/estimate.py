@@ -15,7 +15,7 @@ from torch import nn
 from llmprune.blocks.library import BlockLibrary
 from llmprune.blocks.solve import own_input_choices
 from llmprune.choices.architecture import Architecture
-from llmprune.choices.choice import Choice
+from llmprune.choices.choice import Assignment, Choice
 from llmprune.choices.dimensions import BlockKind
 from llmprune.choices.space import Space
 from llmprune.data.tokens import Split
@@ -29,7 +29,7 @@ FURTHEST = 1.0
 times the others' (massive activations, arXiv 2402.17762): the same relative error of it is as much further, and says
 nothing, since a norm follows. On SmolLM2 one layer's FFN in q4_0 was estimated at +0.92 nats a token for -0.02."""
 
-DeltaNats = dict[tuple[int, Choice], float]
+DeltaNats = dict[Assignment, float]
 """Nats a token that each choice of each layer costs."""
 _Beside = Mapping[Choice, Mapping[int, nn.Module]]
 """By choice and layer, the blocks of choices that have inputs of their own."""
@@ -85,7 +85,9 @@ def estimate_delta_nats(
     """
     at = at or parent.shape.architecture
     own = {(layer, choice.kind): choice for layer, choice in at.blocks()}
-    keys = [(i, c) for i, kind in library.space.blocks() for c in estimated_choices(library.space, kind)]
+    keys: list[Assignment] = [
+        (i, c) for i, kind in library.space.blocks() for c in estimated_choices(library.space, kind)
+    ]
     per_source = {name: dict.fromkeys(keys, 0.0) for name in split.sources}
     layers = range(parent.shape.layers)
     beside = {choice: own_blocks(parent, choice, layers, library) for choice in own_input_choices(library.space)}

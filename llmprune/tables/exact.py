@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from llmprune.choices.choice import Choice
+from llmprune.choices.choice import AnyChoice, Assignment
 from llmprune.choices.space import Space
+from llmprune.choices.vocabulary import VocabularyChoice
 from llmprune.core.errors import ArchitectureError, ModelError
 from llmprune.core.progress import Advance
 from llmprune.core.recipe import TablesRecipe
@@ -19,8 +20,11 @@ BROKEN = 100.0
 """Nats a token: more than any text costs, and still a number that a solver can add."""
 
 
-def is_exact(choice: Choice, space: Space, rules: TablesRecipe) -> bool:
-    """Whether the rules want this choice scored exactly; the parent's own costs nothing, exactly."""
+def is_exact(choice: AnyChoice, space: Space, rules: TablesRecipe) -> bool:
+    """Whether this choice is scored exactly: where the rules want it, and of the vocabulary always, as no block's
+    output tells what that costs. The parent's own costs nothing, exactly."""
+    if isinstance(choice, VocabularyChoice):
+        return choice != space.vocabulary[-1]
     if choice == space.shape.full(choice.kind):
         return False
     return choice.kind in rules.exact or (choice.units == 0 and "drops" in rules.exact)
@@ -30,7 +34,7 @@ def exact_delta_nats(
     scorer: SplitScorer,
     split: Split,
     space: Space,
-    choices: Iterable[tuple[int, Choice]],
+    choices: Iterable[Assignment],
     progress: Advance,
     *,
     caution: float = 0.0,

@@ -138,7 +138,11 @@ def halved(space: Space) -> Architecture:
 
 
 def _nearest_half(space: Space, decision: Decision) -> int:
-    rows = [sum(space.shape.rows(choice) for _, choice in option) for option in decision.options]
+    blocks = [[choice for _, choice in option if isinstance(choice, Choice)] for option in decision.options]
+    if not blocks[-1]:
+        # The vocabulary: no block.
+        return len(blocks) - 1
+    rows = [sum(map(space.shape.rows, option)) for option in blocks]
     kept = [i for i, count in enumerate(rows) if count]
     return min(kept, key=lambda i: abs(rows[i] - rows[-1] / 2))
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from statistics import fmean, median
 
 from llmprune.choices.architecture import Architecture
-from llmprune.choices.choice import Choice
+from llmprune.choices.choice import AnyChoice, Assignment
+from llmprune.choices.vocabulary import VocabularyChoice
 from llmprune.tables.allocate import Scores
 
 
@@ -26,29 +27,34 @@ from llmprune.tables.allocate import Scores
 class Shrinkage:
     """By choice, the weight of a layer's own score, and what is added to it."""
 
-    own: Mapping[Choice, float]
-    common: Mapping[Choice, float]
+    own: Mapping[AnyChoice, float]
+    common: Mapping[AnyChoice, float]
 
     @classmethod
     def of(cls, delta_nats: Scores, share: float) -> Shrinkage:
         """`delta_nats`: nats a token of every choice of every layer, put alone into the parent; `share` of each is what
         the choice costs in the median layer, but for a factor that leaves the sum over the layers as it is. 0 leaves
         scores alone."""
-        layers: dict[Choice, list[float]] = defaultdict(list)
+        layers: dict[AnyChoice, list[float]] = defaultdict(list)
         for (_, choice), nats in delta_nats.items():
             layers[choice].append(nats)
-        weights = {choice: _weights(nats, share) for choice, nats in layers.items()}
+        weights = {
+            # There is no other layer to be pulled to.
+            choice: (1.0, 0.0) if isinstance(choice, VocabularyChoice) else _weights(nats, share)
+            for choice, nats in layers.items()
+        }
         return cls(
             {choice: own for choice, (own, _) in weights.items()}, {c: common for c, (_, common) in weights.items()}
         )
 
-    def apply(self, delta_nats: Scores, at: Architecture) -> dict[tuple[int, Choice], float]:
+    def apply(self, delta_nats: Scores, at: Architecture) -> dict[Assignment, float]:
         """Scores of choices put alone into `at`, shrunk: a choice is pulled towards what the median layer loses between
         what `at` has there and the choice, so that what `at` has still costs 0 where it did."""
-        there = {(layer, choice.kind): self.common[choice] for layer, choice in at.blocks()}
+        there: dict[tuple[int, str], float] = {(i, choice.kind): self.common[choice] for i, choice in at.blocks()}
         return {
-            (layer, choice): self.own[choice] * nats + self.common[choice] - there[layer, choice.kind]
-            for (layer, choice), nats in delta_nats.items()
+            # What is chosen once for a model has nothing in common with others.
+            (i, choice): self.own[choice] * nats + self.common[choice] - there.get((i, choice.kind), 0.0)
+            for (i, choice), nats in delta_nats.items()
         }
 
 

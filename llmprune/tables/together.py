@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from llmprune.choices.architecture import Architecture
-from llmprune.choices.choice import Choice
+from llmprune.choices.choice import AnyChoice, Assignment, Choice
 from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.kinds import by_kind
 from llmprune.choices.space import Space
+from llmprune.choices.vocabulary import VocabularyChoice
 from llmprune.core.errors import ModelError
 from llmprune.core.progress import Advance
 from llmprune.tables.allocate import Scores
@@ -41,7 +42,7 @@ def together_architectures(space: Space, rungs: int) -> dict[Choice, Architectur
 
 def together_factors(
     space: Space, delta_nats: Scores, rungs: int, score: Callable[[Architecture], float], advance: Advance
-) -> dict[Choice, float]:
+) -> dict[AnyChoice, float]:
     """By choice, what it costs where all layers make it, over the sum of its scores; 1 where nothing was tried.
 
     `score` gives nats a token of an architecture. Between the choices that are tried factors are interpolated in rows,
@@ -73,8 +74,10 @@ def _factor(lost: Callable[[], float], summed: float) -> float | None:
     return min(max(found / summed, 1 / FURTHEST), FURTHEST)
 
 
-def _interpolated(space: Space, tried: Mapping[Choice, float], delta_nats: Scores) -> dict[Choice, float]:
-    rows, factors = space.shape.rows, dict[Choice, float]()
+def _interpolated(space: Space, tried: Mapping[Choice, float], delta_nats: Scores) -> dict[AnyChoice, float]:
+    rows, factors = space.shape.rows, dict[AnyChoice, float]()
+    # Of that there is one.
+    factors |= dict.fromkeys(space.vocabulary, 1.0)
     for kind in BLOCK_KINDS:
         for _, own in by_kind(choice for choice in space.ladder(kind) if choice.stored is None):
             known = sorted((rows(choice), tried[choice]) for choice in own if choice in tried)
@@ -100,12 +103,14 @@ def _of_both(choice: Choice, space: Space, of_cut: float, tried: Mapping[Choice,
     return share * of_cut + (1.0 - share) * of_rounding
 
 
-def weighed(scores: Scores, factors: Mapping[Choice, float], at: Architecture) -> dict[tuple[int, Choice], float]:
+def weighed(scores: Scores, factors: Mapping[AnyChoice, float], at: Architecture) -> dict[Assignment, float]:
     """Scores of choices put alone into `at`, each by the factor of the deeper cut of the two: the choice, or what `at`
     has."""
     own = {(layer, choice.kind): choice for layer, choice in at.blocks()}
 
-    def factor(layer: int, choice: Choice) -> float:
+    def factor(layer: int, choice: AnyChoice) -> float:
+        if isinstance(choice, VocabularyChoice):
+            return factors[choice]
         there = own[layer, choice.kind]
         return factors[choice if choice.units <= there.units else there]
 

@@ -196,7 +196,7 @@ class PrefixScorer:
     def _run(self, architecture: Architecture, steps: Steps, numbers: Sequence[int]) -> list[_Figures]:
         start = self._start_of(steps, numbers)
         captures = self._captures(architecture, steps, start)
-        child = prune(self.parent, without_first_layers(architecture, steps[start.step][0]), self.library)
+        child = prune(self.parent, without_first_layers(architecture, steps[start.step].layer), self.library)
         layers = list(child.get_submodule(self.parent.family.layers).children())
         figures = []
         for i in numbers:

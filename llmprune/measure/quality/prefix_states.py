@@ -10,31 +10,42 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from llmprune.choices.architecture import Architecture, LayerChoice
 from llmprune.choices.choice import attends
+from llmprune.choices.vocabulary import VocabularyChoice
 
-Steps = tuple[tuple[int, LayerChoice], ...]
-"""The layers that run, in order: (the parent's layer, what it keeps). A prefix is the first few of a child's steps."""
+
+class Step(NamedTuple):
+    """A layer that runs: the parent's, what it keeps, and what embedded the tokens that come to it."""
+
+    layer: int
+    keeps: LayerChoice
+    vocabulary: VocabularyChoice
+
+
+Steps = tuple[Step, ...]
+"""The layers that run, in order. A prefix is the first few of a child's steps."""
 
 
 def steps_of(architecture: Architecture) -> Steps:
     """What a child of this architecture runs."""
-    return tuple((i, layer) for i, layer in enumerate(architecture.layers) if not layer.is_gone)
+    layers = enumerate(architecture.layers)
+    return tuple(Step(i, layer, architecture.vocabulary) for i, layer in layers if not layer.is_gone)
 
 
 def without_first_layers(architecture: Architecture, count: int) -> Architecture:
     """The architecture with the parent's first `count` layers gone, whatever it kept of them."""
-    return Architecture((LayerChoice.of(0, 0),) * count + architecture.layers[count:])
+    return Architecture((LayerChoice.of(0, 0),) * count + architecture.layers[count:], architecture.vocabulary)
 
 
 def last_start(steps: Steps) -> int:
     """The last step that a child can be started at: its rest must have attention to be a child itself."""
-    return max(i for i, (_, layer) in enumerate(steps) if attends(layer.blocks))
+    return max(i for i, step in enumerate(steps) if attends(step.keeps.blocks))
 
 
 def common_steps(first: Steps, second: Steps) -> int:

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from llmprune.choices.architecture import Architecture
 from llmprune.choices.dimensions import BlockKind
 from llmprune.choices.space import Space
+from llmprune.choices.vocabulary import VocabularyChoice
 from llmprune.core.recipe import Objective
 from llmprune.search.samplers.ladders import Indices, Ladders
 from llmprune.search.trial_records import RECORD, record_of
@@ -75,7 +76,10 @@ class Guide:
     def allocator_with(self, factor: Callable[[tuple[int, BlockKind]], float]) -> Allocator:
         """The allocator with each block's estimated nats multiplied by a factor of its own."""
         factors = {block: factor(block) for block in self.space.blocks()}
-        scores = {(i, c): factors[i, c.kind] * nats for (i, c), nats in self.allocator.delta_nats.items()}
+        scores = {
+            (i, c): nats if isinstance(c, VocabularyChoice) else factors[i, c.kind] * nats
+            for (i, c), nats in self.allocator.delta_nats.items()
+        }
         return replace(self.allocator, delta_nats=scores)
 
 

@@ -1,0 +1,186 @@
+"""The type of embedding and output head as a choice: rounded as a file holds them, scored, tabled and found again."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from families import COMMON, Case, Slices, tiny_parent, tokens
+from test_stored import SHAPE, ffn, split_of
+
+from llmprune.blocks.library import build_library
+from llmprune.choices.architecture import Architecture
+from llmprune.choices.dimensions import WHOLE_MODEL
+from llmprune.choices.space import Space
+from llmprune.choices.vocabulary import PARENTS_VOCABULARY, VocabularyChoice
+from llmprune.core.errors import ArchitectureError
+from llmprune.core.recipe import ImportanceRecipe, TablesRecipe
+from llmprune.data.tokens import Split
+from llmprune.formats.gguf import write_gguf
+from llmprune.formats.served_size import served_size
+from llmprune.measure.quality.perplexity import quality_from_windows, score
+from llmprune.measure.quality.prefix import PrefixScorer
+from llmprune.models.parent import Parent
+from llmprune.models.stored import as_stored, store_again, stored_weights
+from llmprune.models.surgery import prune
+from llmprune.numerics.ggml import TYPES, from_blocks, to_blocks
+from llmprune.publish.gguf_proof import prove_gguf
+from llmprune.tables.block_tables import BlockTables
+from llmprune.tables.costs import cost_table, probe_architectures
+from llmprune.tables.exact import exact_delta_nats, is_exact
+from llmprune.tables.together import together_factors, weighed
+
+Q4, Q5 = VocabularyChoice("q4_0"), VocabularyChoice("q5_0")
+
+
+@cache
+def parent(tied: bool = False) -> Parent:
+    return tiny_parent(Case("llama", f"vocabulary tied={tied}", {**SHAPE, "tie_word_embeddings": tied}))
+
+
+def space_of(parent: Parent) -> Space:
+    return Space.of(parent.shape, 1, 256, precision=("q5_0", "q4_0"))
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return split_of(torch.randint(128, (6, 24), generator=torch.Generator().manual_seed(0)))
+
+
+def test_types_are_offered_narrowest_first_where_rows_fit() -> None:
+    assert space_of(parent()).vocabulary == (Q4, Q5, PARENTS_VOCABULARY)
+    assert Space.of(parent().shape, 1, 256).vocabulary == ()
+    odd = tiny_parent(Case("llama", "rows of 48", {**COMMON, "hidden_size": 48, "head_dim": 12}))
+    with pytest.raises(ArchitectureError, match=r"hidden_size 48: rows are stored in blocks of 32 in q4_0"):
+        prune(odd, odd.shape.architecture.with_choice(WHOLE_MODEL, Q4), Slices(odd))
+
+
+def test_a_space_and_an_architecture_come_back_from_their_text() -> None:
+    space = space_of(parent())
+    assert Space.from_json(space.to_json()) == space
+    assert space.decisions[-1].name == "vocabulary"
+    stored = parent().shape.architecture.with_choice(WHOLE_MODEL, Q4)
+    assert Architecture.from_json(stored.to_json()) == stored
+    assert stored.hash != parent().shape.architecture.hash
+    # What was written before there was such a choice is read, and named, as it was.
+    assert "vocabulary" not in parent().shape.architecture.to_json()
+    old = {name: value for name, value in Space.of(parent().shape, 1, 256).to_json().items() if name != "vocabulary"}
+    assert Space.from_json(old) == Space.of(parent().shape, 1, 256)
+    with pytest.raises(ArchitectureError, match="no VocabularyChoice"):
+        Space.of(parent().shape, 1, 256).indices(stored)
+
+
+@pytest.mark.parametrize("text", [{"stored": "q9"}, {"rows": 3}, {"stored": "q4_0", "rows": 3}, [], "q4_0"])
+def test_texts_that_are_no_vocabulary_are_refused(text: Any) -> None:
+    with pytest.raises(ArchitectureError, match="a vocabulary is"):
+        Architecture.from_json({**parent().shape.architecture.to_json(), "vocabulary": text})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_childs_numbers_are_those_of_its_file(tied: bool, tmp_path: Path) -> None:
+    own = parent(tied)
+    architecture = own.shape.architecture.with_choices([(1, ffn(512, "q5_0")), (WHOLE_MODEL, Q4)])
+    child = prune(own, architecture, Slices(own))
+    before, after = own.model.state_dict(), child.state_dict()
+    names = {"model.embed_tokens.weight", "lm_head.weight"}
+    for name, value in after.items():
+        if name in names:
+            assert torch.equal(value, from_blocks(to_blocks(before[name], "q4_0"), "q4_0")), name
+        elif ".1.mlp." not in name:
+            assert value.data_ptr() == before[name].data_ptr(), name
+    assert (child.get_input_embeddings().weight is child.get_output_embeddings().weight) is tied
+    assert names & stored_weights(child).keys() == (names if not tied else names - {"lm_head.weight"})
+    path = tmp_path / "child.gguf"
+    write_gguf(child, None, path, "q8_0")
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert ("output.weight" in held) is not tied
+    for name in ("token_embd.weight", *(() if tied else ("output.weight",))):
+        numbers = torch.from_numpy(gguf.quants.dequantize(held[name].data, held[name].tensor_type))
+        state = "model.embed_tokens.weight" if name.startswith("token") else "lm_head.weight"
+        assert held[name].tensor_type.name == "Q4_0" and torch.equal(numbers, after[state])
+    assert held["blk.0.attn_q.weight"].tensor_type.name == "Q8_0"
+    assert prove_gguf(child, path, "q8_0").contents_kl < 1e-9
+
+
+def test_it_weighs_as_much_less_as_the_file_does() -> None:
+    sizes = [
+        served_size(prune(parent(), a, Slices(parent())), parent().shape, a, "q8_0")
+        for a in (parent().shape.architecture, parent().shape.architecture.with_choice(WHOLE_MODEL, Q4))
+    ]
+    numbers = 2 * COMMON["vocab_size"] * SHAPE["hidden_size"]
+    assert sizes[0].bytes - sizes[1].bytes == numbers * (TYPES["q8_0"].bits - TYPES["q4_0"].bits) / 8
+    # The embedding is looked up, not read.
+    assert sizes[0].decode_bytes - sizes[1].decode_bytes == (sizes[0].bytes - sizes[1].bytes) / 2
+    assert [size.stored_as for size in sizes] == ["GGUF q8_0", "GGUF q8_0+q4_0"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_repaired_child_is_rounded_again(tied: bool) -> None:
+    own = parent(tied)
+    child = prune(own, own.shape.architecture.with_choice(WHOLE_MODEL, Q5), Slices(own))
+    changed = child.state_dict()["model.embed_tokens.weight"] * 1.1
+    expected = from_blocks(to_blocks(changed, "q5_0"), "q5_0")
+    assert torch.equal(as_stored(child, {"model.embed_tokens.weight": changed})["model.embed_tokens.weight"], expected)
+    child.get_input_embeddings().weight = torch.nn.Parameter(changed, requires_grad=False)
+    child.tie_weights()
+    store_again(child)
+    assert torch.equal(child.get_input_embeddings().weight, expected)
+    assert (child.get_input_embeddings().weight is child.get_output_embeddings().weight) is tied
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_scores_start_where_what_came_before_is_the_same(tied: bool, split: Split) -> None:
+    own = parent(tied)
+    scorer = PrefixScorer(own, Slices(own), split)
+    whole = own.shape.architecture
+    for architecture in (
+        whole,
+        whole.with_choice(WHOLE_MODEL, Q4),
+        whole.with_choices([(2, ffn(256, "q5_0")), (WHOLE_MODEL, Q4)]),
+        whole.with_choices([(2, ffn(256, "q5_0")), (WHOLE_MODEL, Q5)]),
+        whole.without_layers([0]).with_choice(WHOLE_MODEL, Q5),
+        whole.with_choice(2, ffn(256, "q5_0")),
+    ):
+        scorer.remember(architecture)
+        for _ in range(2):
+            found = quality_from_windows(split, scorer.score(architecture).nats)
+            assert found == score(prune(own, architecture, Slices(own)), split)
+
+
+def test_tables_hold_what_it_loses_and_saves(split: Split) -> None:
+    own, space = parent(), space_of(parent())
+    library = build_library(own, split, ImportanceRecipe(), space)
+    assert [key for key in space.assignments() if is_exact(key[1], space, TablesRecipe())] == [
+        (WHOLE_MODEL, Q4),
+        (WHOLE_MODEL, Q5),
+    ]
+    wanted = [(WHOLE_MODEL, Q4), (WHOLE_MODEL, Q5)]
+    lost = exact_delta_nats(PrefixScorer(own, library, split), split, space, wanted, lambda *_: None)
+    base = score(own.model, split).nats_per_token
+    for (_, choice), nats in lost.items():
+        child = prune(own, own.shape.architecture.with_choice(WHOLE_MODEL, choice), library)
+        assert nats == pytest.approx(score(child, split).nats_per_token - base, abs=1e-9) and nats != 0
+    probes = probe_architectures(space)
+    assert probes[Q4] == own.shape.architecture.with_choice(WHOLE_MODEL, Q4)
+    speeds = {choice: {"decode": 1.25 if choice == Q4 else 1.1} for choice in probes}
+    costs = cost_table(space, speeds)
+    assert costs.saving["decode"][Q4] == pytest.approx(0.2) and costs.saving["decode"][PARENTS_VOCABULARY] == 0
+    both = own.shape.architecture.with_choices([(0, ffn(256, "q4_0")), (WHOLE_MODEL, Q4)])
+    alone = own.shape.architecture.with_choice(0, ffn(256, "q4_0"))
+    assert costs.relative_time(alone, "decode") - costs.relative_time(both, "decode") == pytest.approx(0.2)
+    scores = dict.fromkeys(space.assignments(), 0.0) | lost
+    factors = together_factors(space, scores, 0, lambda _: 0.0, lambda *_: None)
+    assert weighed(scores, factors, both)[WHOLE_MODEL, Q5] == lost[WHOLE_MODEL, Q5]
+    tables = BlockTables(scores, [0.0] * 3, costs, factors)
+    again = BlockTables.from_json(space, tables.to_json())
+    assert again == tables and again.nats_lost(both) == lost[WHOLE_MODEL, Q4]
+
+
+def test_children_run(split: Split) -> None:
+    child = prune(parent(), parent().shape.architecture.with_choice(WHOLE_MODEL, Q4), Slices(parent()))
+    with torch.inference_mode():
+        assert not torch.equal(child(tokens()).logits, parent().model(tokens()).logits)
