@@ -59,7 +59,8 @@ def test_every_method_in_one_table(
     cells = {(entry["method"], entry["at"]): entry for entry in data["results"]}
     assert list(cells) == [(name, at) for name in ("llmprune", *BASELINE_NAMES) for at in (1.2, 30)]
     assert all(cells[name, 30]["why"].startswith("out of reach") for name, _ in cells)
-    assert all(cells[name, 1.2]["nats_lost"] is not None for name in BASELINE_NAMES)
+    # The space has no types of weights to allocate.
+    assert {name for name in BASELINE_NAMES if cells[name, 1.2]["nats_lost"] is None} == {"bits"}
     assert all(cells[name, 1.2]["test"]["nats_lost"] is not None for name in BASELINE_NAMES)
     for name in ("magnitude", "wanda-sp", "flap"):
         assert len(list((copied / f"library-{name}").glob("*.safetensors"))) == 3

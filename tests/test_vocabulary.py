@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from functools import cache
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -12,9 +15,11 @@ import torch
 from families import COMMON, Case, Slices, tiny_parent, tokens
 from test_stored import SHAPE, ffn, split_of
 
+from llmprune.baselines.allocation import bits
 from llmprune.blocks.library import build_library
-from llmprune.choices.architecture import Architecture
-from llmprune.choices.dimensions import WHOLE_MODEL
+from llmprune.choices.architecture import Architecture, LayerChoice
+from llmprune.choices.choice import Assignment
+from llmprune.choices.dimensions import BLOCK_KINDS, WHOLE_MODEL
 from llmprune.choices.space import Space
 from llmprune.choices.vocabulary import PARENTS_VOCABULARY, VocabularyChoice
 from llmprune.core.errors import ArchitectureError
@@ -184,3 +189,34 @@ def test_children_run(split: Split) -> None:
     child = prune(parent(), parent().shape.architecture.with_choice(WHOLE_MODEL, Q4), Slices(parent()))
     with torch.inference_mode():
         assert not torch.equal(child(tokens()).logits, parent().model(tokens()).logits)
+
+
+def test_bits_alone_are_those_of_an_enumeration() -> None:
+    """Every block whole: of all ways to store them, the least nats at the speed."""
+    space = space_of(parent())
+    drawn = random.Random(0)
+    scores: dict[Assignment, float] = {
+        (layer, choice): 0.0 if choice == space.ladders[choice.kind][-1] else drawn.random()
+        for layer, choice in space.assignments()
+    }
+    speeds = {choice: {"decode": 1.0 + 0.3 * drawn.random()} for choice in probe_architectures(space)}
+    costs = cost_table(space, speeds)
+    tables = BlockTables(scores, [0.0] * 3, costs, together_factors(space, scores, 0, lambda _: 0.0, lambda *_: None))
+    given: Any = SimpleNamespace(space=space, tables=tables, phase="decode")
+    whole = [
+        [choice for choice in space.ladder(kind) if choice.units == space.shape.units(kind)] for kind in BLOCK_KINDS
+    ]
+    assert [len(ladder) for ladder in whole] == [3, 3]
+    every = [
+        Architecture(tuple(LayerChoice(*blocks) for blocks in layers), vocabulary)
+        for layers in product(product(*whole), repeat=3)
+        for vocabulary in space.vocabulary
+    ]
+    for speedup in (1.05, 1.2):
+        found = bits(given, speedup)
+        fast = [one for one in every if costs.speedup(one, "decode") >= speedup]
+        assert found is not None and found in fast
+        assert tables.nats_lost(found) == pytest.approx(min(map(tables.nats_lost, fast)), rel=1e-4)
+    assert bits(given, 9.0) is None
+    given.space = Space.of(parent().shape, 1, 256)
+    assert bits(given, 1.1) is None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from llmprune.baselines.allocation import milp
+from llmprune.baselines.allocation import bits, milp
 from llmprune.baselines.chance import best_of_random
 from llmprune.baselines.depth import blockpruner, may_drop, shortgpt, sleb
 from llmprune.baselines.flap import compensation, flap, needs_bias
@@ -102,6 +102,7 @@ METHODS: Mapping[BaselineName, Method] = {
         most_scored=lambda space, draws: _removals(space, 2 * space.shape.layers),
         mixes=True,
     ),
+    "bits": Method(aimed=bits, statistics=True, table_passes=3),
     "milp": Method(aimed=milp, statistics=True, table_passes=3),
     "random": Method(aimed=best_of_random, statistics=True, draws=True, most_scored=lambda space, draws: draws),
 }

@@ -14,7 +14,9 @@ Objective = Literal["decode", "prefill"]
 SpaceSize = Literal["small", "layer", "medium", "large"]
 SamplerName = Literal["slp", "evopress", "linas", "nsga2", "nsga3", "tpe", "gp", "random"]
 OPTUNA_SAMPLERS: tuple[SamplerName, ...] = ("nsga2", "nsga3", "tpe", "gp", "random")
-BaselineName = Literal["uniform", "magnitude", "wanda-sp", "flap", "shortgpt", "sleb", "blockpruner", "milp", "random"]
+BaselineName = Literal[
+    "uniform", "magnitude", "wanda-sp", "flap", "shortgpt", "sleb", "blockpruner", "bits", "milp", "random"
+]
 BASELINE_NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
 FormatName = Literal["hf", "hf-uniform", "gguf", "vllm"]
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
