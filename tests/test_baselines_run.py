@@ -60,13 +60,14 @@ def test_every_method_in_one_table(
     assert list(cells) == [(name, at) for name in ("llmprune", *BASELINE_NAMES) for at in (1.2, 30)]
     assert all(cells[name, 30]["why"].startswith("out of reach") for name, _ in cells)
     # The space has no types of weights to allocate.
-    assert {name for name in BASELINE_NAMES if cells[name, 1.2]["nats_lost"] is None} == {"bits"}
-    assert all(cells[name, 1.2]["test"]["nats_lost"] is not None for name in BASELINE_NAMES)
+    reaching = [name for name in BASELINE_NAMES if cells[name, 1.2]["nats_lost"] is not None]
+    assert set(BASELINE_NAMES) - set(reaching) == {"bits"}
+    assert all(cells[name, 1.2]["test"]["nats_lost"] is not None for name in reaching)
     for name in ("magnitude", "wanda-sp", "flap"):
         assert len(list((copied / f"library-{name}").glob("*.safetensors"))) == 3
     count = len(timed)
     code, out, _ = llmprune(capfd, monkeypatch, "baselines", copied, *at, "--quiet")
-    assert code == 0 and len(timed) == count and out.count("out of reach") == 10
+    assert code == 0 and len(timed) == count and out.count("out of reach") == 12
     assert all(name in out for name in BASELINE_NAMES) and "~" in out
     milp = cells["milp", 1.2]
     assert f"{milp['test']['nats_lost']:+.3f}" in out and f"{milp['nats_lost']:+.3f}" in out

@@ -125,8 +125,8 @@ class SpaceRecipe(Section):
     )
     precision: tuple[GgufType, ...] = Field(
         (),
-        description="types below deploy.gguf_type that a block's weights may be stored in, whatever stays of it; timed "
-        "in llama.cpp",
+        description="types below deploy.gguf_type that a block's weights may be stored in, whatever stays of it, and "
+        "embedding and output head; timed in llama.cpp",
     )
 
 
