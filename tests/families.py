@@ -155,6 +155,9 @@ class Slices:
     def input_squares(self, layer: int, kind: str) -> None:
         return None
 
+    def head_squares(self) -> None:
+        return None
+
     def kept_queries(self, layer: int, choice: Choice) -> torch.Tensor | None:
         if not isinstance(choice, AttentionChoice) or choice.queries_per_group is None:
             return None

@@ -80,6 +80,9 @@ class Shrunk:
     def input_squares(self, layer: int, kind: str) -> None:
         return None
 
+    def head_squares(self) -> None:
+        return None
+
     def output(self, layer: int, choice: Choice) -> tuple[Tensor, Tensor | None]:
         weight = self.parent.output_weight(layer, choice.kind).clone()
         bias = self.parent.output_bias(layer, choice.kind)
@@ -253,6 +256,9 @@ class Nudged(Sliced):
         return None
 
     def input_squares(self, layer: int, kind: str) -> None:
+        return None
+
+    def head_squares(self) -> None:
         return None
 
     def kept_queries(self, layer: int, choice: Choice) -> Tensor | None:

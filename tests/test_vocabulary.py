@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from closeness import assert_close
 from families import COMMON, Case, Slices, tiny_parent, tokens
 from test_stored import SHAPE, ffn, split_of
 
@@ -220,3 +221,27 @@ def test_bits_alone_are_those_of_an_enumeration() -> None:
     assert bits(given, 9.0) is None
     given.space = Space.of(parent().shape, 1, 256)
     assert bits(given, 1.1) is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_rounded_by_what_enters_it(tied: bool, split: Split) -> None:
+    own = parent(tied)
+    # One layer a pass: it is the last layer's that sees the head.
+    library = build_library(own, split, ImportanceRecipe(), space_of(own), memory_bytes=1)
+    with torch.inference_mode():
+        states = own.model.base_model(split.sources["text"].windows, use_cache=False).last_hidden_state
+    squares = library.head_squares()
+    assert squares is not None
+    assert_close(squares, states.double().square().mean(dim=(0, 1)), terms=144)
+    child, before = prune(own, own.shape.architecture.with_choice(WHOLE_MODEL, Q4), library), own.model.state_dict()
+    head, plain = (from_blocks(to_blocks(before["lm_head.weight"], "q4_0", by), "q4_0") for by in (squares, None))
+    assert torch.equal(child.state_dict()["lm_head.weight"], head) and not torch.equal(head, plain)
+    if not tied:
+        looked_up = from_blocks(to_blocks(before["model.embed_tokens.weight"], "q4_0"), "q4_0")
+        assert torch.equal(child.state_dict()["model.embed_tokens.weight"], looked_up)
+    # Another library's children are rounded by its own.
+    assert torch.equal(
+        prune(own, own.shape.architecture.with_choice(WHOLE_MODEL, Q4), Slices(own)).state_dict()["lm_head.weight"],
+        plain,
+    )
+    assert build_library(own, split, ImportanceRecipe(), Space.of(own.shape, 1, 256)).head_squares() is None

@@ -27,7 +27,8 @@ _VERSION = 4
 class LayerRepairs:
     """One layer of the library: `KIND/order` and orders that kinds of choice have stored of their own, and for every
     choice `KIND/LABEL/weight` and, where the parent has one, `KIND/LABEL/bias`; `KIND/score` and `KIND/mean` for
-    "flap"; and `attention/NORM/squares` for a norm over all heads."""
+    "flap"; `attention/NORM/squares` for a norm over all heads; and where types of weights are choices
+    `KIND/entry_squares` and `KIND/output_squares`, with `ffn/head_squares` in the last layer."""
 
     tensors: Mapping[str, Tensor]
 

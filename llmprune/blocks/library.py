@@ -69,6 +69,10 @@ class BlockLibrary:
         found = [tensors.get(f"{kind}/{name}_squares") for name in ("entry", "output")]
         return None if found[0] is None or found[1] is None else InputSquares(found[0], found[1])
 
+    def head_squares(self) -> Tensor | None:
+        """What rounding the output head is weighed by; None where the space offers no types."""
+        return self.layers[-1].tensors.get("ffn/head_squares")
+
     @cached_property
     def hash(self) -> str:
         """SHA-256, as hex, over all contents."""

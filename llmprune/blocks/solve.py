@@ -41,6 +41,8 @@ def solve_layer(
         solved |= {f"{name}/squares": squares_R for name, squares_R in statistics.norm_squares.items()}
         if statistics.entry_square_D is not None:
             solved |= {"entry_squares": statistics.entry_square_D, "output_squares": statistics.mean_square_I}
+        if statistics.head_square_D is not None:
+            solved["head_squares"] = statistics.head_square_D
         for name, tensor in solved.items():
             if not bool(tensor.isfinite().all()):
                 raise ModelError(

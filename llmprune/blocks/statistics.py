@@ -43,6 +43,8 @@ class BlockStatistics:
     """By the name of a norm over all heads: `E[x_j^2]` (rows,) of what enters it."""
     entry_square_D: Tensor | None = None
     """`E[x_j^2]` of what enters the block's first projections, if that was asked for."""
+    head_square_D: Tensor | None = None
+    """`E[x_j^2]` of what enters the output head, with the FFN of the last layer, if that was asked for."""
 
     @property
     def mean_square_I(self) -> Tensor:
@@ -67,7 +69,7 @@ def collect_statistics(
     """Run the split through the parent and gather, for both blocks of `layers` (all by default), what enters their
     output projections. Every source counts by its weight, however many tokens it has. For each of `own`, choices with
     inputs of their own, every block is run as the choice leaves it beside the parent's, on the parent's own input. With
-    `entries`, what enters the blocks is looked at too.
+    `entries`, what enters the blocks is looked at too, and what enters the output head.
 
     A batch is multiplied out in float32 and summed in float64: summing in float32 would halve the memory, but then the
     error grows with the number of batches, and the float64 inverses of `damped_gram` start from it.
@@ -99,12 +101,17 @@ def collect_statistics(
                 if block.beside:
                     handle = parent.block(layer, kind).register_forward_pre_hook(block.enter, with_kwargs=True)
                     hooks.callback(handle.remove)
+        last = moments.get((parent.shape.layers - 1, "ffn"))
+        if entries and last is not None:
+            last.head = _Squares(last, parent.model.get_input_embeddings().weight[0])  # type: ignore[index]
         for name, source in split.sources.items():
             for block in moments.values():
                 block.token_share = split.weights[name] / source.windows.numel()
             for ids_BT in torch.split(source.windows, batch):
                 # The decoder alone: statistics need no logits.
-                parent.model.base_model(input_ids=ids_BT.to(parent.device), use_cache=False)
+                states = parent.model.base_model(input_ids=ids_BT.to(parent.device), use_cache=False).last_hidden_state
+                if last is not None and last.head is not None:
+                    last.head.add(states)
                 done += len(ids_BT)
                 if progress is not None:
                     progress(done, windows)
@@ -154,6 +161,7 @@ class _Moments:
         self.beside: dict[Choice, tuple[nn.Module, _OwnSums]] = {}
         self.norm_squares: dict[str, _Squares] = {}
         self.entry: _Squares | None = None
+        self.head: _Squares | None = None
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Pre-hook of the block: the same input goes through those beside it first."""
@@ -185,8 +193,8 @@ class _Moments:
     def statistics(self) -> BlockStatistics:
         own = {c: OwnMoments(sums.gram_II, sums.cross_II, sums.mean_I) for c, (_, sums) in self.beside.items()}
         squares = {name: found.square_R for name, found in self.norm_squares.items()}
-        entry_square_D = None if self.entry is None else self.entry.square_R
-        return BlockStatistics(self.gram_II, self.mean_I, self.tokens, own, squares, entry_square_D)
+        entry, head = (None if found is None else found.square_R for found in (self.entry, self.head))
+        return BlockStatistics(self.gram_II, self.mean_I, self.tokens, own, squares, entry, head)
 
 
 def _norms_over_units(parent: Parent, layer: int, kind: BlockKind) -> Iterator[tuple[str, nn.Module]]:
@@ -204,7 +212,7 @@ def _first_projection(parent: Parent, layer: int, kind: BlockKind) -> nn.Module:
 
 
 class _Squares:
-    """Running weighted mean square of every number that enters a module, whose forward pre-hook this is."""
+    """Running weighted mean square of every number that enters a module, whose forward pre-hook this may be."""
 
     def __init__(self, block: _Moments, weight_R: Tensor) -> None:
         self.block = block
@@ -212,7 +220,11 @@ class _Squares:
             self.square_R = torch.zeros(weight_R.shape, dtype=torch.float64, device=weight_R.device)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x_NR = args[0].reshape(-1, len(self.square_R)).float()
+        self.add(args[0])
+
+    def add(self, x_R: Tensor) -> None:
+        """More of it: (..., R)."""
+        x_NR = x_R.reshape(-1, len(self.square_R)).float().to(self.square_R.device)
         self.square_R.add_(x_NR.square().sum(dim=0), alpha=self.block.token_share)
 
 

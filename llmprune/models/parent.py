@@ -88,22 +88,26 @@ class Parent:
         return None if bias is None else bias.detach()
 
     def vocabulary_names(self) -> list[str]:
-        """What the state calls the matrices with a row a token: the embedding and, if that is another, the head."""
+        """What the state calls the matrices with a row a token: the embedding and, if that is another, the head; the
+        last multiplies hidden states."""
         model = self.model
         ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]  # type: ignore[no-untyped-call]
         # A shared parameter is named once.
         return [name for name, parameter in model.named_parameters() if any(parameter is one for one in ends)]
 
-    def rounded_to(self, name: str, type_: GgufType) -> tuple[StoredWeight, torch.Tensor]:
-        """A matrix outside of layers as a type stores it, and the numbers that it says. Raises ModelError as
-        `StoredWeight.of` does."""
-        if (name, type_) not in self.rounded:
+    def rounded_to(
+        self, name: str, type_: GgufType, squares_D: torch.Tensor | None
+    ) -> tuple[StoredWeight, torch.Tensor]:
+        """A matrix outside of layers as a type stores it, weighed by squares of its inputs, and the numbers that it
+        says. Raises ModelError as `StoredWeight.of` does."""
+        known = self.rounded.get((name, type_))
+        if known is None or known[0].squares_C is not squares_D:
             weight = self.model.get_parameter(name).detach()
-            stored = StoredWeight.of(weight, type_)
+            stored = StoredWeight.of(weight, type_, squares_D)
             # Normal tensors, although the caller may be in inference mode: they outlive it.
             with torch.inference_mode(False):
-                self.rounded[name, type_] = stored, stored.numbers_like(weight)
-        return self.rounded[name, type_]
+                known = self.rounded[name, type_] = stored, stored.numbers_like(weight)
+        return known
 
     @property
     def hash(self) -> str:

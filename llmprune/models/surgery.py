@@ -48,6 +48,10 @@ class Repairs(Protocol):
         """What rounding a block's weights is weighed by; None if unknown."""
         ...
 
+    def head_squares(self) -> torch.Tensor | None:
+        """Mean square of every number that enters the output head: what its rounding is weighed by; None if unknown."""
+        ...
+
 
 @dataclass(frozen=True)
 class Block:
@@ -213,7 +217,8 @@ def _child_tensors(
         if layer is None:
             tensors[name] = parent_tensors[parent_name]
             if name in of_vocabulary and architecture.vocabulary.stored:
-                stored[name], tensors[name] = parent.rounded_to(name, architecture.vocabulary.stored)
+                squares = library.head_squares() if name == of_vocabulary[-1] else None
+                stored[name], tensors[name] = parent.rounded_to(name, architecture.vocabulary.stored, squares)
             continue
         values, weights = changed[layer]
         tensors[name] = values.get(rest, parent_tensors[parent_name])

@@ -166,6 +166,9 @@ class _FirstUnits:
     def input_squares(self, layer: int, kind: BlockKind) -> None:
         return None
 
+    def head_squares(self) -> None:
+        return None
+
     def output(self, layer: int, choice: Choice) -> tuple[torch.Tensor, torch.Tensor | None]:
         inputs = self._parent.shape.inputs(choice)
         weight = self._parent.output_weight(layer, choice.kind)[:, :inputs]
