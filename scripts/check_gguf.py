@@ -55,7 +55,8 @@ def main() -> None:
     (parent, tokenizer), (child, _) = (
         load_model(ModelRecipe(path=path, device="cpu")) for path in (arguments.parent, arguments.child)
     )
-    ids = text_ids(arguments.text, tokenizer)
+    # Windows and prompts do not overlap.
+    ids = text_ids(arguments.text, tokenizer, WINDOWS * WINDOW_TOKENS + PROMPTS * PROMPT_TOKENS)
     rows = [
         {"engine": "torch", "weights": "float32", **speeds(parent, child, arguments.threads, arguments.repeats, None)}
     ]
@@ -75,9 +76,9 @@ def main() -> None:
     print(json.dumps(rows, indent=2) if arguments.json else table(rows))
 
 
-def text_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """The first tokens of a text file, enough for windows and prompts that do not overlap."""
-    needed, found = WINDOWS * WINDOW_TOKENS + PROMPTS * PROMPT_TOKENS, []
+def text_ids(path: Path, tokenizer: PreTrainedTokenizerBase, needed: int) -> torch.Tensor:
+    """The first tokens of a text file."""
+    found: list[int] = []
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             found += tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]

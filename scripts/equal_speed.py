@@ -38,6 +38,7 @@ from llmprune.core.recipe import BaselineName
 from llmprune.data.tokens import Split
 from llmprune.evaluation.differences import differences_on_text
 from llmprune.measure.quality.perplexity import quality_from_windows, score_windows
+from llmprune.measure.record import engine_of
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.throughput import Speed, measure_paired
 from llmprune.measure.speed.turns import timing
@@ -225,8 +226,7 @@ def _on_text(
 
 def table(result: Mapping[str, Any]) -> Table:
     """Nats lost on each text: the search's child, and each method at its speed."""
-    workload = result["measured_on"]["workload"]
-    engine = f"llama.cpp, {workload['gguf_type']}" if "gguf_type" in workload else f"torch, {workload['dtype']}"
+    engine = engine_of(result["measured_on"]["workload"])
     notes = [
         f"{row['method']}: between {row['slower']['speedup']:.3f}x and {row['faster']['speedup']:.3f}x"
         + ("" if row["bracketed"] else ", EXTRAPOLATED (time it again, with more repeats)")

@@ -84,7 +84,8 @@ def test_a_card_holds_the_figures_of_the_files(child: Path, finished_run: Finish
     assert f"it decodes {own['decode_speedup']['median']:.2f} times as fast" in card
     assert "Test: ant+bee, 60 tokens scored, in windows of 16 (no BOS)." in lines
     assert "Nothing was chosen on this text: the choice was made on ant+bee, validation split." in lines
-    assert "batch 1, 8 prompt tokens, 4 generated, float32 on cpu" in card and "nusable" not in card.split("```yaml")[0]
+    assert "Speed in torch, float32: batch 1, 8 prompt tokens, 4 generated, on cpu, threads: " in card
+    assert "nusable" not in card.split("```yaml")[0]
     assert "trust_remote_code=True" in card and "llama.cpp" not in card and "vLLM" not in card
     recipe = card.split("```yaml\n")[1].split("\n```")[0]
     assert yaml.safe_load(recipe) == known["recipe"]

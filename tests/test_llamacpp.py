@@ -248,7 +248,8 @@ def test_a_search_is_timed_in_llama_cpp(tmp_path: Path) -> None:
     for record in (found.parent, *found.children):
         workload = record.measured_on.workload
         assert workload["engine"] == "llamacpp" and workload["gguf_type"] == "f16"
-    assert "timed in llama.cpp from f16 GGUF files, scored in torch" in str(front_table(found).caption)
+    told = "timed in llama.cpp with a KV cache of f16, from f16 GGUF files, scored in torch"
+    assert told in str(front_table(found).caption)
     assert study_name(run, stock_up(run)) != study_name(plain, stock_up(plain)), "trials of two engines do not compare"
 
 

@@ -84,6 +84,7 @@ def bench(
     repeats: Repeats = 9,
     engine: Annotated[str, typer.Option(help="torch, or llamacpp: then models are timed from GGUF files.")] = "torch",
     gguf_type: GgufWeights = "f16",
+    cache_type: Annotated[str, typer.Option(help="f16 or q8_0: how llama.cpp stores the KV cache.")] = "f16",
     compiled: Annotated[bool, typer.Option("--compile", help="As torch.compile makes them.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -91,7 +92,8 @@ def bench(
     """Time checkpoints side by side in one interleaved run."""
     from llmprune.evaluation.bench import bench as bench_models
 
-    rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats, engine=engine, compile=compiled)
+    how = {"engine": engine, "cache_type": cache_type, "compile": compiled}
+    rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats, **how)
     files = parse_section(DeployRecipe, {"gguf_type": gguf_type})
     recipes = [model_recipe(model, device, dtype) for model in models]
     result = bench_models(recipes, rules, shown(quiet=quiet), gguf_type=files.gguf_type)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from llmprune.cli.terminal import spread_text
 from llmprune.core.recipe_inputs import SplitName
-from llmprune.measure.record import Front, Record, text_of
+from llmprune.measure.record import Front, Record, cache_type_of, text_of
 from llmprune.pipeline.comparison import Compared
 
 
@@ -83,7 +83,8 @@ def _timed_by(workload: Mapping[str, Any], front: Front) -> str:
     if workload.get("engine", "torch") == "torch":
         return ""
     types = " (mixed: some blocks in a type of their own)" if any("+" in r.stored_as for r in front.every) else ""
-    return f"; timed in llama.cpp from {workload['gguf_type']} GGUF files{types}, scored in torch"
+    how = f"with a KV cache of {cache_type_of(workload)}, from {workload['gguf_type']} GGUF files{types}"
+    return f"; timed in llama.cpp {how}, scored in torch"
 
 
 def baselines_table(result: Compared) -> Table:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmprune.core.progress import SEARCHING, Advance, Show, silent
-from llmprune.measure.record import Record
+from llmprune.measure.record import Record, engine_of
 from llmprune.measure.speed.throughput import Spread
 
 # Piped output has no width of its own; a table cut at 80 columns would lose figures.
@@ -140,9 +140,7 @@ def spread_text(spread: Spread) -> str:
 
 def bench_table(result: Mapping[str, Any]) -> Table:
     """Speeds side by side; the first model is the reference."""
-    measured_on = result["measured_on"]["workload"]
-    how = "in llama.cpp, GGUF " + measured_on["gguf_type"] if "gguf_type" in measured_on else measured_on["dtype"]
-    table = Table(title=f"Speed, measured side by side ({how}{', compiled' if 'compile' in measured_on else ''})")
+    table = Table(title=f"Speed, measured side by side ({engine_of(result['measured_on']['workload'])})")
     table.add_column("model", overflow="fold")
     for column in ("params", "prefill tok/s", "speed-up", "decode tok/s", "speed-up"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -24,6 +24,7 @@ GgufType = Literal[
     "f32", "f16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k"
 ]
 EngineName = Literal["torch", "llamacpp"]
+CacheType = Literal["f16", "q8_0"]
 
 
 class WorkloadRecipe(Section):
@@ -31,7 +32,7 @@ class WorkloadRecipe(Section):
 
     batch: int = Field(1, ge=1)
     prompt_tokens: int = Field(128, ge=1)
-    generated_tokens: int = Field(32, ge=2)
+    generated_tokens: int = Field(32, ge=2, description="decoded one by one, behind the prompt")
     threads: int | None = Field(None, ge=1, description="CPU threads; default: torch's own choice")
     repeats: int = Field(3, ge=1, description="interleaved parent/child repeats a trial")
     compile: bool = Field(
@@ -45,10 +46,16 @@ class WorkloadRecipe(Section):
         "them from GGUF files of deploy.gguf_type (quality is torch's either way)",
     )
 
+    cache_type: CacheType = Field(
+        "f16", description="how llama.cpp stores the KV cache; quality is torch's, without it"
+    )
+
     @model_validator(mode="after")
-    def _only_torch_compiles(self) -> WorkloadRecipe:
+    def _what_is_one_engines(self) -> WorkloadRecipe:
         if self.compile and self.engine != "torch":
             raise ValueError(f"compile is torch's; leave it out with engine={self.engine}")
+        if self.cache_type != "f16" and self.engine != "llamacpp":
+            raise ValueError(f"cache_type={self.cache_type} is llama.cpp's; leave it out with engine={self.engine}")
         return self
 
 

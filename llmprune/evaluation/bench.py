@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 
 from llmprune.core.errors import DataError, ModelError
 from llmprune.core.progress import Show
-from llmprune.core.recipe import GgufType, WorkloadRecipe
+from llmprune.core.recipe import CacheType, GgufType, WorkloadRecipe
 from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.formats.gguf_limits import gguf_child_problem, gguf_problem
 from llmprune.measure.speed.host import fingerprint
+from llmprune.measure.speed.llamacpp_engine import cache_problem
 from llmprune.measure.speed.throughput import Workload, check_compiler, measure_paired
 from llmprune.models.loading import dtype_of, load_model, resolve_device
 from llmprune.models.sizes import parameter_count
@@ -30,10 +31,11 @@ def bench(
     """
     if workload.compile:
         check_compiler(resolve_device(models[0].device))
+    in_llamacpp = workload.engine == "llamacpp"
     with show("loading") as advance:
         loaded = []
         for done, recipe in enumerate(models, start=1):
-            runs = partial(_check_engine, recipe.path, gguf_type) if workload.engine == "llamacpp" else _any
+            runs = partial(_check_engine, recipe.path, gguf_type, workload.cache_type) if in_llamacpp else _any
             loaded.append(load_model(recipe, check=runs)[0])
             advance(done, len(models))
     vocabulary = loaded[0].config.get_text_config().vocab_size
@@ -61,9 +63,10 @@ def _any(config: Any) -> None:
     """torch runs them all."""
 
 
-def _check_engine(path: str, gguf_type: GgufType, config: Any) -> None:
+def _check_engine(path: str, gguf_type: GgufType, cache_type: CacheType, config: Any) -> None:
     library()
-    if problem := gguf_problem(config, gguf_type) or gguf_child_problem(config, gguf_type):
+    problem = gguf_problem(config, gguf_type) or gguf_child_problem(config, gguf_type)
+    if problem := problem or cache_problem(config, cache_type):
         raise ModelError(f"llama.cpp cannot run {path}: {problem}")
 
 

@@ -18,7 +18,7 @@ from llmprune.core.recipe_inputs import SplitName
 from llmprune.evaluation.behaviour import behaviour
 from llmprune.evaluation.evaluate import split_of
 from llmprune.evaluation.subjects import Subject, find_subjects
-from llmprune.measure.record import Record, text_of
+from llmprune.measure.record import Record, engine_of, text_of
 from llmprune.models.checkpoint import METADATA_FILE
 
 LONGEST = 60
@@ -156,8 +156,8 @@ def measured_on(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the stored figures must not be quoted without."""
     records = [Record.from_json(row["figures"]) for row in rows]
     told = dict.fromkeys(text_of(name, on) for record in records for name, on in record.quoted.items())
-    engines = dict.fromkeys(str(record.measured_on.workload.get("engine", "torch")) for record in records)
-    return f"As measured when each was made, speeds in {', '.join(engines)}. {'; '.join(told)}."
+    engines = dict.fromkeys(engine_of(record.measured_on.workload) for record in records)
+    return f"As measured when each was made, speeds in {' and '.join(engines)}. {'; '.join(told)}."
 
 
 def _layers(result: Mapping[str, Any]) -> Table:

@@ -6,22 +6,23 @@ from transformers import PreTrainedModel
 
 from llmprune.choices.architecture import Architecture, ParentShape
 from llmprune.choices.dimensions import BLOCK_KINDS
-from llmprune.core.recipe import GgufType
+from llmprune.core.recipe import CacheType, GgufType
 from llmprune.formats.gguf import cached_numbers, tensor_bytes
 from llmprune.formats.layers import layer_sizes, vocabulary_type
 from llmprune.models.sizes import Size, parameter_count, size_of
 from llmprune.numerics.ggml import TYPES
 
-_CACHE_ITEM_BYTES = 2
-"""llama.cpp keeps keys and values in f16 by default, whatever the weights are."""
-
 
 def served_size(
-    model: PreTrainedModel, shape: ParentShape, architecture: Architecture, gguf_type: GgufType | None
+    model: PreTrainedModel,
+    shape: ParentShape,
+    architecture: Architecture,
+    gguf_type: GgufType | None,
+    cache_type: CacheType = "f16",
 ) -> Size:
     """Sizes of a parent (with its own architecture) or child as its engine holds them: in torch's memory (`gguf_type`
-    None), or in the GGUF file of that type that llama.cpp reads, whose tensors are counted without header and
-    tokenizer. Needs no weights. Raises ExportError if there can be no such file.
+    None), or in llama.cpp, which reads a GGUF file of that type - its tensors are counted, without header and tokenizer
+    - and stores keys and values in `cache_type`. Needs no weights. Raises ExportError if there can be no such file.
     """
     if gguf_type is None:
         return size_of(model, shape, architecture)
@@ -33,7 +34,7 @@ def served_size(
         params=parameter_count(model),
         bytes=total,
         stored_as=f"GGUF {'+'.join(_types_of(model, gguf_type))}",
-        kv_bytes_per_token=_CACHE_ITEM_BYTES * cached_numbers(model.config),
+        kv_bytes_per_token=int(cached_numbers(model.config) * TYPES[cache_type].bits / 8),
         decode_bytes=total - lookup,
     )
 

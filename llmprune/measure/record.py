@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, ValidationError
@@ -158,6 +158,18 @@ class MeasuredOn(_Value):
 def text_of(name: str, on: Quoted | MeasuredOn) -> str:
     """What the figures of a split must not be quoted without."""
     return f"{name} ({on.dataset}, {on.tokens:,} tokens in windows of {on.seq_len}, {'with' if on.bos else 'no'} BOS)"
+
+
+def engine_of(workload: Mapping[str, Any]) -> str:
+    """What ran the models that were timed, and how it held them; from `Workload.to_json`."""
+    if workload.get("engine", "torch") == "torch":
+        return f"torch, {workload['dtype']}{', compiled' if workload.get('compile') else ''}"
+    return f"llama.cpp, {workload['gguf_type']} weights, {cache_type_of(workload)} KV cache"
+
+
+def cache_type_of(workload: Mapping[str, Any]) -> str:
+    """How llama.cpp stored keys and values."""
+    return str(workload.get("cache_type", "f16"))
 
 
 def _architecture(data: Any) -> Architecture:

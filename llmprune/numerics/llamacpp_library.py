@@ -17,9 +17,7 @@ from llmprune.core.errors import ModelError
 VERSION = "2026.10.11549"
 """Of xllamacpp: the one whose structs are below."""
 
-F32 = 0
-"""ggml's number for the type."""
-FLASH_OFF = 0
+FLASH_OFF, FLASH_ON = 0, 1
 NO_VOCABULARY = 0
 
 _LOGGED_ERROR = 4

@@ -21,6 +21,7 @@ from llmprune.forecast.forecast import Until, forecast
 from llmprune.forecast.plan import Done, Plan
 from llmprune.forecast.rates import measure_rates, process_seconds
 from llmprune.formats.gguf import tensor_bytes
+from llmprune.formats.served_size import served_size
 from llmprune.measure.record import Front
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.profile import time_shares
@@ -113,7 +114,8 @@ def forecast_run(
     run = Run(directory, recipe, show, storage)
     ground = lay_ground(run)
     parent, space, workload = ground.parent, ground.space, ground.workload
-    size = size_of(parent.model, parent.shape, parent.shape.architecture)
+    whole = parent.shape.architecture
+    size = size_of(parent.model, parent.shape, whole)
     biased = frozenset(kind for kind in BLOCK_KINDS if parent.output_bias(0, kind) is not None)
     vocabulary = parent.model.config.get_text_config().vocab_size
     gguf = sum(tensor_bytes(parent.model, recipe.deploy.gguf_type).values()) if _writes_gguf(recipe) else 0
@@ -134,7 +136,7 @@ def forecast_run(
     total["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in rows)
     return {
         "model": parent.source,
-        **asdict(size),
+        **asdict(served_size(parent.model, parent.shape, whole, workload.gguf_type, workload.cache_type)),
         "workload": workload.to_json(),
         "rates": rates.to_json(),
         "reach": reach and reach_to_json(reach),

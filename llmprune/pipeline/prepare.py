@@ -134,7 +134,7 @@ def _check_parent(parent: Parent, recipe: Recipe) -> None:
     if recipe.workload.compile:
         check_compiler(parent.device)
     if recipe.workload.engine == "llamacpp":
-        check_engine(parent, recipe.deploy.gguf_type, recipe.space.size)
+        check_engine(parent, recipe.deploy.gguf_type, recipe.space.size, recipe.workload.cache_type)
         check_methods(recipe.front.baselines, parent, recipe.workload.engine, "front.baselines")
     check_precision(parent, recipe)
 

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from llmprune.choices.architecture import Architecture, ParentShape
 from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.core.errors import PushError
-from llmprune.measure.record import Record
+from llmprune.measure.record import Record, engine_of
 from llmprune.measure.speed.throughput import Spread
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.licence import Licence
@@ -67,6 +67,7 @@ def _text(contents: Contents, repo: str, child: Record, parent: Record, evaluati
         parent_link=_parent_link(contents),
         child=child,
         parent=parent,
+        engine=engine_of(child.measured_on.workload),
         host=_host(child.measured_on.host),
         evaluation=evaluation,
         quality=list(evaluation.quality()) if evaluation else [],

@@ -153,9 +153,10 @@ def _as_module(code: str) -> str:
 def _headline(facts: Facts) -> str:
     parent = facts.provenance.get("parent", {}).get("model", facts.recipe.model.path)
     workload = facts.recipe.workload
+    cache = f" with a {workload.cache_type} KV cache" if workload.engine == "llamacpp" else ""
     done = f"{len(facts.trials)} trials" if facts.front is None else "its measured front"
     return (
-        f"Smaller networks inside {parent}, searched for {facts.phase} speed in {workload.engine} (batch "
+        f"Smaller networks inside {parent}, searched for {facts.phase} speed in {workload.engine}{cache} (batch "
         f"{workload.batch}, {workload.prompt_tokens} prompt and {workload.generated_tokens} generated tokens): {done}."
     )
 

@@ -130,7 +130,8 @@ class Judge:
         return self._record("parent", architecture, self.parent_quality, speed, size)
 
     def _size(self, model: PreTrainedModel, architecture: Architecture) -> Size:
-        return served_size(model, self.parent.shape, architecture, self.workload.gguf_type)
+        timed = self.workload
+        return served_size(model, self.parent.shape, architecture, timed.gguf_type, timed.cache_type)
 
     def _record(self, name: str, architecture: Architecture, quality: Quality, speed: Speed, size: Size) -> Record:
         done = (self.finish.name,) if self.finish and self.finish.is_due(architecture) else ()

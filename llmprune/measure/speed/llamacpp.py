@@ -17,7 +17,9 @@ import torch
 from torch.nn import functional
 
 from llmprune.core.errors import ModelError
-from llmprune.numerics.llamacpp_library import F32, FLASH_OFF, NO_VOCABULARY, library, logged
+from llmprune.core.recipe import CacheType
+from llmprune.numerics.ggml import TYPES
+from llmprune.numerics.llamacpp_library import FLASH_OFF, FLASH_ON, NO_VOCABULARY, library, logged
 
 _PAD = 256
 """llama.cpp rounds the length of a sequence up to this."""
@@ -84,18 +86,24 @@ class GgufModel:
         return bool(self._library.llama_vocab_is_eog(self._vocabulary, token))
 
     @contextmanager
-    def session(self, batch: int, tokens: int, threads: int, *, exact: bool = False) -> Iterator[Session]:
-        """A cache for `batch` sequences of up to `tokens` tokens. `exact` keeps it in f32 and computes attention
-        plainly, as a float reference does; otherwise llama.cpp's defaults hold, as they do for its users."""
+    def session(
+        self, batch: int, tokens: int, threads: int, *, exact: bool = False, cache_type: CacheType = "f16"
+    ) -> Iterator[Session]:
+        """A cache for `batch` sequences of up to `tokens` tokens, its keys and values in `cache_type`; else llama.cpp's
+        defaults hold, as they do for its users. `exact` keeps the cache in f32 and computes attention plainly, as a
+        float reference does. Raises ModelError if llama.cpp has no room, or no such cache for the model."""
         params = self._library.llama_context_default_params()
         params.n_seq_max = batch
         params.n_ctx = batch * (-(-tokens // _PAD) * _PAD)
         params.n_batch = batch * tokens
         params.n_ubatch = min(params.n_ubatch, params.n_batch)
         params.n_threads = params.n_threads_batch = threads
+        params.type_k = params.type_v = TYPES["f32" if exact else cache_type].type
         if exact:
-            params.type_k = params.type_v = F32
             params.flash_attn_type = FLASH_OFF
+        elif cache_type != "f16":
+            # llama.cpp reads quantised values in no other way.
+            params.flash_attn_type = FLASH_ON
         logged.clear()
         context = self._library.llama_init_from_model(self._model, params)
         if not context:
@@ -153,10 +161,13 @@ class Session:
         buffer.n_tokens = i
 
 
-def logits_of(model: GgufModel, ids_BT: torch.Tensor, threads: int = 1) -> torch.Tensor:
-    """(B, T, V) float32 logits of every token, each row a text of its own, computed as exactly as llama.cpp can."""
+def logits_of(
+    model: GgufModel, ids_BT: torch.Tensor, threads: int = 1, cache_type: CacheType | None = None
+) -> torch.Tensor:
+    """(B, T, V) float32 logits of every token, each row a text of its own: as llama.cpp's users have them with such a
+    cache, or without one named as exactly as it can."""
     rows, length = ids_BT.shape
-    with model.session(1, length, threads, exact=True) as session:
+    with model.session(1, length, threads, exact=cache_type is None, cache_type=cache_type or "f16") as session:
         logits = np.stack([_row_logits(session, ids_T.tolist()) for ids_T in ids_BT])
     return torch.from_numpy(logits.reshape(rows, length, model.vocab_size))
 

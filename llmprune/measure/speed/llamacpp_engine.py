@@ -12,16 +12,19 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from llmprune.core.errors import RecipeError
-from llmprune.core.recipe import GgufType, SpaceSize
+from llmprune.core.recipe import CacheType, GgufType, SpaceSize
 from llmprune.formats.gguf import write_gguf
 from llmprune.formats.gguf_limits import gguf_problem, gguf_sizes
+from llmprune.formats.layers import head_dim_of
 from llmprune.measure.speed.llamacpp import GgufModel, Session
 from llmprune.models.parent import Parent
+from llmprune.numerics.ggml import TYPES
 from llmprune.numerics.llamacpp_library import library
 
 _kept: weakref.WeakKeyDictionary[PreTrainedModel, dict[GgufType, GgufModel]] = weakref.WeakKeyDictionary()
@@ -53,7 +56,12 @@ class LlamaCppRun:
 
 @contextmanager
 def loaded_runs(
-    models: Sequence[PreTrainedModel], ids_BT: torch.Tensor, prompt_tokens: int, weights: GgufType, threads: int
+    models: Sequence[PreTrainedModel],
+    ids_BT: torch.Tensor,
+    prompt_tokens: int,
+    weights: GgufType,
+    threads: int,
+    cache_type: CacheType = "f16",
 ) -> Iterator[list[LlamaCppRun]]:
     """A run of each model, the first of which stays loaded for the next call; the others are freed at the end.
 
@@ -67,13 +75,16 @@ def loaded_runs(
             if model not in loaded:
                 loaded[model] = stack.enter_context(_loaded(model, weights))
         batch, tokens = ids_BT.shape
-        sessions = [stack.enter_context(loaded[model].session(batch, tokens, threads)) for model in models]
+        sessions = [
+            stack.enter_context(loaded[model].session(batch, tokens, threads, cache_type=cache_type))
+            for model in models
+        ]
         yield [LlamaCppRun(session, ids_BT, prompt_tokens) for session in sessions]
 
 
-def check_engine(parent: Parent, weights: GgufType, size: SpaceSize) -> None:
+def check_engine(parent: Parent, weights: GgufType, size: SpaceSize, cache_type: CacheType) -> None:
     """Raises ModelError unless llama.cpp is there, RecipeError unless it can run children of the parent from a space of
-    this size."""
+    this size, with such a cache."""
     library()
     if problem := gguf_problem(parent.model.config, weights):
         raise RecipeError(f"workload.engine=llamacpp times models from GGUF files; {parent.source} has none: {problem}")
@@ -82,6 +93,17 @@ def check_engine(parent: Parent, weights: GgufType, size: SpaceSize) -> None:
             f"workload.engine=llamacpp times models from GGUF files, which hold children of {parent.source} whose "
             f"layers are all alike: space.size must be {' or '.join(sizes)}; got {size}"
         )
+    if problem := cache_problem(parent.model.config, cache_type):
+        raise RecipeError(f"llama.cpp cannot run {parent.source}: {problem}")
+
+
+def cache_problem(config: Any, cache_type: CacheType) -> str | None:
+    """Why llama.cpp cannot keep keys and values of a model with this config in a type; None if it can. A head is stored
+    by itself, so it is whole blocks."""
+    head_dim, block = head_dim_of(config), TYPES[cache_type].block
+    if head_dim % block == 0:
+        return None
+    return f"head_dim must be a multiple of {block} for workload.cache_type={cache_type}, got {head_dim}; use f16"
 
 
 def _kept_file(model: PreTrainedModel, weights: GgufType) -> GgufModel:

@@ -25,7 +25,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from llmprune.core.errors import RecipeError
-from llmprune.core.recipe import EngineName, GgufType, WorkloadRecipe
+from llmprune.core.recipe import CacheType, EngineName, GgufType, WorkloadRecipe
 
 PREFILL_PAIRS = 2
 """Prompts that each model reads in one repeat; the last one's cache is what decode continues."""
@@ -49,6 +49,8 @@ class Workload:
     engine: EngineName = "torch"
     gguf_type: GgufType | None = None
     """How llama.cpp's weights are stored, which then says more of the speed than the dtype; None for torch."""
+    cache_type: CacheType = "f16"
+    """Of llama.cpp's KV cache; torch's has the dtype."""
 
     @classmethod
     def from_recipe(cls, recipe: WorkloadRecipe, dtype: str, device: str, gguf_type: GgufType = "f16") -> Workload:
@@ -60,11 +62,12 @@ class Workload:
         lengths = recipe.batch, recipe.prompt_tokens, recipe.generated_tokens
         if recipe.engine == "torch":
             return cls(*lengths, dtype, threads, device, recipe.compile)
-        return cls(*lengths, dtype, threads, "cpu", engine=recipe.engine, gguf_type=gguf_type)
+        engine, cache_type = recipe.engine, recipe.cache_type
+        return cls(*lengths, dtype, threads, "cpu", engine=engine, gguf_type=gguf_type, cache_type=cache_type)
 
     def to_json(self) -> dict[str, Any]:
         """Without what is as it always was, so that hashes of plain workloads stay."""
-        plain = {"compile": False, "engine": "torch", "gguf_type": None}
+        plain = {"compile": False, "engine": "torch", "gguf_type": None, "cache_type": "f16"}
         return {key: value for key, value in asdict(self).items() if key not in plain or value != plain[key]}
 
 
@@ -184,7 +187,9 @@ def running(models: Sequence[PreTrainedModel], ids_BT: torch.Tensor, workload: W
     from llmprune.measure.speed.llamacpp_engine import loaded_runs  # imported late: it is not always there
 
     assert workload.gguf_type is not None, "llama.cpp reads weights of some type"
-    with loaded_runs(models, ids_BT, workload.prompt_tokens, workload.gguf_type, workload.threads) as runs:
+    with loaded_runs(
+        models, ids_BT, workload.prompt_tokens, workload.gguf_type, workload.threads, workload.cache_type
+    ) as runs:
         yield list(runs)
 
 
