@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import cache_types
 import pytest
 import torch
 from families import COMMON, GROUPED, Case, Slices, tiny_model, tiny_parent, tokens
 from test_run import changed
-from tiny import tiny_recipe
+from tiny import tiny_recipe, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmprune.choices.architecture import Architecture
@@ -195,3 +198,20 @@ def test_checkpoints_are_timed_with_the_cache_that_is_named(tmp_path: Path) -> N
         LlmpruneError, match=r"cannot run .*parent: head_dim must be a multiple of 32 .* got 16; use f16"
     ):
         timed(16)
+
+
+def test_the_script_says_what_a_smaller_cache_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model(BLOCKY).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "a bee and an ant " * 40}) + "\n")
+    arguments = ["--weights", "f32", "--windows", "2", "--tokens", "24", "--depths", "8", "--threads", "1", "--json"]
+    monkeypatch.setattr(
+        sys, "argv", ["cache_types.py", str(tmp_path / "model"), "--text", str(tmp_path / "text.jsonl"), *arguments]
+    )
+    cache_types.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["kv_bytes_per_token, f16"] == 4 * 3 * 2 * 64 and found["kv_bytes_per_token, q8_0"] == 4 * 3 * 2 * 34
+    assert 0 < found["kl_nats"] < 1e-3 and abs(found["nats_lost"]) < 0.01 and found["same_top"] > 0.8
+    assert found["decode_speedup at 8"] > 0
