@@ -34,7 +34,7 @@ PARENT ?=
 TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
 
 .PHONY: setup demo compress search baselines recover report export export-gguf export-vllm push bench bench-search bench-families bench-scaling eval \
-	test test-numerics test-oldest lint typecheck check clean
+	export-torchao test test-numerics test-oldest test-torchao lint typecheck check clean
 
 setup: $(VENV)/.installed
 
@@ -91,6 +91,10 @@ export-gguf: setup
 export-vllm: setup
 	$(LLMPRUNE) convert '$(TO)' --format vllm
 
+# Needs pip install 'llmprune[torchao]'.
+export-torchao: setup
+	$(LLMPRUNE) convert '$(TO)' --format torchao
+
 push: setup
 	$(LLMPRUNE) push '$(OUT)' '$(REPO)' $(if $(LICENCE),--licence '$(LICENCE)')
 
@@ -140,6 +144,13 @@ test-numerics: setup
 		ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=$$threads OMP_WAIT_POLICY=passive \
 			$(BIN)/python -m pytest --numprocesses logical --dist worksteal $(NUMERIC); \
 	done
+
+# torchao lies beside .venv's packages: once there, it warns on stderr whenever transformers is imported.
+TORCHAO := $(VENV)/torchao
+
+test-torchao: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(TORCHAO) torchao
+	PYTHONPATH=$(TORCHAO) $(BIN)/python -m pytest --numprocesses logical --dist worksteal tests/test_torchao.py
 
 lint: setup
 	$(BIN)/ruff check .

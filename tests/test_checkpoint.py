@@ -394,7 +394,7 @@ def test_a_damaged_checkpoint_is_not_written(
     scratch: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    save = checkpoint._save
+    save = checkpoint.save_files
 
     def damaging(child: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
         save(child, tokenizer, directory)
@@ -402,7 +402,7 @@ def test_a_damaged_checkpoint_is_not_written(
         damage(weights)
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(checkpoint, "_save", damaging)
+    monkeypatch.setattr(checkpoint, "save_files", damaging)
     child, architecture, _ = child_of("llama-gqa")
     with pytest.raises(ExportError, match=message):
         write_checkpoint(child, None, architecture, {}, tmp_path / "child")
@@ -484,7 +484,7 @@ def test_a_full_disk_leaves_nothing(error: Exception, tmp_path: Path, monkeypatc
     def full(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(checkpoint, "_save", full)
+    monkeypatch.setattr(checkpoint, "save_files", full)
     child, architecture, _ = child_of("llama-gqa")
     with pytest.raises(ExportError, match=r"child failed: .*No space left on device"):
         write_checkpoint(child, None, architecture, {}, tmp_path / "child")

@@ -93,7 +93,7 @@ def heterogeneous_llama() -> Any:
         (Qwen3MoeConfig(), r"mixture-of-experts model \(qwen3_moe\)"),
         (
             LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4}),
-            r"is quantised \(gptq\); pruning needs float weights: name the unquantised model",
+            r"is quantised \(gptq\); float weights are needed: name the unquantised model",
         ),
         (heterogeneous_llama(), "is a pruned model already; prune its dense parent instead"),
         (OPTConfig(do_layer_norm_before=False), "do_layer_norm_before=false.* the other OPT sizes can be pruned"),

@@ -201,7 +201,7 @@ def formats(json: Json = False, quiet: Quiet = False) -> None:
 @app.command()
 def convert(
     model: Annotated[str, typer.Argument(help="Checkpoint directory, Hub id or GGUF file.")],
-    form: Annotated[list[str], typer.Option("--format", help="gguf or vllm; repeatable.")],
+    form: Annotated[list[str], typer.Option("--format", help="gguf, vllm or torchao; repeatable.")],
     gguf_type: GgufWeights = "f16",
     to: Annotated[Path | None, typer.Option(help="Directory to write to; default: the checkpoint's own.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: what weights are read as.")] = "float32",

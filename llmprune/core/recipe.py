@@ -18,7 +18,7 @@ BaselineName = Literal[
     "uniform", "magnitude", "wanda-sp", "flap", "shortgpt", "sleb", "blockpruner", "bits", "milp", "random"
 ]
 BASELINE_NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
-FormatName = Literal["hf", "hf-uniform", "gguf", "vllm"]
+FormatName = Literal["hf", "hf-uniform", "gguf", "vllm", "torchao"]
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
 GgufType = Literal[
     "f32", "f16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k", "q2_k"

@@ -23,6 +23,7 @@ from llmprune.formats.gguf_limits import (
     gguf_types_problem,
 )
 from llmprune.formats.layers import layer_sizes, stock_type
+from llmprune.formats.torchao import torchao_problem
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import is_stock, stock_can_say
 from llmprune.numerics.ggml import TYPES
@@ -245,6 +246,14 @@ FORMATS: dict[FormatName, Format] = {
             choice_problem=_other_heads,
             child_problem=_mixed_heads,
             constant_heads=lambda config: True,
+        ),
+        Format(
+            "torchao",
+            holds="every child but GPT-2's, its projections in int8, each row with a scale of its own",
+            served_by="transformers with torchao, in the dtype of the child for all else",
+            parent_problem=lambda config, rules: torchao_problem(config),
+            choice_problem=_never,
+            child_problem=_never,
         ),
     )
 }

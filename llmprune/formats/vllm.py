@@ -18,11 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import llmprune.formats.configuration_decilm as schema
 import llmprune.formats.decilm_proof
 from llmprune.core.errors import ExportError
-from llmprune.core.files import sha256_file, write_json
+from llmprune.core.files import write_json
 from llmprune.formats.layers import LayerSizes, layer_sizes
 from llmprune.models.checkpoint import (
     METADATA_FILE,
     check_destination,
+    file_hashes,
     in_fresh_process,
     move_into_place,
     staging_beside,
@@ -74,8 +75,7 @@ def write_vllm(
     with staging_beside(directory) as staging:
         _write(child, tokenizer, staging)
         _prove(staging)
-        files = {file.name: sha256_file(file) for file in sorted(staging.iterdir())}
-        write_json(staging / METADATA_FILE, {"format": 1, "files": files})
+        write_json(staging / METADATA_FILE, {"format": 1, "files": file_hashes(staging)})
         move_into_place(staging, directory)
 
 

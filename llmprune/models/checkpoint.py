@@ -76,7 +76,7 @@ def write_checkpoint(
     """
     check_destination(directory, force=force)
     with staging_beside(directory) as staging:
-        _save(child, tokenizer, staging)
+        save_files(child, tokenizer, staging)
         proof = prove(child, tokenizer, staging)
         write_json(
             staging / METADATA_FILE,
@@ -85,7 +85,7 @@ def write_checkpoint(
                 "hash": architecture.hash,
                 "architecture": architecture.to_json(),
                 "proof": proof_facts(proof),
-                "files": {file.relative_to(staging).as_posix(): sha256_file(file) for file in _files_below(staging)},
+                "files": file_hashes(staging),
                 **metadata,
             },
         )
@@ -151,9 +151,13 @@ def run_script(
     )
 
 
+def proof_tokens(child: PreTrainedModel) -> torch.Tensor:
+    """PROOF_SHAPE random token ids, the same for every child of a vocabulary."""
+    return torch.randint(child.config.vocab_size, PROOF_SHAPE, generator=torch.Generator().manual_seed(0))
+
+
 def _proof_inputs(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(child.config.vocab_size, PROOF_SHAPE, generator=generator)
+    tokens = proof_tokens(child)
     with torch.inference_mode():
         logits = child(tokens.to(child.device)).logits.float().cpu()
     inputs = {"tokens": tokens, "logits": logits}
@@ -195,7 +199,8 @@ def _judge(found: Mapping[str, Any], child: PreTrainedModel, *, largest_logit: f
     )
 
 
-def _save(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
+def save_files(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
+    """The files of a checkpoint, unproven, for everyone to read."""
     was_shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -209,6 +214,11 @@ def _save(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dir
     finally:
         if was_shown:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file in a checkpoint, by its path there."""
+    return {file.relative_to(directory).as_posix(): sha256_file(file) for file in _files_below(directory)}
 
 
 def _files_below(directory: Path) -> list[Path]:

@@ -45,12 +45,12 @@ def load_model(
     if gguf_file:
         unsaid_bos = _check_gguf(Path(place) / gguf_file)
         where["gguf_file"] = gguf_file
-    with _readable_errors(recipe.path), _quiet_loading():
+    with _readable_errors(recipe.path), quiet_loading():
         config = AutoConfig.from_pretrained(place, trust_remote_code=recipe.trust_remote_code, **where)
     check(config)
     device = resolve_device(recipe.device)
     spread = recipe.device == "auto" and torch.cuda.device_count() > 1
-    with _readable_errors(recipe.path), _quiet_loading():
+    with _readable_errors(recipe.path), quiet_loading():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             dtype=_asked_dtype(recipe, device),
@@ -121,7 +121,7 @@ def stored_dtype(recipe: ModelRecipe) -> str:
     if gguf_file:
         return "float32"
     where: dict[str, Any] = {"revision": recipe.revision} if recipe.revision else {}
-    with _readable_errors(recipe.path), _quiet_loading():
+    with _readable_errors(recipe.path), quiet_loading():
         config = AutoConfig.from_pretrained(place, trust_remote_code=recipe.trust_remote_code, **where)
     dtype = config.dtype or config.get_text_config().dtype
     if dtype is None:
@@ -217,7 +217,7 @@ def _readable_errors(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """transformers draws its own bars on stderr while loading; ours are the only ones a run shows."""
     was_shown = transformers_logging.is_progress_bar_enabled()
     gguf_logger = logging.getLogger(modeling_gguf_pytorch_utils.__name__)

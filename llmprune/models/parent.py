@@ -162,11 +162,7 @@ def check_config(config: Any, *, origin: str) -> None:
         )
     if model_type not in FAMILIES:
         raise UnsupportedModelError(f"{origin} has model type {quoted(model_type)}; supported are: {supported}")
-    if (method := _quantisation(config)) not in (None, "gguf"):
-        raise UnsupportedModelError(
-            f"{origin} is quantised ({method}); pruning needs float weights: name the unquantised model "
-            "(GGUF files are dequantised and work)"
-        )
+    check_floats(config, origin=origin)
     if model_type == "opt" and not config.do_layer_norm_before:
         raise UnsupportedModelError(
             f"{origin} normalises after the residual (do_layer_norm_before=false), so no block of it can be left "
@@ -175,6 +171,15 @@ def check_config(config: Any, *, origin: str) -> None:
     if model_type == "gpt2" and (config.scale_attn_by_inverse_layer_idx or config.add_cross_attention):
         raise UnsupportedModelError(
             f"{origin} scales attention by layer index or has cross-attention; plain GPT-2 models can be pruned"
+        )
+
+
+def check_floats(config: Any, *, origin: str) -> None:
+    """Raises UnsupportedModelError if a model with this config has no float weights to prune, or to write again."""
+    if (method := _quantisation(config)) not in (None, "gguf"):
+        raise UnsupportedModelError(
+            f"{origin} is quantised ({method}); float weights are needed: name the unquantised model "
+            "(GGUF files are dequantised and work)"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,10 +20,20 @@ from transformers.utils import logging
 GENERATED_TOKENS = 8
 
 
+def stored_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a state dict; of a quantised one its parts, such as numbers and scales."""
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "__tensor_flatten__"):
+            parts, _ = tensor.__tensor_flatten__()
+            yield from ((f"{name}.{part}", getattr(tensor, part)) for part in parts)
+        else:
+            yield name, tensor
+
+
 def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """SHA-256 of every tensor: of its dtype, its shape and its bytes."""
     found = {}
-    for name, tensor in tensors.items():
+    for name, tensor in stored_tensors(tensors):
         digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         found[name] = digest.hexdigest()

@@ -79,6 +79,7 @@ def _text(contents: Contents, repo: str, child: Record, parent: Record, evaluati
         has_code=contents.has_code,
         gguf_files=contents.gguf_files,
         has_vllm=contents.has_vllm,
+        has_torchao=contents.has_torchao,
         recipe=metadata["recipe"],
         sources=list(_sources(metadata)),
         provenance=list(_provenance(metadata)),

@@ -20,6 +20,9 @@ EVALUATION_FILE = "evaluation.json"
 PUSH_FILE = "llmprune-push.json"
 """On the Hub only: name and SHA-256 of each file that a push brought. In a download of it, it stays behind."""
 VLLM_DIRECTORY = "vllm"
+TORCHAO_DIRECTORY = "torchao"
+SUBDIRECTORIES = (VLLM_DIRECTORY, TORCHAO_DIRECTORY)
+"""Checkpoints of other formats, each with what it was proven as."""
 EVALUATIONS_DIRECTORY = "evaluations"
 """Where an evaluation keeps what it has so far; its outcome is in EVALUATION_FILE."""
 KEYS = ("hash", "architecture", "proof", "files", "figures", "parent", "provenance", "recipe")
@@ -42,7 +45,7 @@ class File:
 
 @dataclass(frozen=True)
 class Contents:
-    """A proven checkpoint, with what was added to it: GGUF files, a vLLM directory, an evaluation, a card."""
+    """A proven checkpoint, with what was added to it: GGUF files, other formats, an evaluation, a card."""
 
     metadata: Mapping[str, Any]
     """What its `llmprune.json` says."""
@@ -58,6 +61,10 @@ class Contents:
     @property
     def has_vllm(self) -> bool:
         return any(file.name.startswith(f"{VLLM_DIRECTORY}/") for file in self.files)
+
+    @property
+    def has_torchao(self) -> bool:
+        return any(file.name.startswith(f"{TORCHAO_DIRECTORY}/") for file in self.files)
 
     @property
     def has_code(self) -> bool:
@@ -104,10 +111,10 @@ def read_contents(directory: Path, show: Show = silent) -> Contents:
     if problem := schema_problem(metadata["figures"], "write it again with llmprune export"):
         raise PushError(f"{directory / METADATA_FILE} {problem}")
     files = [*_files(directory, metadata["files"], "")]
-    if (vllm := directory / VLLM_DIRECTORY).is_dir():
-        proven = _read_metadata(vllm).get("files") if (vllm / METADATA_FILE).is_file() else None
-        files += _files(vllm, proven, f"{VLLM_DIRECTORY}/")
-        _check_proof(vllm, proven or {}, show)
+    for below in (directory / name for name in SUBDIRECTORIES if (directory / name).is_dir()):
+        proven = _read_metadata(below).get("files") if (below / METADATA_FILE).is_file() else None
+        files += _files(below, proven, f"{below.name}/")
+        _check_proof(below, proven or {}, show)
     _check_proof(directory, metadata["files"], show)
     return Contents(metadata, tuple(sorted(files, key=lambda file: file.name)))
 
@@ -141,7 +148,7 @@ def _files(directory: Path, proven: Mapping[str, str] | None, prefix: str, below
             yield File(prefix + name, path, path.stat().st_size)
         elif any(known.startswith(f"{name}/") for known in proven or ()):
             yield from _files(path, proven, prefix, f"{name}/")
-        elif prefix or name not in (VLLM_DIRECTORY, EVALUATIONS_DIRECTORY):
+        elif prefix or name not in (*SUBDIRECTORIES, EVALUATIONS_DIRECTORY):
             raise PushError(f"{path} is a directory that is no part of a checkpoint; move it elsewhere")
 
 

@@ -15,12 +15,13 @@ from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.formats.gguf import write_gguf
 from llmprune.formats.layers import layer_sizes, vocabulary_type
 from llmprune.formats.limits import check_child
+from llmprune.formats.torchao import write_torchao
 from llmprune.formats.vllm import write_vllm
 from llmprune.models.checkpoint import staging_beside
 from llmprune.models.loading import load_model
-from llmprune.models.parent import check_config
+from llmprune.models.parent import check_config, check_floats
 from llmprune.models.surgery import is_stock
-from llmprune.publish.contents import VLLM_DIRECTORY
+from llmprune.publish.contents import TORCHAO_DIRECTORY, VLLM_DIRECTORY
 from llmprune.publish.gguf_proof import prove_gguf
 
 
@@ -56,6 +57,11 @@ def write_formats(
         path = directory / VLLM_DIRECTORY
         write_vllm(child, tokenizer, path, force=force)
         written.append(_entry("vllm", path, "config and shapes read back; not run"))
+    if "torchao" in rules.formats:
+        path = directory / TORCHAO_DIRECTORY
+        kl = write_torchao(child, tokenizer, path, force=force)
+        said = f"the same weights and logits in a fresh process; KL to the child {kl:.1e} nats a token"
+        written.append(_entry("torchao", path, said))
     return written
 
 
@@ -93,6 +99,7 @@ def convert(model: ModelRecipe, rules: DeployRecipe, to: Path | None, show: Show
         raise ExportError(f"{model.path} is not a directory that files could be added to; name one with --to")
 
     def holds(config: Any) -> None:
+        check_floats(config, origin=model.path)
         if is_stock(config):
             check_config(config, origin=model.path)
         for name in rules.formats:

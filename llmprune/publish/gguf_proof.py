@@ -30,9 +30,10 @@ from llmprune.core.recipe import GgufType
 from llmprune.formats.gguf import type_of
 from llmprune.formats.gguf_expanded import write_expanded
 from llmprune.measure.speed.llamacpp import GgufModel, logits_of
-from llmprune.models.checkpoint import PROOF_SHAPE
+from llmprune.models.checkpoint import proof_tokens
 from llmprune.models.modeling_pruned import input_axis
 from llmprune.models.stored import stored_weights
+from llmprune.numerics.divergence import kl_nats
 from llmprune.numerics.ggml import from_blocks, to_blocks
 
 MAX_CONTENTS_KL = 1e-5
@@ -63,17 +64,16 @@ def prove_gguf(child: PreTrainedModel, path: Path, weights: GgufType) -> GgufPro
     A file that is not in f32 has an expanded copy beside it meanwhile: four bytes a parameter.
     Raises ExportError if llama.cpp computes something else from it.
     """
-    generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(child.config.vocab_size, PROOF_SHAPE, generator=generator)
+    ids_BT = proof_tokens(child)
     # One pass for both halves, since rounding the weights is the work.
     exact_BTV, rounded_BTV = _rounded_like(child, weights)(torch.cat([ids_BT, ids_BT])).logits.chunk(2)
     served_BTV = _logits(path, ids_BT)
-    contents_kl = _kl(exact_BTV, served_BTV if weights == "f32" else _expanded_logits(path, ids_BT))
+    contents_kl = kl_nats(exact_BTV, served_BTV if weights == "f32" else _expanded_logits(path, ids_BT))
     _check(path, "its numbers are not the child's", contents_kl, MAX_CONTENTS_KL)
-    served_kl = _kl(exact_BTV, served_BTV)
-    limit = MAX_CONTENTS_KL + ROUNDING_MARGIN * _kl(exact_BTV, rounded_BTV)
+    served_kl = kl_nats(exact_BTV, served_BTV)
+    limit = MAX_CONTENTS_KL + ROUNDING_MARGIN * kl_nats(exact_BTV, rounded_BTV)
     _check(path, "rounding does not explain it", served_kl, limit)
-    return GgufProof(contents_kl, served_kl, _kl(child(ids_BT.to(child.device)).logits.cpu(), served_BTV))
+    return GgufProof(contents_kl, served_kl, kl_nats(child(ids_BT.to(child.device)).logits.cpu(), served_BTV))
 
 
 def _check(path: Path, reason: str, kl: float, limit: float) -> None:
@@ -82,11 +82,6 @@ def _check(path: Path, reason: str, kl: float, limit: float) -> None:
             f"llama.cpp computes something else from {path.name}: KL {kl:.2g} nats a token > {limit:.2g}, {reason}; it "
             "is not written"
         )
-
-
-def _kl(expected_BTV: torch.Tensor, found_BTV: torch.Tensor) -> float:
-    expected, found = (logits.double().log_softmax(-1) for logits in (expected_BTV, found_BTV))
-    return float((expected.exp() * (expected - found)).sum(-1).mean())
 
 
 def _logits(path: Path, ids_BT: torch.Tensor) -> torch.Tensor:
