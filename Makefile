@@ -146,7 +146,7 @@ test-numerics: setup
 	done
 
 # torchao lies beside .venv's packages: once there, it warns on stderr whenever transformers is imported.
-TORCHAO := $(VENV)/torchao
+TORCHAO := $(abspath $(VENV))/torchao
 
 test-torchao: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(TORCHAO) torchao

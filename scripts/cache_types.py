@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any, get_args
 
 import torch
@@ -29,6 +29,7 @@ from llmprune.measure.speed.llamacpp import GgufModel, logits_of
 from llmprune.measure.speed.llamacpp_engine import cache_problem
 from llmprune.models.loading import load_model
 from llmprune.models.surgery import register_pruned_classes
+from llmprune.numerics.divergence import kl_nats
 from llmprune.numerics.ggml import TYPES
 
 STEPS = 48
@@ -79,11 +80,10 @@ def likeness(model: GgufModel, windows_NT: torch.Tensor, threads: int) -> dict[s
             logits_of(model, ids_T[None], threads, type_)[0, :-1].double().log_softmax(-1)
             for type_ in get_args(CacheType)
         )
-        kl.append((f16_TV.exp() * (f16_TV - q8_TV)).sum(-1))
-        lost.append(functional.nll_loss(q8_TV - f16_TV, ids_T[1:], reduction="none"))
-        same.append((f16_TV.argmax(-1) == q8_TV.argmax(-1)).double())
-    means = {"kl_nats": kl, "nats_lost": lost, "same_top": same}
-    return {name: float(torch.cat(values).mean()) for name, values in means.items()}
+        kl.append(kl_nats(f16_TV, q8_TV))
+        lost.append(float(functional.nll_loss(q8_TV - f16_TV, ids_T[1:])))
+        same.append(float((f16_TV.argmax(-1) == q8_TV.argmax(-1)).double().mean()))
+    return {"kl_nats": fmean(kl), "nats_lost": fmean(lost), "same_top": fmean(same)}
 
 
 def speedup(model: GgufModel, depth: int, threads: int) -> float:
@@ -101,7 +101,7 @@ def speedup(model: GgufModel, depth: int, threads: int) -> float:
             order = (f16, q8) if i % 2 else (q8, f16)
             seconds = {session: session.read([[token]]) for session in order}
             ratios.append(seconds[f16] / seconds[q8])
-    return statistics.median(ratios)
+    return median(ratios)
 
 
 def table(rows: dict[str, Any]) -> str:
