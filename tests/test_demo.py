@@ -10,6 +10,7 @@ import pytest
 import sample_text
 from conftest import Finished
 
+from llmprune.core.budgets import parse_pick
 from llmprune.core.recipe import DeployRecipe
 from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.core.recipe_text import load_recipe
@@ -23,7 +24,7 @@ def test_the_demo_searches_for_what_it_serves() -> None:
     recipe = load_recipe(RECIPE)
     assert recipe.workload.engine == "llamacpp"
     assert recipe.deploy.formats == ("hf", "gguf") and recipe.deploy.gguf_type == "q8_0"
-    assert min(recipe.search.targets) == 1.3 and recipe.front.baselines_at == 1.3
+    assert min(recipe.search.targets) == recipe.front.baselines_at == parse_pick(recipe.export.pick).budgets[0].limit
 
 
 def test_where_llama_cpp_loads_the_recipe_stands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,7 +49,8 @@ def test_where_it_does_not_the_demo_times_torch_and_says_why(
     demo_settings.main()
     out, err = capsys.readouterr()
     recipe = load_recipe(RECIPE, out.split())
-    assert recipe.workload.engine == "torch" and recipe.deploy.formats == ("hf",)
+    assert recipe.workload.engine == "torch" and recipe.deploy.formats == ("hf",) and recipe.space.precision == ()
+    assert min(recipe.search.targets) == recipe.front.baselines_at == parse_pick(recipe.export.pick).budgets[0].limit
     assert err.startswith("the demo times torch") and why in err
 
 

@@ -21,7 +21,9 @@ from llmprune.blocks.library import build_library
 from llmprune.choices.architecture import Architecture, LayerChoice
 from llmprune.choices.choice import Assignment
 from llmprune.choices.dimensions import BLOCK_KINDS, WHOLE_MODEL
+from llmprune.choices.ffn import FfnChoice
 from llmprune.choices.space import Space
+from llmprune.choices.stored import StoredFfn
 from llmprune.choices.vocabulary import PARENTS_VOCABULARY, VocabularyChoice
 from llmprune.core.errors import ArchitectureError
 from llmprune.core.recipe import ImportanceRecipe, TablesRecipe
@@ -245,3 +247,23 @@ def test_the_head_is_rounded_by_what_enters_it(tied: bool, split: Split) -> None
         plain,
     )
     assert build_library(own, split, ImportanceRecipe(), Space.of(own.shape, 1, 256)).head_squares() is None
+
+
+def test_a_type_that_is_slow_to_unpack_costs_time() -> None:
+    space = space_of(parent())
+    probes = probe_architectures(space)
+
+    def speed(choice: Any) -> float:
+        if choice in (Q5, StoredFfn(FfnChoice(512), "q5_0")):
+            return 0.8
+        return 1.2 if choice.stored else 1.1
+
+    errors = {choice: {"prefill": 0.01} for choice in probes}
+    costs = cost_table(space, {choice: {"prefill": speed(choice)} for choice in probes}, errors)
+    saving = costs.saving["prefill"]
+    assert saving[Q5] == pytest.approx(-0.25) and saving[Q4] > 0
+    assert saving[StoredFfn(FfnChoice(512), "q5_0")] == pytest.approx(-0.25 / 3, rel=0.1)
+    # What has fewer rows in that type, or another type, is not charged for it; and plain blocks never cost time.
+    assert saving[StoredFfn(FfnChoice(256), "q5_0")] > 0 and saving[StoredFfn(FfnChoice(512), "q4_0")] > 0
+    assert min(saving[choice] for choice in space.ffn if choice.stored is None) == 0
+    assert costs.speedup(parent().shape.architecture.with_choice(WHOLE_MODEL, Q5), "prefill") < 1

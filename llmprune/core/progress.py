@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
 
 Advance = Callable[[int, int], None]
 """Called with (done, total)."""
+
+Item = TypeVar("Item")
 
 Show = Callable[[str], AbstractContextManager[Advance]]
 """Opens a step by its description."""
@@ -34,3 +37,11 @@ class Steps:
 
     def finish(self, steps: int) -> None:
         self._finished += steps
+
+    def over(self, items: Sequence[Item]) -> Iterator[Item]:
+        """Go through some items, each of them a step."""
+        for done, item in enumerate(items):
+            self.report(done)
+            yield item
+        self.report(len(items))
+        self.finish(len(items))

@@ -13,6 +13,7 @@ from llmprune.baselines.uniform import parents_in_types
 from llmprune.choices.architecture import Architecture
 from llmprune.core.budgets import parse_budget, parse_pick
 from llmprune.core.errors import ModelError, RunDirectoryError
+from llmprune.core.progress import Steps
 from llmprune.measure.record import Front, Record
 from llmprune.pipeline.comparison import Contest
 from llmprune.pipeline.judges import Judges
@@ -86,21 +87,27 @@ def _where_trials_are(run: Run) -> str:
 
 
 def _measured(run: Run, judges: Judges, chosen: Sequence[Record], beside: Mapping[Entrant, Architecture]) -> Front:
-    judge = judges.judge("validation", run.recipe.front.repeats)
+    judge, types = judges.judge("validation", run.recipe.front.repeats), parents_in_types(judges.stock.space)
+    known: dict[Architecture, Record] = {}
+
+    def measured(architecture: Architecture, name: str) -> Record:
+        """One child has one measurement, whatever it is called."""
+        if architecture not in known:
+            known[architecture] = judge.judge(architecture, name)
+        return known[architecture].model_copy(update={"name": name})
+
     with run.show("re-measuring on validation tokens") as advance:
+        steps = Steps(len(chosen) + len(types) + len(beside), advance)
         parent = judge.parent_record()
-        children: list[Record] = []
-        for record in chosen:
-            advance(len(children), len(chosen) + len(beside))
-            children.append(judge.judge(record.architecture, record.name))
+        children = [measured(record.architecture, record.name) for record in steps.over(chosen)]
+        stored = [measured(whole, name) for name, whole in steps.over(types)]
         baselines: list[tuple[Record, Entrant]] = []
-        for rival, architecture in beside.items():
-            advance(len(children) + len(baselines), len(chosen) + len(beside))
+        for rival, architecture in steps.over(list(beside.items())):
             # A child whose logits are NaN is no baseline.
             with suppress(ModelError):
-                baselines.append((rival.measure(architecture), rival))
-        advance(len(chosen) + len(beside), len(chosen) + len(beside))
-        stored = [judge.judge(whole, name) for name, whole in parents_in_types(judge.library.space)]
+                same = rival.judge.library is judge.library and rival.judge.finish is None
+                there = same and architecture in known and known[architecture].is_finite
+                baselines.append((measured(architecture, rival.name) if there else rival.measure(architecture), rival))
     # What another child beats before it is repaired is not worth the minutes that a repair takes.
     best = non_dominated((record for record in children if record.is_finite), run.speed)
     own = _Forms(run, judges, judge, judges.quoting())

@@ -114,14 +114,15 @@ def cost_table(
 
     Time is close to linear in rows, and a mild choice saves less than a timing may be off: so savings are shrunk
     towards a line, the more the less sure they are (see `shrunk_to_line`). They are kept monotone in rows, for the
-    choices of each kind among themselves. Of `whole_layers`, each block counts half.
+    choices of each kind among themselves, and no fewer rows cost time; but another type of weights may: one that is
+    slow to unpack has a saving below 0. Of `whole_layers`, each block counts half.
     """
     rows = space.shape.rows
     saving: dict[str, dict[AnyChoice, float]] = {}
     for phase in next(iter(speedups.values())):
         saving[phase] = {ladder[-1]: 0.0 for ladder in space.ladders.values()}
         for vocabulary in space.vocabulary[:-1]:
-            saving[phase][vocabulary] = max(0.0, 1.0 - 1.0 / speedups[vocabulary][phase])
+            saving[phase][vocabulary] = 1.0 - 1.0 / speedups[vocabulary][phase]
         for ladder in (ladder for kind in BLOCK_KINDS for ladder in _ladders(space, kind)):
             full = rows(space.shape.full(ladder[0].kind))
             # In the ladder's order: of two with as many rows the later one counts, in every process.
@@ -132,12 +133,14 @@ def cost_table(
             if errors and probes:
                 sure = [errors[c][phase] * time**2 / n for c, time, n in zip(probes, times, changed, strict=True)]
                 savings = shrunk_to_line([full - rows(choice) for choice in probes], savings, sure)
-            points = {full: 0.0} | dict(zip(map(rows, probes), savings, strict=True))
+            points = dict(zip(map(rows, probes), savings, strict=True))
+            if ladder[0].stored is None:
+                points[full] = 0.0
             sizes = sorted(points)
             # A timing slip must not make a smaller block look slower than a larger one.
             monotone = np.maximum.accumulate([points[size] for size in reversed(sizes)])[::-1]
             for choice in ladder:
-                saving[phase][choice] = float(np.interp(rows(choice), sizes, np.maximum(monotone, 0.0)))
+                saving[phase][choice] = float(np.interp(rows(choice), sizes, monotone))
     return CostTable(space, saving)
 
 
