@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -28,6 +29,7 @@ from llmprune.choices.vocabulary import PARENTS_VOCABULARY, VocabularyChoice
 from llmprune.core.errors import ArchitectureError
 from llmprune.core.recipe import ImportanceRecipe, TablesRecipe
 from llmprune.data.tokens import Split
+from llmprune.forecast.plan import Plan
 from llmprune.formats.gguf import write_gguf
 from llmprune.formats.served_size import served_size
 from llmprune.measure.quality.perplexity import quality_from_windows, score
@@ -267,3 +269,10 @@ def test_a_type_that_is_slow_to_unpack_costs_time() -> None:
     assert saving[StoredFfn(FfnChoice(256), "q5_0")] > 0 and saving[StoredFfn(FfnChoice(512), "q4_0")] > 0
     assert min(saving[choice] for choice in space.ffn if choice.stored is None) == 0
     assert costs.speedup(parent().shape.architecture.with_choice(WHOLE_MODEL, Q5), "prefill") < 1
+
+
+def test_a_forecast_counts_what_is_kept_rounded() -> None:
+    nothing: Any = None
+    plan = Plan(nothing, space_of(parent()), nothing, 300, 0, 4)
+    assert plan.rounded_vocabulary_bytes == 2 * 2 * 4 * 300 * 256
+    assert replace(plan, space=Space.of(parent().shape, 1, 256)).rounded_vocabulary_bytes == 0

@@ -202,7 +202,11 @@ def _timing_bytes(plan: Plan) -> int:
 def _judged_bytes(plan: Plan, split: SplitName) -> int:
     """Parent and child, and the logits of as many windows as go through a pass together."""
     together = max(1, LOGITS_BYTES // (4 * plan.vocabulary) // plan.recipe.data.seq_len)
-    return 2 * plan.parent_bytes + plan.logits_bytes(min(together, max(plan.windows(split).values())))
+    return (
+        2 * plan.parent_bytes
+        + plan.rounded_vocabulary_bytes
+        + plan.logits_bytes(min(together, max(plan.windows(split).values())))
+    )
 
 
 def _search(plan: Plan, done: Done) -> StageCost:

@@ -43,6 +43,12 @@ class Plan:
     """Weights of the parent's GGUF file, where llama.cpp times models or children are exported as gguf."""
 
     @property
+    def rounded_vocabulary_bytes(self) -> int:
+        """Embedding and output head, apart, as each type of weights has them: they are kept from child to child."""
+        one = self.vocabulary * self.space.shape.hidden_size * self.dtype_bytes
+        return 2 * one * len(self.space.vocabulary[:-1])
+
+    @property
     def timed_file_bytes(self) -> int:
         """What llama.cpp maps of one model that it times; 0 for torch, which times models where they are."""
         return self.gguf_bytes if self.workload.engine == "llamacpp" else 0
