@@ -39,6 +39,7 @@ from llmprune.models.stored import as_stored, store_again, stored_weights
 from llmprune.models.surgery import prune
 from llmprune.numerics.ggml import TYPES, from_blocks, to_blocks
 from llmprune.publish.gguf_proof import prove_gguf
+from llmprune.report.rows import vocabulary_facts
 from llmprune.tables.block_tables import BlockTables
 from llmprune.tables.costs import cost_table, probe_architectures
 from llmprune.tables.exact import exact_delta_nats, is_exact
@@ -186,6 +187,7 @@ def test_tables_hold_what_it_loses_and_saves(split: Split) -> None:
     factors = together_factors(space, scores, 0, lambda _: 0.0, lambda *_: None)
     assert weighed(scores, factors, both)[WHOLE_MODEL, Q5] == lost[WHOLE_MODEL, Q5]
     tables = BlockTables(scores, [0.0] * 3, costs, factors)
+    assert next(iter(vocabulary_facts(tables, "decode"))) == ("q4_0", lost[WHOLE_MODEL, Q4], pytest.approx(0.2))
     again = BlockTables.from_json(space, tables.to_json())
     assert again == tables and again.nats_lost(both) == lost[WHOLE_MODEL, Q4]
 

@@ -20,6 +20,7 @@ from llmprune.report.rows import (
     repair_rows,
     time_rows,
     trial_rows,
+    vocabulary_facts,
 )
 
 WIDTH = 460
@@ -129,7 +130,7 @@ def time_figure(front: Front, facts: Facts) -> Figure:
     chart = side_by_side([bars], rows, picked_id(facts))
     caption = (
         f"Estimated: {facts.phase} time of every block as a share of the whole parent's, from the cost table, which "
-        "was measured on whole children. What no choice touches (embedding, head, overhead) is not drawn."
+        "was measured on whole children. What is no block (embedding, head, overhead) is not drawn."
     )
     return Figure("time", "Where the time goes", caption, chart)
 
@@ -185,6 +186,10 @@ def sensitivity_figure(facts: Facts) -> Figure:
     caption = (
         f"Estimated, on {facts.recipe.tables.tokens:,} tokens of the estimate split: nats a token that the parent "
         "loses when this block alone keeps only so much. Hover for the time it saves."
+        + "".join(
+            f" Embedding and output head in {stored}: {nats:+.4f} nats, {saved:.1%} of the {facts.phase} time."
+            for stored, nats, saved in vocabulary_facts(facts.tables, facts.phase)
+        )
     )
     return Figure("sensitivity", "What each block is worth", caption, cells)
 

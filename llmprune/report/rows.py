@@ -8,7 +8,7 @@ from typing import Any
 
 from llmprune.choices.architecture import Architecture
 from llmprune.choices.choice import Choice
-from llmprune.choices.dimensions import BLOCK_KINDS
+from llmprune.choices.dimensions import BLOCK_KINDS, WHOLE_MODEL
 from llmprune.core.budgets import parse_pick, pick_record
 from llmprune.core.errors import BudgetError
 from llmprune.measure.record import Front, Record
@@ -138,6 +138,13 @@ def choice_rows(tables: BlockTables, phase: str) -> Iterator[Row]:
                     "shade": _finite(max(nats, 1e-4)),
                     "saved": tables.costs.saving[phase][choice],
                 }
+
+
+def vocabulary_facts(tables: BlockTables, phase: str) -> Iterator[tuple[str, float, float]]:
+    """Each type that embedding and output head may have, nats a token that it costs alone, and the share of time that
+    it saves."""
+    for choice in tables.costs.space.vocabulary[:-1]:
+        yield choice.label, tables.delta_nats[WHOLE_MODEL, choice], tables.costs.saving[phase][choice]
 
 
 def _left(choice: Choice) -> str:
