@@ -230,7 +230,7 @@ def test_bits_alone_are_those_of_an_enumeration() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_head_is_rounded_by_what_enters_it(tied: bool, split: Split) -> None:
+def test_the_head_is_rounded_by_what_enters_it(tied: bool, split: Split, tmp_path: Path) -> None:
     own = parent(tied)
     # One layer a pass: it is the last layer's that sees the head.
     library = build_library(own, split, ImportanceRecipe(), space_of(own), memory_bytes=1)
@@ -245,6 +245,10 @@ def test_the_head_is_rounded_by_what_enters_it(tied: bool, split: Split) -> None
     if not tied:
         looked_up = from_blocks(to_blocks(before["model.embed_tokens.weight"], "q4_0"), "q4_0")
         assert torch.equal(child.state_dict()["model.embed_tokens.weight"], looked_up)
+    # What is rounded by importance is not rounded anew by the proof, whatever else it is called.
+    path = tmp_path / "child.gguf"
+    write_gguf(child, None, path, "q8_0")
+    assert prove_gguf(child, path, "q8_0").contents_kl < 1e-9
     # Another library's children are rounded by its own.
     assert torch.equal(
         prune(own, own.shape.architecture.with_choice(WHOLE_MODEL, Q4), Slices(own)).state_dict()["lm_head.weight"],

@@ -111,13 +111,15 @@ def _rounded_like(child: PreTrainedModel, weights: GgufType) -> PreTrainedModel:
     model: PreTrainedModel = copy.deepcopy(child, memo)
     # A child spread over several devices has hooks that would move activations.
     remove_hook_from_module(model, recurse=True)
-    known = stored_weights(child)
+    # By what they are, not by name: an output head may be the embedding.
+    known = {id(child.get_parameter(name)) for name in stored_weights(child)}
     for name, module in model.named_modules():
         use: Any = None
         if isinstance(module, (nn.Linear, nn.Embedding, Conv1D)):
-            type_ = type_of(child.config, own := f"{name}.weight", weights)
+            type_ = type_of(child.config, f"{name}.weight", weights)
             # One that is rounded already is what it is.
-            rounded = (lambda values: values.detach().cpu().float()) if own in known else partial(_rounded, type_=type_)
+            there = id(module.weight) in known
+            rounded = (lambda values: values.detach().cpu().float()) if there else partial(_rounded, type_=type_)
             use = (
                 partial(_embed, module, rounded)
                 if isinstance(module, nn.Embedding)
