@@ -286,7 +286,7 @@ def test_prefixes_leave_in_the_order_of_their_use(parent: Parent) -> None:
 def test_steps_skip_what_is_gone() -> None:
     architecture = Architecture.of([(3, 40), (0, 0), (1, 0), (0, 7), (0, 0)])
     steps = steps_of(architecture)
-    assert [layer for layer, _ in steps] == [0, 2, 3]
+    assert [step.layer for step in steps] == [0, 2, 3]
     assert last_start(steps) == 1
     shorter = without_first_layers(architecture, 2)
     assert shorter.kept_layers == (2, 3) and shorter.layers[2:] == architecture.layers[2:]
