@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,12 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from llmprune.choices.architecture import Architecture, LayerChoice
 from llmprune.choices.ffn import FfnChoice
 from llmprune.choices.kv_groups import AttentionChoice
-from llmprune.core.errors import ExportError, RunDirectoryError
-from llmprune.core.recipe import GgufType
+from llmprune.core.errors import ExportError, RunDirectoryError, UnsupportedModelError
+from llmprune.core.recipe import DeployRecipe, GgufType
 from llmprune.formats.gguf import write_gguf
 from llmprune.formats.gguf_families import GGUF_FAMILIES
 from llmprune.formats.gguf_limits import gguf_child_problem, gguf_choice_problem, gguf_problem
-from llmprune.formats.gguf_tokenizer import _LLAMA3, _QWEN2
+from llmprune.formats.gguf_tokenizer import _LLAMA3, _QWEN2, tokenizer_problem
+from llmprune.formats.limits import check_parent
 from llmprune.measure.speed.llamacpp import GgufModel, logits_of
 from llmprune.models.checkpoint import PROOF_TEXT
 from llmprune.models.surgery import prune
@@ -300,18 +302,39 @@ def test_a_tokenizer_that_adds_nothing_has_nothing_added(tmp_path: Path) -> None
         assert model.chat_template is None
 
 
+def bytes_alone() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that merges nothing."""
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_a_tokenizer_that_llama_cpp_reads_has_no_problem() -> None:
+    assert tokenizer_problem(tiny_tokenizer(), 300) is None
+
+
 @pytest.mark.parametrize(
     ("tokenizer", "named"),
     [
         (lambda: byte_level(pre_tokenizers.Punctuation(), words), "Punctuation"),
         (lambda: byte_level(*regex(_QWEN2), ignore_merges=True), "another way"),
         (lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)), "add_prefix_space"),
+        (bytes_alone, "without merges"),
     ],
 )
 def test_tokenizers_without_a_name_in_llama_cpp_are_refused(tokenizer: Any, named: str, tmp_path: Path) -> None:
+    problem = tokenizer_problem(tokenizer(), 400)
+    assert problem is not None and named in problem
     with pytest.raises(ExportError, match=named):
         write_gguf(tiny_with_vocabulary(400), tokenizer(), tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_no_file_can_hold_is_refused_before_the_search() -> None:
+    parent = replace(tiny_parent(Case("llama", "bytes", COMMON)), tokenizer=bytes_alone())
+    check_parent(parent, DeployRecipe(formats=("hf",)), "medium")
+    with pytest.raises(UnsupportedModelError, match=r"the tokenizer of .*without merges"):
+        check_parent(parent, DeployRecipe(formats=("hf", "gguf")), "medium")
 
 
 def test_more_tokens_than_embeddings_are_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from llmprune.recover.repair import DISTIL, Repair
 from llmprune.report.charts import figures
 from llmprune.report.facts import Facts, gather
 from llmprune.report.page import page, write_figures
-from llmprune.report.rows import covered, foretold, front_rows, map_rows, time_rows
+from llmprune.report.rows import covered, foretold, front_rows, map_rows, time_rows, within_use
 
 __all__ = ["repaired_run"]
 
@@ -217,3 +217,13 @@ def test_what_is_damaged_is_named(copied: Path, llmprune: Llmprune, tmp_path: Pa
     assert result.code == 2
     assert "0123456789abcdef-distil.safetensors is damaged" in result.err
     assert not (copied / "report.html").exists()
+
+
+def test_an_unusable_child_takes_no_room_from_the_others() -> None:
+    def row(lost: float | None, *, usable: bool = True) -> dict[str, Any]:
+        return {"test_lost": lost, "usable": usable}
+
+    rows = [row(0.0), row(0.1), row(0.15, usable=False), row(3.9, usable=False), row(None, usable=False)]
+    assert within_use(rows) == ([*rows[:3], rows[4]], [rows[3]])
+    # Where nothing is usable, there is nothing to make room for.
+    assert within_use([row(0.0), rows[3]]) == ([row(0.0), rows[3]], [])

@@ -53,9 +53,20 @@ def add_tokenizer(
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     if model.get("byte_fallback"):
         _add_sentencepiece(writer, data, merges, vocab_size)
+    elif not merges:
+        raise ExportError("llama.cpp reads no byte-level tokenizer without merges, and this one has none; use hf")
     else:
         _add_byte_level(writer, data, merges, vocab_size)
     _add_special_tokens(writer, tokenizer, generation_config)
+
+
+def tokenizer_problem(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str | None:
+    """Why no GGUF file can hold a tokenizer; None if one can. Writes nothing."""
+    try:
+        add_tokenizer(gguf.GGUFWriter(None, "none"), tokenizer, vocab_size)
+    except ExportError as error:
+        return str(error)
+    return None
 
 
 def _add_byte_level(writer: gguf.GGUFWriter, data: Mapping[str, Any], merges: list[str], vocab_size: int) -> None:

@@ -22,6 +22,7 @@ from llmprune.formats.gguf_limits import (
     gguf_sizes,
     gguf_types_problem,
 )
+from llmprune.formats.gguf_tokenizer import tokenizer_problem
 from llmprune.formats.layers import layer_sizes, stock_type
 from llmprune.formats.torchao import torchao_problem
 from llmprune.models.parent import Parent
@@ -59,6 +60,12 @@ def check_parent(parent: Parent, rules: DeployRecipe, size: SpaceSize) -> None:
             raise UnsupportedModelError(
                 f"deploy.formats names {form.name}, which cannot hold {parent.source}: {problem}"
             )
+        if form.name == "gguf" and parent.tokenizer is not None:
+            vocab_size = parent.model.config.get_text_config().vocab_size
+            if problem := tokenizer_problem(parent.tokenizer, vocab_size):
+                raise UnsupportedModelError(
+                    f"deploy.formats names gguf, which cannot hold the tokenizer of {parent.source}: {problem}"
+                )
         if size not in (sizes := form.sizes(parent.model.config)):
             raise RecipeError(
                 f"deploy.formats names {form.name}, which holds {form.holds}: space.size must be {' or '.join(sizes)} "

@@ -21,6 +21,7 @@ from llmprune.report.rows import (
     time_rows,
     trial_rows,
     vocabulary_facts,
+    within_use,
 )
 
 WIDTH = 460
@@ -48,7 +49,8 @@ def figures(facts: Facts) -> list[Figure]:
 
 def front_figure(front: Front, facts: Facts) -> Figure:
     """Quality against measured speed."""
-    rows, phase = list(front_rows(front, facts.phase)), facts.phase
+    phase = facts.phase
+    rows, beyond = within_use(list(front_rows(front, phase)))
     speed = alt.X("speedup:Q", title=f"{phase} speed-up over the parent, measured", scale=alt.Scale(zero=False))
     lost = alt.Y("test_lost:Q", title="nats a token lost, test", scale=alt.Scale(zero=True))
     base = alt.Chart(data_of(rows))
@@ -75,6 +77,7 @@ def front_figure(front: Front, facts: Facts) -> Figure:
         f"{on.seq_len}), which nothing was chosen on, against the median paired {phase} speed-up; bars reach from its "
         "10th to its 90th percentile. Lower and further right is better. A click shows a child in the maps below."
         + (" Dashed lines lead from a child as it was cut to what its repair made of it." if repaired else "")
+        + "".join(f" Unusable, and beyond the top: {row['title']}, {row['test_lost']:+.3f}." for row in beyond)
     )
     chart = alt.layer(*layers).properties(width=WIDTH + 160, height=320)
     return Figure("front", "Quality against measured speed", caption, chart)

@@ -32,6 +32,14 @@ def front_rows(front: Front, phase: str) -> Iterator[Row]:
             yield _of_record(record, role, phase)
 
 
+def within_use(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows of a front that a chart has room for, and those of unusable children that lose so much more than any usable
+    one that it would have room for nothing else."""
+    most = max((row["test_lost"] or 0.0 for row in rows if row["usable"]), default=0.0)
+    beyond = [row for row in rows if not row["usable"] and (row["test_lost"] or 0.0) > 2 * most > 0]
+    return [row for row in rows if row not in beyond], beyond
+
+
 def _of_record(record: Record, role: str, phase: str) -> Row:
     speed: Spread = getattr(record, f"{phase}_speedup")
     quoted = {f"{name}_lost": _finite(found.nats_lost) for name, found in record.quoted.items()}
