@@ -53,7 +53,7 @@ class LayerRepairs:
 
 def layer_keys(input_hash: str, recipe: ImportanceRecipe, space: Space) -> list[str]:
     """For each layer a hash of all that its file depends on."""
-    ladders = [[choice.to_json() for choice in space.ladder(kind)] for kind in BLOCK_KINDS]
+    ladders = [[choice.to_json() for choice in ladder] for ladder in space.ladders.values()]
     inputs = [_VERSION, input_hash, recipe.decisive(), ladders]
     return [hashlib.sha256(json.dumps([*inputs, i]).encode()).hexdigest() for i in range(space.shape.layers)]
 

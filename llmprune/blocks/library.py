@@ -76,7 +76,7 @@ class BlockLibrary:
     @cached_property
     def hash(self) -> str:
         """SHA-256, as hex, over all contents."""
-        ladders = [[choice.to_json() for choice in self.space.ladder(kind)] for kind in BLOCK_KINDS]
+        ladders = [[choice.to_json() for choice in ladder] for ladder in self.space.ladders.values()]
         return hashlib.sha256(json.dumps([ladders, [layer.hash for layer in self.layers]]).encode()).hexdigest()
 
     def _layer(self, layer: int, choice: Choice) -> LayerRepairs:

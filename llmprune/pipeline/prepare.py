@@ -11,7 +11,6 @@ from importlib.metadata import version
 from llmprune.baselines.methods import check_methods
 from llmprune.blocks.library import BlockLibrary, build_library, load_library, stored_layers
 from llmprune.blocks.statistics import few_tokens_warning
-from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.space import Space
 from llmprune.core.errors import RunDirectoryError
 from llmprune.core.files import exists, read_json, write_json
@@ -157,7 +156,7 @@ def _space(parent: Parent, recipe: Recipe) -> Space:
 def time_reach(run: Run, ground: Ground) -> Reach:
     """What the space can reach at all, which takes seconds to know: no library is needed."""
     file, space = run.directory.reach, ground.space
-    ladders = [[choice.to_json() for choice in space.ladder(kind)] for kind in BLOCK_KINDS]
+    ladders = [[choice.to_json() for choice in ladder] for ladder in space.ladders.values()]
     key = hash_of(ground.parent_hash, space.size, ladders, ground.workload.to_json(), fingerprint())
     if not run.directory.is_done("reach", key, file):
         with run.show("timing what the space can reach"):
