@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from llmprune.cli.front_tables import front_table
 from llmprune.core.budgets import holding, parse_pick, pick_record
 from llmprune.core.errors import ExportError, RecipeError, RunDirectoryError
-from llmprune.core.recipe import RecoverRecipe
+from llmprune.core.recipe_recover import RecoverRecipe
 from llmprune.measure.quality.perplexity import score
 from llmprune.measure.record import child_id
 from llmprune.pipeline import recovery

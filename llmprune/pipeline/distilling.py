@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from llmprune.blocks.library import BlockLibrary
 from llmprune.core.errors import RecipeError
 from llmprune.core.files import read_json, write_json
-from llmprune.core.recipe import Recipe, RecoverRecipe
+from llmprune.core.recipe import Recipe
+from llmprune.core.recipe_recover import RecoverRecipe
 from llmprune.data.tokens import Split
 from llmprune.measure.record import Record, child_id
 from llmprune.models.surgery import prune

@@ -10,7 +10,8 @@ from llmprune.baselines.methods import METHODS
 from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
 from llmprune.core.budgets import Pick, holding, parse_pick, pick_record
-from llmprune.core.recipe import BaselineName, RecoverRecipe
+from llmprune.core.recipe import BaselineName
+from llmprune.core.recipe_recover import RecoverRecipe
 from llmprune.data.tokens import Split
 from llmprune.measure.record import QUOTED, Front, Record, child_id
 from llmprune.models.surgery import prune
