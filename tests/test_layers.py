@@ -30,6 +30,7 @@ FLOORS = [
     "blocks/",
     "measure/",
     "formats/",
+    "resize/",
     "models/",
     "data/",
     "choices/",

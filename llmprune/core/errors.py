@@ -30,6 +30,10 @@ class UnsupportedModelError(ModelError):
     """A parent that can be read, but not pruned: family, quantisation or layout."""
 
 
+class VocabularyError(ModelError):
+    """A vocabulary that cannot be cut, or not to so few rows."""
+
+
 class DataError(LlmpruneError):
     """Text that cannot be read, or is too short for the splits asked for."""
 
