@@ -29,7 +29,8 @@ from llmprune.core.errors import ModelError, RunDirectoryError
 from llmprune.core.progress import silent
 from llmprune.core.recipe import BaselineName
 from llmprune.core.recipe_inputs import SplitName
-from llmprune.measure.record import SCHEMA, Front, Record
+from llmprune.measure.record import Front, Record
+from llmprune.measure.value import SCHEMA
 from llmprune.models.parent import Parent
 from llmprune.search import judging
 

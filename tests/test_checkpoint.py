@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from llmprune.choices.architecture import Architecture, ParentShape
 from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.core.errors import ExportError, LlmpruneError, PushError
-from llmprune.measure.record import SCHEMA
+from llmprune.measure.value import SCHEMA
 from llmprune.models import checkpoint
 from llmprune.models.checkpoint import METADATA_FILE, Proof, write_checkpoint
 from llmprune.models.parent import Parent, make_parent

@@ -26,7 +26,8 @@ from llmprune.core.budgets import parse_pick, pick_record
 from llmprune.core.errors import BudgetError, RunDirectoryError
 from llmprune.core.recipe import BaselineName, ImportanceRecipe
 from llmprune.measure.quality.perplexity import SourceQuality
-from llmprune.measure.record import SCHEMA, Front, Quoted, Record, child_id
+from llmprune.measure.record import Front, Quoted, Record, child_id
+from llmprune.measure.value import SCHEMA
 from llmprune.search import judging
 
 HALF = Architecture.of([(1, 12)] * 3)

@@ -35,7 +35,8 @@ from llmprune.core.files import write_json
 from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_text import apply_overrides, parse_recipe
 from llmprune.measure.quality.perplexity import score
-from llmprune.measure.record import SCHEMA, Front, Quoted, child_id
+from llmprune.measure.record import Front, Quoted, child_id
+from llmprune.measure.value import SCHEMA
 from llmprune.models import checkpoint
 from llmprune.models.licence import Licence
 from llmprune.models.parent import load_parent

@@ -26,7 +26,7 @@ from llmprune.choices.space import Space
 from llmprune.core.errors import RecipeError
 from llmprune.core.recipe import OPTUNA_SAMPLERS, SearchRecipe
 from llmprune.core.recipe_text import parse_section
-from llmprune.measure.record import SCHEMA
+from llmprune.measure.value import SCHEMA
 from llmprune.search.reward import HARD, SOFT
 from llmprune.search.reward import reward as mnas_reward
 from llmprune.search.samplers.make import OneRung, make_sampler

@@ -12,7 +12,8 @@ from typing import Any
 from llmprune.baselines.ledger import Memo
 from llmprune.core.errors import RunDirectoryError
 from llmprune.core.files import read_json, write_json
-from llmprune.measure.record import SCHEMA, Record, schema_problem
+from llmprune.measure.record import Record
+from llmprune.measure.value import SCHEMA, schema_problem
 
 SECONDS_BETWEEN_SAVES = 20.0
 

@@ -35,7 +35,7 @@ from llmprune.cli.options import (
     task_names,
     workload_recipe,
 )
-from llmprune.cli.terminal import bench_table, formats_table, inspection_table, shown
+from llmprune.cli.terminal import advice, bench_table, formats_table, inspection_table, shown
 from llmprune.core.recipe import DeployRecipe
 from llmprune.core.recipe_text import parse_section
 
@@ -69,7 +69,7 @@ def inspect(
         parent = load_parent(model_recipe(model, device, dtype))
         workload = Workload.from_recipe(rules, dtype_of(parent.model), str(parent.device))
         result = inspect_parent(parent, workload, repeats)
-    emit(result, json, lambda: [inspection_table(result), described(reach_from_json(result["reach"]))])
+    emit(result, json, lambda: [inspection_table(result), advice(result), described(reach_from_json(result["reach"]))])
 
 
 @app.command()

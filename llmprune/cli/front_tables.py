@@ -36,7 +36,7 @@ def front_table(front: Front) -> Table:
             f"{on.dataset}. Batch {workload['batch']}, {workload['prompt_tokens']} prompt + "
             f"{workload['generated_tokens']} generated tokens, {workload['dtype']}, {workload['threads']} threads on "
             f"{workload['device']}{', compiled' if workload.get('compile') else ''}{_timed_by(workload, front)}. "
-            "Speed-ups are medians of paired ratios (10th-90th percentile)."
+            f"Speed-ups are medians of paired ratios (10th-90th percentile).{_of_fewer_rows(front)}"
             + (" Unusable: perplexity beyond front.usable_ppl_ratio times the parent's." if marked else "")
         ),
         caption_justify="left",
@@ -76,6 +76,20 @@ def _cells(label: str, record: Record, splits: Sequence[SplitName]) -> Iterator[
         yield f"{on.nats_per_token:.3f} ({on.nats_lost:+.3f})\n{on.ppl:.2f} ({on.ppl_ratio:.2f}x){alike}"
     yield f"{record.prefill_tokens_per_s.median:.0f}\n{spread_text(record.prefill_speedup)}"
     yield f"{record.decode_tokens_per_s.median:.1f}\n{spread_text(record.decode_speedup)}"
+
+
+def _of_fewer_rows(front: Front) -> str:
+    """What the parent is beside the whole one, where its vocabulary was cut."""
+    resized = front.resized
+    if resized is None or resized.is_whole:
+        return ""
+    chosen = resized.chosen
+    return (
+        f" The parent has {chosen.rows:,} of its {resized.whole.rows:,} rows of vocabulary and lost "
+        f"{resized.loss(chosen):+.1%} nats a byte by that (validation text); bytes of text a second over the whole "
+        f"parent's are these speed-ups x {resized.text_speedup(chosen, 'decode'):.3f} in decode, x "
+        f"{resized.text_speedup(chosen, 'prefill'):.3f} in prefill."
+    )
 
 
 def _timed_by(workload: Mapping[str, Any], front: Front) -> str:

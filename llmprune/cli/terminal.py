@@ -156,6 +156,10 @@ def bench_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+_WORTH_TRYING = 0.1
+"""Share of decode time from which on `inspect` names the vocabulary."""
+
+
 def inspection_table(result: Mapping[str, Any]) -> Table:
     """What every block holds, and what it takes of the time."""
     shape, outside = result["shape"], result["outside_blocks"]
@@ -179,6 +183,24 @@ def inspection_table(result: Mapping[str, Any]) -> Table:
             cells += [f"{100 * block[share]:.1f}%" for share in ("prefill_share", "decode_share")]
         table.add_row(*cells)
     return table
+
+
+def advice(result: Mapping[str, Any]) -> str:
+    """Which dimension has the time, and what half of it could save at the most."""
+    held, totals = result["vocabulary"], result["totals"]["decode"]
+    named = {"attention": "attention", "ffn": "FFN", "vocabulary": "the output head"}
+    parts = [f"{named[word]} {totals[word]:.0%}" for word in sorted(totals, key=lambda word: -totals[word])]
+    text = (
+        f"decode time goes to {', '.join(parts)}; {held['rows']:,} rows of embedding and head are "
+        f"{held['params'] / result['params']:.0%} of the parameters"
+    )
+    if totals["vocabulary"] >= _WORTH_TRYING:
+        most = 1 / (1 - totals["vocabulary"] / 2)
+        text += (
+            f": half of them would decode up to {most:.2f}x as many tokens a second, of text that is more tokens then; "
+            "space.vocabulary=auto measures what pays"
+        )
+    return text
 
 
 def formats_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from llmprune.core.errors import quoted
 from llmprune.core.recipe_base import PathText, Section
-from llmprune.core.recipe_inputs import DataRecipe, ModelRecipe
+from llmprune.core.recipe_inputs import DataRecipe, ModelRecipe, SourceRecipe
 from llmprune.core.recipe_recover import RecoverRecipe
 
 Objective = Literal["decode", "prefill"]
@@ -136,6 +136,25 @@ class SpaceRecipe(Section):
         description="types below deploy.gguf_type that a block's weights may be stored in, whatever stays of it, and "
         "embedding and output head; timed in llama.cpp",
     )
+    vocabulary: Literal["auto"] | tuple[Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (),
+        description="rows of embedding and output head that may stay, as counts or shares of the parent's, or auto; "
+        "the best is chosen before blocks are searched (see `vocabulary`)",
+    )
+
+
+class VocabularyRecipe(Section):
+    """Which tokens a smaller vocabulary keeps, and how much it may cost; any text can be written in all of them."""
+
+    keep_text: tuple[SourceRecipe, ...] = Field(
+        (), description="text that must stay cheap beside data.sources: tokens that it needs are kept as well"
+    )
+    most_loss: float = Field(
+        0.01,
+        ge=0,
+        description="of space.vocabulary the fastest in bytes of text a second is taken whose nats a byte on the "
+        "validation text are at most this share more than the parent's; if none is faster, all rows stay",
+    )
 
 
 class SearchRecipe(Section):
@@ -259,6 +278,7 @@ class Recipe(Section):
     importance: ImportanceRecipe = ImportanceRecipe()
     tables: TablesRecipe = TablesRecipe()
     space: SpaceRecipe = SpaceRecipe()
+    vocabulary: VocabularyRecipe = VocabularyRecipe()
     search: SearchRecipe = SearchRecipe()
     recover: RecoverRecipe = RecoverRecipe()
     front: FrontRecipe = FrontRecipe()

@@ -103,6 +103,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         update={
             "model": recipe.model.model_copy(update={"path": absolute(recipe.model.path)}),
             "data": recipe.data.model_copy(update=texts),
+            "vocabulary": recipe.vocabulary.model_copy(update={"keep_text": found(recipe.vocabulary.keep_text)}),
         }
     )
 

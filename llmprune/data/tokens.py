@@ -139,7 +139,7 @@ def build_token_splits(recipe: DataRecipe, tokenizer: PreTrainedTokenizerBase) -
     for source in (*recipe.sources, *recipe.unseen):
         text = read_documents(source, seed=recipe.seed, render=lambda: chat_renderer(tokenizer))
         identities[source.name] = text.identity
-        documents = _encoded(_without_copies(text.documents, seen), tokenizer)
+        documents = _encoded(without_copies(text.documents, seen), tokenizer)
         fillings = {
             name: _Filling(windows[source.name], recipe.seq_len_of(name) - bos)
             for name, windows in cuts.items()
@@ -257,7 +257,7 @@ def _cut(filling: _Filling, bos_token_id: int | None) -> SourceTokens:
     return SourceTokens(torch.from_numpy(windows), torch.from_numpy(scored_bytes.sum(axis=1)))
 
 
-def _without_copies(documents: Iterator[str], seen: set[bytes]) -> Iterator[str]:
+def without_copies(documents: Iterator[str], seen: set[bytes]) -> Iterator[str]:
     """Documents not met before, in this source or an earlier one: web text is full of copies, and a copy leaks."""
     for text in documents:
         digest = hashlib.sha256(text.encode()).digest()

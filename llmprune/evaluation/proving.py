@@ -16,7 +16,8 @@ from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.data.store import load_token_splits
 from llmprune.data.tokens import TokenSplits
 from llmprune.measure.quality.perplexity import Quality, score
-from llmprune.measure.record import QUOTED, Quoted, Record, child_id, figures_of, schema_problem
+from llmprune.measure.record import QUOTED, Quoted, Record, child_id, figures_of
+from llmprune.measure.value import schema_problem
 from llmprune.models import modeling_pruned
 from llmprune.models.checkpoint import METADATA_FILE, proof_facts
 from llmprune.models.checkpoint import prove as prove_files

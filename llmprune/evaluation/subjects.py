@@ -18,7 +18,7 @@ from llmprune.core.progress import Show
 from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.core.recipe_text import parse_recipe, parse_section
-from llmprune.measure.record import newer_schema
+from llmprune.measure.value import newer_schema
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.loading import load_model, locate, resolve_device, stored_dtype
 from llmprune.pipeline.run_directory import RunDirectory

@@ -9,19 +9,17 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, PlainSerializer, ValidationError
+from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 
 from llmprune.choices.architecture import Architecture
-from llmprune.core.errors import RunDirectoryError, quoted
 from llmprune.core.recipe_inputs import SplitName
 from llmprune.measure.quality.likeness import Likeness
 from llmprune.measure.quality.perplexity import Figure, Quality, SourceQuality
+from llmprune.measure.resized import Resized
 from llmprune.measure.speed.throughput import Spread
-
-SCHEMA = 2
-"""Of what is stored. llmprune 0.1 stored records without an id, and said no schema."""
+from llmprune.measure.value import Value
 
 QUOTED: tuple[SplitName, ...] = ("test", "unseen")
 """The splits whose figures are quoted of what was chosen on others: nothing is ever chosen on them."""
@@ -37,63 +35,7 @@ def child_id(architecture_hash: str, library_hash: str, done: Sequence[str] = ()
     return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
 
-def newer_schema(data: Any) -> str | None:
-    """Why what was stored is beyond this llmprune, to be read after a file's name; None if it is not."""
-    schema = _schema_of(data)
-    if type(schema) is int and schema > SCHEMA:
-        return f"is of schema {schema}, and this llmprune reads schema {SCHEMA}; upgrade llmprune"
-    return None
-
-
-def schema_problem(data: Any, remedy: str) -> str | None:
-    """The same of any schema but ours; `remedy` says what to do about an older or damaged one."""
-    schema = _schema_of(data)
-    if schema == SCHEMA and type(schema) is int:
-        return None
-    said = "no schema" if schema is None else f"schema {quoted(schema)}"
-    older = f"is damaged, or of an older llmprune ({said}, this one reads schema {SCHEMA}); {remedy}"
-    return newer_schema(data) or older
-
-
-def _schema_of(data: Any) -> Any:
-    return data.get("schema") if isinstance(data, dict) else None
-
-
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON values; what is not there has no key, and an infinite figure is null."""
-        return self.model_dump(mode="json", exclude_defaults=True)
-
-    @classmethod
-    def from_json(cls, data: Any) -> Self:
-        """Inverse of `to_json`, and of `stored`. Raises ValueError, naming the key, on anything else."""
-        if isinstance(data, dict):
-            data = {key: value for key, value in data.items() if key != "schema"}
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            raise ValueError(f"{'.'.join(map(str, problem['loc'])) or 'all of it'}: {problem['msg']}") from None
-
-    def stored(self) -> dict[str, Any]:
-        """JSON values of what is stored by itself."""
-        return {"schema": SCHEMA, **self.to_json()}
-
-    @classmethod
-    def read(cls, data: Any, origin: object, remedy: str) -> Self:
-        """Inverse of `stored`. Raises RunDirectoryError, naming `origin`, both schemas or the key that is wrong, and
-        what to do: `remedy`, or to upgrade."""
-        if problem := schema_problem(data, remedy):
-            raise RunDirectoryError(f"{origin} {problem}")
-        try:
-            return cls.from_json(data)
-        except ValueError as error:
-            raise RunDirectoryError(f"{origin} is damaged ({error}); {remedy}") from None
-
-
-class Quoted(_Value):
+class Quoted(Value):
     """A child's figures on a split that nothing was chosen on, with what they must not be quoted without."""
 
     nats_per_token: Figure
@@ -141,7 +83,7 @@ def figures_of(quality: Quality, parents_ppl: float) -> dict[str, Any]:
     }
 
 
-class MeasuredOn(_Value):
+class MeasuredOn(Value):
     """What the figures of a record are of: the text that they were chosen by, what was timed, and where."""
 
     dataset: str
@@ -176,7 +118,7 @@ def _architecture(data: Any) -> Architecture:
     return data if isinstance(data, Architecture) else Architecture.from_json(data)
 
 
-class Record(_Value):
+class Record(Value):
     """What was measured of one child, or of the parent. Sizes are those of `Size`, speeds of `Speed`."""
 
     name: str
@@ -243,7 +185,7 @@ class Record(_Value):
         return ", ".join((self.name, library, *self.done))
 
 
-class Front(_Value):
+class Front(Value):
     """The parent, the measured front, slowest first, and the baselines beside it."""
 
     parent: Record
@@ -251,6 +193,8 @@ class Front(_Value):
     baselines: tuple[Record, ...]
     one_shot: tuple[Record, ...] = ()
     """Of children and baselines that were repaired, what they were before."""
+    resized: Resized | None = None
+    """Where the recipe names vocabularies: what was measured of them. `parent` has the one that was taken."""
 
     @property
     def every(self) -> tuple[Record, ...]:

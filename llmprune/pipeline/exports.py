@@ -11,7 +11,8 @@ from llmprune.blocks.library import BlockLibrary
 from llmprune.core.budgets import Pick, pick_record
 from llmprune.core.errors import ExportError, RunDirectoryError
 from llmprune.core.files import exists, read_json
-from llmprune.measure.record import Front, Record, child_id, newer_schema
+from llmprune.measure.record import Front, Record, child_id
+from llmprune.measure.value import newer_schema
 from llmprune.models.checkpoint import METADATA_FILE, write_checkpoint
 from llmprune.models.loading import dtype_of
 from llmprune.models.samples import samples
@@ -108,7 +109,7 @@ def _metadata(run: Run, judges: Judges, front: Front, record: Record, library: B
     recipe["model"]["dtype"] = dtype_of(parent.model)
     if (tokenizer := recipe["model"]["tokenizer"]) and exists(tokenizer):
         recipe["model"]["tokenizer"] = Path(tokenizer).name
-    for source in (*recipe["data"]["sources"], *recipe["data"]["unseen"]):
+    for source in (*recipe["data"]["sources"], *recipe["data"]["unseen"], *recipe["vocabulary"]["keep_text"]):
         source["path"] = source["path"] and Path(source["path"]).name
     of_parent = {"shape": asdict(parent.shape), "figures": front.parent.to_json()}
     return {
@@ -118,6 +119,7 @@ def _metadata(run: Run, judges: Judges, front: Front, record: Record, library: B
         "parent": of_parent,
         "provenance": provenance,
         "recipe": recipe,
+        **({"resized": front.resized.stored()} if front.resized else {}),
     }
 
 

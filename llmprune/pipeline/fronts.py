@@ -20,6 +20,7 @@ from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import Prepared
 from llmprune.pipeline.recovery import refit_child
 from llmprune.pipeline.repairs import finishing, refit_tokens
+from llmprune.pipeline.resizing import read_resized
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of, read_front
 from llmprune.pipeline.searching import study_facts, study_name, tell_of_other_hardware, trials_of
@@ -126,6 +127,7 @@ def _measured(run: Run, judges: Judges, chosen: Sequence[Record], beside: Mappin
             children=tuple(quoted[: len(chosen_children)]),
             baselines=tuple(quoted[len(chosen_children) :]),
             one_shot=tuple(forms.quoted(record) for record, repaired, forms in kept if repaired is not record),
+            resized=read_resized(run.directory),
         )
 
 

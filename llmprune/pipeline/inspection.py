@@ -24,7 +24,7 @@ from llmprune.formats.gguf import tensor_bytes
 from llmprune.formats.served_size import served_size
 from llmprune.measure.record import Front
 from llmprune.measure.speed.host import fingerprint
-from llmprune.measure.speed.profile import time_shares
+from llmprune.measure.speed.profile import HEAD, TimeShares, time_shares
 from llmprune.measure.speed.throughput import Workload
 from llmprune.models.checkpoint import check_destination
 from llmprune.models.parent import Parent
@@ -70,11 +70,38 @@ def inspect_parent(parent: Parent, workload: Workload, repeats: int) -> dict[str
         "shape": asdict(parent.shape),
         **asdict(size_of(parent.model, parent.shape, parent.shape.architecture)),
         "layers": layers,
+        "vocabulary": _vocabulary(parent, shares),
+        "totals": _totals(shares),
+        # The head is one of them.
         "outside_blocks": {
-            phase: max(0.0, 1.0 - sum(getattr(shares, phase).values())) for phase in ("prefill", "decode")
+            phase: max(0.0, 1.0 - sum(getattr(shares, phase).values()) + getattr(shares, phase)[HEAD])
+            for phase in ("prefill", "decode")
         },
         "reach": reach_to_json(reach),
         "measured_on": {"workload": workload.to_json(), "repeats": repeats, "host": fingerprint()},
+    }
+
+
+def _vocabulary(parent: Parent, shares: TimeShares) -> dict[str, Any]:
+    """Rows, parameters and bytes of the matrices with a row a token, tied or not, and the head's share of the time."""
+    matrices = [parent.model.get_parameter(name) for name in parent.vocabulary_names()]
+    return {
+        "rows": matrices[0].shape[0],
+        "params": sum(matrix.numel() for matrix in matrices),
+        "bytes": sum(matrix.numel() * matrix.element_size() for matrix in matrices),
+        "prefill_share": shares.prefill[HEAD],
+        "decode_share": shares.decode[HEAD],
+    }
+
+
+def _totals(shares: TimeShares) -> dict[str, dict[str, float]]:
+    """Share of the time of all attentions, all FFNs and the output head, by phase: what a dimension can save."""
+    return {
+        phase: {
+            **{kind: sum(share for block, share in taken.items() if block[1] == kind) for kind in BLOCK_KINDS},
+            "vocabulary": taken[HEAD],
+        }
+        for phase, taken in (("prefill", shares.prefill), ("decode", shares.decode))
     }
 
 
@@ -112,7 +139,7 @@ def forecast_run(
         with opened_storage(storage, directory.journal):
             pass
     run = Run(directory, recipe, show, storage)
-    ground = lay_ground(run)
+    ground = lay_ground(run, forecast=True)
     parent, space, workload = ground.parent, ground.space, ground.workload
     whole = parent.shape.architecture
     size = size_of(parent.model, parent.shape, whole)

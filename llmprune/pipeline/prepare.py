@@ -25,6 +25,7 @@ from llmprune.measure.speed.throughput import Workload, check_compiler
 from llmprune.models.licence import stated_licence
 from llmprune.models.loading import dtype_of
 from llmprune.models.parent import Parent, check_choices, check_lengths, load_parent
+from llmprune.pipeline.resizing import check_vocabulary, parent_of_run, resized_parent
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of
 from llmprune.tables.allocate import Scores
@@ -83,12 +84,18 @@ def stock_up(run: Run, ground: Ground | None = None) -> Stock:
     return Stock(**vars(ground), tokens=tokens, library=solve_blocks(run, ground, tokens))
 
 
-def lay_ground(run: Run) -> Ground:
-    """Load the parent and cut the space to what can be served. What cannot be served is refused here."""
+def lay_ground(run: Run, *, forecast: bool = False) -> Ground:
+    """Load the parent, choose its vocabulary where the recipe names sizes, and cut the space to what can be served.
+    What cannot be served is refused here. A `forecast` measures nothing: until a vocabulary is chosen, all rows stay.
+    """
     parent, parent_hash = _parent(run)
     workload = Workload.from_recipe(
         run.recipe.workload, dtype_of(parent.model), str(parent.device), run.recipe.deploy.gguf_type
     )
+    if run.recipe.space.vocabulary and not (forecast and not run.directory.resized_facts.is_file()):
+        whole = parent
+        parent = parent_of_run(run, whole) if forecast else resized_parent(run, whole, parent_hash, workload)
+        parent_hash = parent_hash if parent is whole else parent.hash
     return Ground(parent, parent_hash, _space(parent, run.recipe), workload)
 
 
@@ -136,6 +143,8 @@ def _check_parent(parent: Parent, recipe: Recipe) -> None:
         check_engine(parent, recipe.deploy.gguf_type, recipe.space.size, recipe.workload.cache_type)
         check_methods(recipe.front.baselines, parent, recipe.workload.engine, "front.baselines")
     check_precision(parent, recipe)
+    if recipe.space.vocabulary:
+        check_vocabulary(parent, recipe.space.vocabulary)
 
 
 def _space(parent: Parent, recipe: Recipe) -> Space:

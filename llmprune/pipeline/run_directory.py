@@ -19,7 +19,7 @@ from llmprune.core.recipe_text import load_recipe, to_yaml
 from llmprune.measure.record import Front
 
 # Changing one of these in mid-run would mix figures that do not compare; but for the keys that are `free`.
-FIXED_SECTIONS = ("model", "data", "workload", "importance", "tables", "space", "deploy")
+FIXED_SECTIONS = ("model", "data", "workload", "importance", "tables", "space", "vocabulary", "deploy")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,15 @@ class RunDirectory:
     @property
     def tokens(self) -> Path:
         return self.path / "tokens.safetensors"
+
+    @property
+    def resized(self) -> Path:
+        """The parent with fewer rows, where its vocabulary was cut, and `resized.json` beside it."""
+        return self.path / "resized"
+
+    @property
+    def resized_facts(self) -> Path:
+        return self.path / "resized.json"
 
     @property
     def library(self) -> Path:

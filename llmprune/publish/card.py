@@ -15,6 +15,7 @@ from llmprune.choices.architecture import Architecture, ParentShape
 from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.core.errors import PushError
 from llmprune.measure.record import Record, engine_of
+from llmprune.measure.resized import Resized
 from llmprune.measure.speed.throughput import Spread
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.licence import Licence
@@ -69,6 +70,7 @@ def _text(contents: Contents, repo: str, child: Record, parent: Record, evaluati
         parent=parent,
         engine=engine_of(child.measured_on.workload),
         host=_host(child.measured_on.host),
+        resized=Resized.from_json(metadata["resized"]) if "resized" in metadata else None,
         evaluation=evaluation,
         quality=list(evaluation.quality()) if evaluation else [],
         rows=list(evaluation.rows()) if evaluation else [],

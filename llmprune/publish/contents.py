@@ -11,7 +11,7 @@ from typing import Any
 from llmprune.core.errors import PushError
 from llmprune.core.files import sha256_file
 from llmprune.core.progress import Show, silent
-from llmprune.measure.record import schema_problem
+from llmprune.measure.value import schema_problem
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.licence import Licence
 

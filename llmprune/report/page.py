@@ -107,6 +107,7 @@ def page(facts: Facts) -> str:
         quoted_of="; ".join(text_of(name, on) for name, on in front.parent.quoted.items()) if front else "",
         table=list(front_rows(front, facts.phase)) if front else [],
         alike=any(record.test and record.test.likeness for record in front.every) if front else False,
+        resized=front.resized if front else None,
         evaluation=facts.evaluation,
         samples=facts.samples,
         provenance=list(_provenance(facts)),
@@ -167,6 +168,10 @@ def _tiles(facts: Facts) -> list[tuple[str, str]]:
     picked = next(one for one in facts.front.every if one.id == picked_id(facts))
     speed = picked.value(f"{facts.phase}_speedup")
     tiles = [("picked child", picked.id[:8]), (f"{facts.phase}, measured", f"{speed:.2f}x")]
+    resized = facts.front.resized
+    if resized is not None and not resized.is_whole:
+        gained = resized.text_speedup(resized.chosen, facts.phase)
+        tiles.append(("text a second, over all rows", f"{speed * gained:.2f}x"))
     for name, on in picked.quoted.items():
         tiles.append((f"perplexity, {name}", f"{on.ppl_ratio:.2f}x"))
     return [*tiles, ("parameters", f"{picked.params / facts.front.parent.params:.0%}"), ("repairs", _repairs(picked))]

@@ -62,18 +62,37 @@ def kept_tokens(
     assert counts.shape == (max(texts) + 1,), f"counts must be of all {max(texts) + 1} ids, got {counts.shape}"
     merged = data["model"]["type"] == "BPE"
     parts, ranks = derivations(data["model"]) if merged else ({}, {})
-    added = {entry["id"] for entry in data["added_tokens"]}
-    required = required_tokens(tokenizer, data) | (texts.keys() & set(also))
-    # An added token is cut out of text before anything merges.
-    required |= with_parts(required - added, parts)
+    required = _required(tokenizer, data, texts, parts, also)
     if size < len(required):
         raise VocabularyError(
-            f"a vocabulary must have at least {len(required):,} rows to keep this tokenizer's {len(added):,} added "
-            f"tokens and its alphabet, got {size:,}; ask for {len(required):,} or more"
+            f"a vocabulary must have at least {len(required):,} rows to keep this tokenizer's "
+            f"{len(data['added_tokens']):,} added tokens and its alphabet, got {size:,}; ask for {len(required):,} or "
+            "more"
         )
     needs = _bpe_needs(data, texts, counts, parts, ranks) if merged else _unigram_needs(data, texts, counts)
     others = sorted(texts.keys() - required, key=lambda token: (-needs[token], len(texts[token]), token))
     return np.array(sorted(required.union(others[: size - len(required)])), dtype=np.int64)
+
+
+def least_size(tokenizer: PreTrainedTokenizerBase, *, also: Iterable[int] = ()) -> int:
+    """The least size that `kept_tokens` takes. Raises VocabularyError if the vocabulary cannot be cut."""
+    data = tokenizer_data(tokenizer)
+    parts, _ = derivations(data["model"]) if data["model"]["type"] == "BPE" else ({}, {})
+    return len(_required(tokenizer, data, texts_by_id(data), parts, also))
+
+
+def _required(
+    tokenizer: PreTrainedTokenizerBase,
+    data: Mapping[str, Any],
+    texts: Mapping[int, str],
+    parts: Parts,
+    also: Iterable[int],
+) -> set[int]:
+    """Ids that stay whatever the text needs, and what they are built from."""
+    added = {entry["id"] for entry in data["added_tokens"]}
+    required = required_tokens(tokenizer, data) | (texts.keys() & set(also))
+    # An added token is cut out of text before anything merges.
+    return required | with_parts(required - added, parts)
 
 
 def _bpe_needs(

@@ -29,11 +29,11 @@ def with_verdicts(front: Front, most_ppl_ratio: float) -> Front:
     def judged(record: Record) -> Record:
         return record.model_copy(update={"usable": record.ppl_ratio <= most_ppl_ratio})
 
-    return Front(
-        parent=judged(front.parent),
-        children=tuple(map(judged, front.children)),
-        baselines=tuple(map(judged, front.baselines)),
-        one_shot=tuple(map(judged, front.one_shot)),
+    return front.model_copy(
+        update={
+            "parent": judged(front.parent),
+            **{name: tuple(map(judged, getattr(front, name))) for name in ("children", "baselines", "one_shot")},
+        }
     )
 
 

@@ -1,4 +1,4 @@
-"""Which block takes which share of the time: clocks around every block of a running model."""
+"""Which block takes which share of the time: clocks around every block, and the output head, of a running model."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
+from llmprune.choices.dimensions import BLOCK_KINDS, WHOLE_MODEL, BlockKind
 from llmprune.measure.speed.throughput import Generation, Workload, steady_process, token_ids
 from llmprune.models.parent import Parent
 
-Block = tuple[int, BlockKind]
+Block = tuple[int, BlockKind | Literal["vocabulary"]]
+HEAD: Block = (WHOLE_MODEL, "vocabulary")
+"""The output head, which multiplies hidden states by a row a token; an embedding is a row lookup."""
 
 
 @dataclass(frozen=True)
 class TimeShares:
-    """Share of one pass's time that each block takes (norms and residuals excluded), by phase."""
+    """Share of one pass's time that each block takes (norms and residuals excluded), and HEAD, by phase."""
 
     prefill: Mapping[Block, float]
     decode: Mapping[Block, float]
@@ -74,6 +76,8 @@ def _clocks(parent: Parent) -> Iterator[dict[Block, float]]:
             first = parent.block(layer, kind).get_submodule(next(iter(parent.names(kind).rows)))
             handles.append(first.register_forward_pre_hook(start((layer, kind))))
             handles.append(parent.output_projection(layer, kind).register_forward_hook(stop((layer, kind))))
+    head: Any = parent.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    handles += [head.register_forward_pre_hook(start(HEAD)), head.register_forward_hook(stop(HEAD))]
     try:
         yield taken
     finally:

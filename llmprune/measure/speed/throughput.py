@@ -129,7 +129,7 @@ def measure_paired(
     assert candidates and repeats >= 1, "there is something to time"
     for model in (reference, *candidates):
         _check(model, workload)
-    ids_BT = token_ids(reference, workload)
+    ids_BT = token_ids(min((reference, *candidates), key=_rows), workload)
     prefill: list[list[Pair]] = [[] for _ in candidates]
     decode: list[list[Pair]] = [[] for _ in candidates]
     compiled = _compiled(1 + len(candidates)) if workload.compile else nullcontext()
@@ -251,10 +251,15 @@ def passes_of(workload: Workload, repeats: int) -> tuple[int, int]:
 
 
 def token_ids(model: PreTrainedModel, workload: Workload) -> torch.Tensor:
-    """(batch, prompt and generated tokens) int64: the same for every model, run and machine."""
+    """(batch, prompt and generated tokens) int64: the same for every model of a vocabulary, run and machine."""
     shape = (workload.batch, workload.prompt_tokens + workload.generated_tokens)
-    vocabulary: int = model.config.get_text_config().vocab_size
+    vocabulary = _rows(model)
     return (torch.arange(shape[0] * shape[1]) * _ID_STRIDE % vocabulary).reshape(shape).to(workload.device)
+
+
+def _rows(model: PreTrainedModel) -> int:
+    rows: int = model.config.get_text_config().vocab_size
+    return rows
 
 
 def _speed(prefill: Sequence[Pair], decode: Sequence[Pair], workload: Workload) -> Speed:
