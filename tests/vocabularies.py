@@ -7,8 +7,10 @@ import random
 from collections.abc import Callable
 from functools import cache
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import GemmaTokenizer, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
+
+from llmprune.formats.gguf_tokenizer import _LLAMA3
 
 LANGUAGES = (
     "The river was wide and slow, and the boats on it were older than the town. The town was older than the bridge.",
@@ -82,7 +84,10 @@ def _finished(data: dict[str, object]) -> PreTrainedTokenizerFast:
 @cache
 def _byte_level(ignore_merges: bool) -> str:
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    as_llama3 = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3), "isolated"), bytes_only])
+    tokenizer.pre_tokenizer = as_llama3 if ignore_merges else words
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(LANGUAGES * 2, _trainer(900, SPECIAL, alphabet))

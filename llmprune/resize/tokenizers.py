@@ -31,20 +31,24 @@ _CUTTABLE = "byte-level BPE, BPE with byte fallback and Unigram"
 
 def vocabulary_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Why a tokenizer's vocabulary cannot be cut, as a sentence with what can be done; None if it can be."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return (
-            f"a vocabulary can be cut of fast tokenizers only (those with a tokenizer.json), got "
-            f"{type(tokenizer).__name__}; convert it first, or keep all rows"
-        )
-    return _problem(json.loads(backend.to_str()))
+    try:
+        tokenizer_data(tokenizer)
+    except VocabularyError as error:
+        return str(error)
+    return None
 
 
 def tokenizer_data(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a tokenizer.json says. Raises VocabularyError if the vocabulary cannot be cut."""
-    if problem := vocabulary_problem(tokenizer):
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise VocabularyError(
+            f"a vocabulary can be cut of fast tokenizers only (those with a tokenizer.json), got "
+            f"{type(tokenizer).__name__}; convert it first, or keep all rows"
+        )
+    data: dict[str, Any] = json.loads(backend.to_str())
+    if problem := _problem(data):
         raise VocabularyError(problem)
-    data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return data
 
 
