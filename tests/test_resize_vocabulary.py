@@ -290,6 +290,10 @@ def test_the_tokens_that_text_needs_most_are_kept() -> None:
     assert words("the" * 9 + "quo" * 5 + "xz", 2) == {"th", "the"}
     assert words("the" * 9 + "quo" * 5 + "xz", 4) == {"th", "the", "qu", "quo"}
     assert words("quo" * 9 + "xz" * 30, 3) == {"qu", "quo", "xz"}
+    # What is built from a token speaks for it, all together.
+    shared = byte_pairs([("q", "u"), ("t", "h"), ("th", "e"), ("th", "a")])
+    kept = kept_tokens(shared, token_counts(shared, ["the" * 30 + "tha" * 30 + "qu" * 50]), least + 1)
+    assert shared.get_vocab()["th"] in kept
     # Of tokens that no text has, those go first that the parent merged last.
     assert words("", 4) == {"th", "the", "qu", "quo"}
 
@@ -304,6 +308,8 @@ def test_characters_that_nothing_stands_in_for_stay() -> None:
     kept = kept_tokens(tokenizer, token_counts(tokenizer, COUNTED), least_size(tokenizer))
     cut = cut_tokenizer(tokenizer, kept)
     assert len(kept) < len(tokenizer) - 80
+    # The price of what is unknown is set by the least of scores.
+    assert min(data["model"]["vocab"], key=lambda piece: piece[1])[0] in cut.get_vocab()
     for text in [*LANGUAGES, "河河 a", "河", *random_texts(500)]:
         before, after = (ids_of(one, [text])[0] for one in (tokenizer, cut))
         assert before.count(tokenizer.unk_token_id) == after.count(cut.unk_token_id), text
@@ -433,6 +439,8 @@ def test_logits_of_kept_tokens_are_the_parents(name: str) -> None:
     assert ends[0] == ends[1]
     assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in child.parameters()}
     rows = [one.shape[0] for one in child.parameters() if one.shape[0] in (300, len(kept))]
+    sizes = {module.vocab_size for module in child.modules() if hasattr(module, "vocab_size")}
+    assert sizes <= {len(kept)}
     assert rows == [len(kept)] * (1 if ends[0] else 2)
 
 
@@ -535,7 +543,11 @@ def test_a_token_that_ends_text_is_kept_if_it_is_named() -> None:
     with pytest.raises(VocabularyError, match=f"eos_token_id is token {late}, which is not kept"):
         cut_vocabulary(model, tokenizer, kept_tokens(tokenizer, counts, 300))
     kept = kept_tokens(tokenizer, counts, 300, also=[*named_ids(model), 10**6])
-    child, _ = cut_vocabulary(model, tokenizer, kept)
+    child, cut = cut_vocabulary(model, tokenizer, kept)
+    # It can still be built.
+    assert [built.id for built in cut.backend_tokenizer.model.tokenize(tokenizer.convert_ids_to_tokens(late))] == [
+        child.config.eos_token_id
+    ]
     assert child.config.eos_token_id == kept.tolist().index(late)
     assert named_ids(child) >= {child.config.eos_token_id}
 

@@ -260,13 +260,8 @@ def _with_backend(
     for place in (cut.__dict__, cut.init_kwargs):
         for name in [name for name in place if name.strip("_") in parts]:
             place[name] = parts[name.strip("_")]
-        place |= {name: new_ids.get(value) for name, value in place.items() if _is_token_id(name, value)}
     return cut
 
 
 def _is_held(place: Mapping[str, Any], name: str) -> bool:
     return isinstance(place.get(name), (dict, list))
-
-
-def _is_token_id(name: str, value: object) -> bool:
-    return name.endswith("_token_id") and isinstance(value, int)
