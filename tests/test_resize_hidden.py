@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CASES, HIDDEN, IDS, VOCAB, Case, tiny_model, tiny_parent, tokens
+from families import CASES, HIDDEN, IDS, tiny_model, tiny_parent, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -368,14 +368,8 @@ def test_tokens_count_by_their_source() -> None:
     x = unit(entering(parent, split, [name])[name])
     place = stream.collect_places(parent, split)[name]
     torch.testing.assert_close(place.gram_DD, (x * token_weights(split)[:, None]).T @ x, rtol=1e-5, atol=1e-5)
-    assert VOCAB > int(tokens().max())
-
-
-def all_cases() -> list[Case]:
-    return [CASE[name] for name in SAID]
 
 
 def test_the_families_that_can_be_cut() -> None:
-    assert {case.model_type for case in all_cases()} == {
-        "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "gemma2", "gemma3_text",
-    }  # fmt: skip
+    served = ["gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "smollm3"]
+    assert sorted({CASE[name].model_type for name in SAID}) == served

@@ -87,7 +87,8 @@ def _basis(
 ) -> Basis:
     full, kept = down_DE.shape
     shares = {
-        name: float(((places[name].gram_DD @ down_DE) * down_DE).sum() / places[name].gram_DD.trace()) for name in gains
+        name: float(((places[name].gram_DD @ down_DE) * down_DE).sum() / places[name].gram_DD.trace().clamp(min=1e-30))
+        for name in gains
     }
     scales = {name: math.sqrt(share * full / kept) for name, share in shares.items()}
     return Basis(down_DE, gains, ups, scales, sum(shares.values()) / len(shares))

@@ -65,8 +65,12 @@ def cut_hidden(
 ) -> HiddenCut:
     """The parent with a residual stream of `hidden_size`, chosen and fitted on the tokens of `split` (calibration).
 
-    The parent is untouched. A parent whose head is its embedding keeps that. At the parent's own size nothing is left
-    out. `progress` counts windows. Memory beside the two models: a float64 matrix (D, D) a norm.
+    With `refit`, maps that read the stream are solved again, to make of what is kept what the parent's made of all; a
+    head that is the embedding is not, and stays the embedding. The parent is untouched. `progress` counts windows.
+    Memory beside the two models: a float64 matrix (D, D) a norm.
+
+    At the parent's own size a rotation leaves its logits, unless the head is the embedding and the gains before it
+    differ: they cannot be turned with the stream.
 
     Raises ArchitectureError if the size is not legal (`legal_hidden_sizes`), UnsupportedModelError if the family's
     config cannot say it (`config_problem`) or forbids the way (`rotation_problem`), and ModelError if an activation is
