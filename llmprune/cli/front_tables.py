@@ -10,6 +10,7 @@ from rich.table import Table
 from llmprune.cli.terminal import spread_text
 from llmprune.core.recipe_inputs import SplitName
 from llmprune.measure.record import Front, Record, cache_type_of, text_of
+from llmprune.measure.resized import size_text
 from llmprune.pipeline.comparison import Compared
 
 
@@ -79,13 +80,13 @@ def _cells(label: str, record: Record, splits: Sequence[SplitName]) -> Iterator[
 
 
 def _of_fewer_rows(front: Front) -> str:
-    """What the parent is beside the whole one, where its vocabulary was cut."""
+    """What the parent is beside the whole one, where that was cut as a whole."""
     resized = front.resized
     if resized is None or resized.is_whole:
         return ""
     chosen = resized.chosen
     return (
-        f" The parent has {chosen.rows:,} of its {resized.whole.rows:,} rows of vocabulary and lost "
+        f" The parent has {size_text(chosen, resized.whole)} of {size_text(resized.whole)} and lost "
         f"{resized.loss(chosen):+.1%} nats a byte by that (validation text); bytes of text a second over the whole "
         f"parent's are these speed-ups x {resized.text_speedup(chosen, 'decode'):.3f} in decode, x "
         f"{resized.text_speedup(chosen, 'prefill'):.3f} in prefill."

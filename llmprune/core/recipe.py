@@ -139,12 +139,16 @@ class SpaceRecipe(Section):
     vocabulary: Literal["auto"] | tuple[Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (),
         description="rows of embedding and output head that may stay, as counts or shares of the parent's, or auto; "
-        "the best is chosen before blocks are searched (see `vocabulary`)",
+        "one is chosen before blocks are searched (see `vocabulary.most_loss`)",
+    )
+    hidden_size: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="widths that the residual stream may have, chosen among in the same way"
     )
 
 
 class VocabularyRecipe(Section):
-    """Which tokens a smaller vocabulary keeps, and how much it may cost; any text can be written in all of them."""
+    """Which tokens a smaller vocabulary keeps, and what sizes of the whole model may cost; any text can be written in
+    all vocabularies."""
 
     keep_text: tuple[SourceRecipe, ...] = Field(
         (), description="text that must stay cheap beside data.sources: tokens that it needs are kept as well"
@@ -152,8 +156,9 @@ class VocabularyRecipe(Section):
     most_loss: float = Field(
         0.01,
         ge=0,
-        description="of space.vocabulary the fastest in bytes of text a second is taken whose nats a byte on the "
-        "validation text are at most this share more than the parent's; if none is faster, all rows stay",
+        description="of space.vocabulary and space.hidden_size the fastest in bytes of text a second is taken whose "
+        "nats a byte on the validation text are at most this share more than the parent's; if none is faster, the "
+        "parent's own stays",
     )
 
 

@@ -66,11 +66,12 @@ def load_token_splits(path: Path) -> TokenSplits:
         raise _corrupt(path, f"it has version {header['version']}, this llmprune reads up to {_VERSION}")
     # Version 1 says the length of windows, and BOS, once for all splits.
     of_all = {key: header[key] for key in ("seq_len", "bos") if key in header}
-    splits = {entry["name"]: _split({**of_all, **entry}, tensors, path) for entry in header["splits"]}
+    vocabulary = header["provenance"].get("tokenizer", {}).get("vocabulary")
+    splits = {entry["name"]: _split({**of_all, **entry}, tensors, path, vocabulary) for entry in header["splits"]}
     return TokenSplits(splits, header["provenance"])
 
 
-def _split(entry: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> Split:
+def _split(entry: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path, vocabulary: int | None) -> Split:
     name: SplitName = entry["name"]
     try:
         sources = {
@@ -79,7 +80,7 @@ def _split(entry: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) 
         }
     except KeyError as error:
         raise _corrupt(path, f"it lacks the tensor {error}") from error
-    split = Split(name, sources, entry["weights"], entry["seq_len"], entry["bos"])
+    split = Split(name, sources, entry["weights"], entry["seq_len"], entry["bos"], vocabulary)
     if split.hash != entry["hash"]:
         raise _corrupt(path, f"split {name!r} does not have the hash it was saved with")
     return split

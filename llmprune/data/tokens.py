@@ -61,6 +61,8 @@ class Split:
     """Share of each source in the mixture; they sum to 1."""
     seq_len: int
     bos: bool
+    vocabulary: int | None = None
+    """Tokens of the tokenizer that cut it, where that is known: to models of another it says something else."""
 
     @property
     def tokens(self) -> int:
@@ -154,6 +156,7 @@ def build_token_splits(recipe: DataRecipe, tokenizer: PreTrainedTokenizerBase) -
             shares,
             recipe.seq_len_of(name),
             bos,
+            len(tokenizer),
         )
         for name, shares in weights.items()
     }

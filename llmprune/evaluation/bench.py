@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmprune.core.errors import DataError, ModelError
 from llmprune.core.progress import Show
 from llmprune.core.recipe import CacheType, GgufType, WorkloadRecipe
 from llmprune.core.recipe_inputs import ModelRecipe
+from llmprune.data.tokens import Split
 from llmprune.formats.gguf_limits import gguf_child_problem, gguf_problem
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.llamacpp_engine import cache_problem
@@ -68,6 +69,16 @@ def _check_engine(path: str, gguf_type: GgufType, cache_type: CacheType, config:
     problem = gguf_problem(config, gguf_type) or gguf_child_problem(config, gguf_type)
     if problem := problem or cache_problem(config, cache_type):
         raise ModelError(f"llama.cpp cannot run {path}: {problem}")
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, text: Split) -> None:
+    """Raises DataError if token ids of a text mean something else to a model, as far as sizes tell."""
+    check_vocabulary(model, path, max(int(source.windows.max()) for source in text.sources.values()))
+    if text.vocabulary not in (None, len(tokenizer)):
+        raise DataError(
+            f"{path} has a tokenizer of {len(tokenizer):,} tokens, and the text was cut by one of {text.vocabulary:,}: "
+            "nats a token of two vocabularies do not compare; leave one of the models out, or name --data for each"
+        )
 
 
 def check_vocabulary(model: PreTrainedModel, path: str, largest_id: int) -> None:

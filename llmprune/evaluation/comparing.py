@@ -16,6 +16,7 @@ from llmprune.core.files import read_json
 from llmprune.core.progress import Show
 from llmprune.core.recipe_inputs import SplitName
 from llmprune.evaluation.behaviour import behaviour
+from llmprune.evaluation.bench import check_tokenizer
 from llmprune.evaluation.evaluate import split_of
 from llmprune.evaluation.subjects import Subject, find_subjects
 from llmprune.measure.record import Record, engine_of, text_of
@@ -107,9 +108,11 @@ def _behaviour(
 ) -> dict[str, Any]:
     own, tokenizer = parent.load(show)
     text = split_of(children[0], data, split)
+    check_tokenizer(own, tokenizer, parent.name, text)
     found = {}
     for child in children:
-        model, _ = child.load(show)
+        model, childs = child.load(show)
+        check_tokenizer(model, childs, child.name, text)
         with show(f"reading the {split} split with {child.name} and its parent") as advance:
             found[child.name] = asdict(behaviour(own, model, tokenizer, text, most=most, progress=advance))
     measured_on = {"dataset": text.dataset, "split": split, "seq_len": text.seq_len, "bos": text.bos}

@@ -21,7 +21,7 @@ from llmprune.core.recipe_inputs import SplitName
 from llmprune.core.recipe_text import load_recipe
 from llmprune.data.store import load_token_splits
 from llmprune.data.tokens import Split, build_token_splits
-from llmprune.evaluation.bench import check_vocabulary
+from llmprune.evaluation.bench import check_tokenizer, check_vocabulary
 from llmprune.evaluation.differences import differences_on_tasks, differences_on_text
 from llmprune.evaluation.store import Store, place_for, versions
 from llmprune.evaluation.subjects import Subject, find_subjects, recipe_in
@@ -207,8 +207,8 @@ def _answers(
 
 
 def _scored(subject: Subject, text: Split, show: Show) -> dict[str, list[float | None]]:
-    model, _ = subject.load(show)
-    check_vocabulary(model, subject.name, max(int(source.windows.max()) for source in text.sources.values()))
+    model, tokenizer = subject.load(show)
+    check_tokenizer(model, tokenizer, subject.name, text)
     with show(f"{subject.name}: text") as advance:
         nats = score_windows(model, text, advance)
     # JSON has no infinity.

@@ -18,6 +18,7 @@ from llmprune.core.progress import Show
 from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.core.recipe_text import parse_recipe, parse_section
+from llmprune.measure.resized import Resized
 from llmprune.measure.value import newer_schema
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.models.loading import load_model, locate, resolve_device, stored_dtype
@@ -173,12 +174,17 @@ def _implied_parent(
         run = RunDirectory(Path(model).expanduser())
         own = run if run.recipe.is_file() else run_of(Path(recipe.path))
         directory = expanded(recipe.path)
-        if own is not None and _metadata(directory) is not None:
+        if own is not None and (metadata := _metadata(directory)) is not None:
+            # Children of another vocabulary or hidden size were cut from the parent that has it.
             found = own.stored_recipe().model
+            if "resized" in metadata and (own.resized / "config.json").is_file():
+                found = found.model_copy(update={"path": str(own.resized), "revision": None, "tokenizer": None})
             known[found.path] = found
         elif (carried := recipe_in(directory)) is not None:
             # A checkpoint may be a stranger's: what it names is neither fetched nor trusted.
-            if _is_cached(carried.model):
+            if _has_fewer_rows(directory):
+                say(f"no comparison with the parent: {model} has another vocabulary than {carried.model.path}")
+            elif _is_cached(carried.model):
                 known[carried.model.path] = carried.model.model_copy(update={"trust_remote_code": False})
             else:
                 say(
@@ -202,6 +208,18 @@ def _metadata(directory: Path | None) -> dict[str, object] | None:
     if problem := newer_schema(data.get("figures")):
         raise ModelError(f"{file} {problem}")
     return data
+
+
+def _has_fewer_rows(directory: Path) -> bool:
+    """Whether a child of ours has another vocabulary than the model it was made of: their tokens do not compare."""
+    told = (_metadata(directory) or {}).get("resized")
+    if told is None:
+        return False
+    try:
+        resized = Resized.from_json(told)
+    except ValueError as error:
+        raise ModelError(f"{directory / METADATA_FILE} is damaged ({error}); export the checkpoint again") from None
+    return resized.chosen.rows != resized.whole.rows
 
 
 def _commit(recipe: ModelRecipe, *, fetch: bool = True) -> str:

@@ -1,4 +1,5 @@
-"""What a smaller vocabulary costs and saves, measured on the same text: nats a byte, and bytes of text a second."""
+"""What a smaller vocabulary or residual stream costs and saves, measured on the same text: nats a byte, and bytes of
+text a second."""
 
 from __future__ import annotations
 
@@ -27,9 +28,11 @@ class OfText(Value):
 
 
 class Rung(Value):
-    """The parent with so many rows of embedding and output head."""
+    """The parent with other sizes of the whole model."""
 
     rows: int
+    """Of embedding and output head."""
+    hidden_size: int
     params: int
     bytes: int
     """As served; `stored_as` of the run's records says how."""
@@ -41,14 +44,19 @@ class Rung(Value):
     kept_text: dict[str, float] = Field(default_factory=dict)
     """Tokens a byte of each source of `vocabulary.keep_text`."""
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """What tells it from the others."""
+        return self.rows, self.hidden_size
+
 
 class Resized(Value):
     """What was measured of every size, the whole parent first, and which of them a run stands on."""
 
     whole: Rung
     rungs: tuple[Rung, ...]
-    rows: int
-    """Of the parent that blocks are cut from."""
+    taken: tuple[int, int]
+    """Rows and hidden size of the parent that blocks are cut from."""
     shares: dict[str, float]
     """Of each source in the mixture."""
     workload: dict[str, Any]
@@ -56,11 +64,16 @@ class Resized(Value):
     @property
     def chosen(self) -> Rung:
         """The one that was taken."""
-        return next(rung for rung in (*self.rungs, self.whole) if rung.rows == self.rows)
+        return next(rung for rung in self.every if rung.size == self.taken)
 
     @property
     def is_whole(self) -> bool:
-        return self.rows == self.whole.rows
+        return self.taken == self.whole.size
+
+    @property
+    def narrows(self) -> bool:
+        """Whether hidden sizes are among the sizes."""
+        return any(rung.hidden_size != self.whole.hidden_size for rung in self.rungs)
 
     def nats_per_byte(self, rung: Rung, split: SplitName = "validation") -> float:
         """Of the mixture; of the unseen sources, alike."""
@@ -108,10 +121,20 @@ def described(resized: Resized, phase: Objective) -> str:
     """What was chosen, in a line."""
     whole, chosen = resized.whole, resized.chosen
     if resized.is_whole:
-        tried = ", ".join(f"{rung.rows:,}" for rung in resized.rungs)
-        return f"vocabulary: all {whole.rows:,} rows stay; none of {tried} is faster within vocabulary.most_loss"
+        tried = ", ".join(size_text(rung, whole) for rung in resized.rungs)
+        return f"vocabulary and hidden size stay: none of {tried} is faster within vocabulary.most_loss"
     more = resized.tokens_per_byte(chosen) / resized.tokens_per_byte(whole) - 1
     return (
-        f"vocabulary: {chosen.rows:,} of {whole.rows:,} rows stay: {resized.text_speedup(chosen, phase):.2f}x bytes of "
+        f"{size_text(chosen, whole)} of {size_text(whole)} taken: {resized.text_speedup(chosen, phase):.2f}x bytes of "
         f"text a second in {phase}, {resized.loss(chosen):+.1%} nats a byte, {more:+.1%} tokens (validation text)"
     )
+
+
+def size_text(rung: Rung, whole: Rung | None = None) -> str:
+    """A size in words: what differs from the whole parent's, or all of it."""
+    parts = []
+    if whole is None or rung.rows != whole.rows:
+        parts.append(f"{rung.rows:,} rows")
+    if whole is None or rung.hidden_size != whole.hidden_size:
+        parts.append(f"hidden size {rung.hidden_size}")
+    return " x ".join(parts)

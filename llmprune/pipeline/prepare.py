@@ -25,7 +25,7 @@ from llmprune.measure.speed.throughput import Workload, check_compiler
 from llmprune.models.licence import stated_licence
 from llmprune.models.loading import dtype_of
 from llmprune.models.parent import Parent, check_choices, check_lengths, load_parent
-from llmprune.pipeline.resizing import check_vocabulary, parent_of_run, resized_parent
+from llmprune.pipeline.resizing import is_asked, parent_of_run, resized_parent, sizes_of
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of
 from llmprune.tables.allocate import Scores
@@ -85,17 +85,19 @@ def stock_up(run: Run, ground: Ground | None = None) -> Stock:
 
 
 def lay_ground(run: Run, *, forecast: bool = False) -> Ground:
-    """Load the parent, choose its vocabulary where the recipe names sizes, and cut the space to what can be served.
-    What cannot be served is refused here. A `forecast` measures nothing: until a vocabulary is chosen, all rows stay.
+    """Load the parent, choose its vocabulary and hidden size where the recipe names some, and cut the space to what can
+    be served. What cannot be served is refused here. A `forecast` measures nothing: until they are chosen, all stays.
     """
     parent, parent_hash = _parent(run)
     workload = Workload.from_recipe(
         run.recipe.workload, dtype_of(parent.model), str(parent.device), run.recipe.deploy.gguf_type
     )
-    if run.recipe.space.vocabulary and not (forecast and not run.directory.resized_facts.is_file()):
+    if is_asked(run.recipe) and (run.directory.resized_facts.is_file() or not forecast):
         whole = parent
         parent = parent_of_run(run, whole) if forecast else resized_parent(run, whole, parent_hash, workload)
-        parent_hash = parent_hash if parent is whole else parent.hash
+        if parent is not whole:
+            parent_hash = parent.hash
+            check_parent(parent, run.recipe.deploy, run.recipe.space.size)
     return Ground(parent, parent_hash, _space(parent, run.recipe), workload)
 
 
@@ -143,8 +145,8 @@ def _check_parent(parent: Parent, recipe: Recipe) -> None:
         check_engine(parent, recipe.deploy.gguf_type, recipe.space.size, recipe.workload.cache_type)
         check_methods(recipe.front.baselines, parent, recipe.workload.engine, "front.baselines")
     check_precision(parent, recipe)
-    if recipe.space.vocabulary:
-        check_vocabulary(parent, recipe.space.vocabulary)
+    if is_asked(recipe):
+        sizes_of(recipe, parent)
 
 
 def _space(parent: Parent, recipe: Recipe) -> Space:

@@ -1,10 +1,11 @@
-"""The stage that chooses how many tokens the parent knows, before anything is cut from it: each size is measured on the
-same text, and the one that is taken is a parent like any other to all stages that follow."""
+"""The stage that chooses sizes of the whole model, vocabulary and hidden size, before blocks are cut: each is measured
+on the same text, and the one that is taken is a parent like any other to all stages that follow."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from llmprune.core.errors import RecipeError, RunDirectoryError
 from llmprune.core.files import read_json, write_json
 from llmprune.core.progress import Steps
+from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_inputs import ModelRecipe, SplitName
+from llmprune.core.recipe_text import parse_section
 from llmprune.data.documents import Documents, read_source, read_texts
 from llmprune.data.tokens import IntArray, TokenSplits, build_token_splits
 from llmprune.formats.served_size import served_size
@@ -26,6 +29,7 @@ from llmprune.models.loading import dtype_of, load_model
 from llmprune.models.parent import Parent, make_parent
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory, hash_of
+from llmprune.resize.hidden import Way, config_problem, cut_hidden, rotation_problem, size_problem
 from llmprune.resize.rows import cut_vocabulary
 from llmprune.resize.token_ids import named_ids
 from llmprune.resize.tokenizers import cut_tokenizer, vocabulary_problem
@@ -34,43 +38,64 @@ from llmprune.resize.tokens import kept_tokens, least_size, token_counts
 AUTO_SHARES = (0.75, 0.625, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625)
 ROWS_STEP = 256
 """Of sizes that are given as shares: kernels like round numbers."""
-LARGEST_PIECE_SHARE = 1 / 8
-"""Of a source's text in a split that one document may be: three long articles are no sample of Wikipedia."""
+LARGEST_PIECE_SHARE = 1 / 2
+"""Of a source's text in a split that one document may be: one long article is no sample of Wikipedia."""
 
+Size = tuple[int, int]
+"""Rows of the vocabulary, and hidden size."""
 Pieces = Mapping[SplitName, Mapping[str, list[str]]]
 
 
-def check_vocabulary(parent: Parent, rungs: str | Sequence[float]) -> None:
-    """Raises RecipeError unless the parent's vocabulary can be cut to these sizes."""
-    assert parent.tokenizer is not None, "a parent that was loaded has a tokenizer"
-    if problem := vocabulary_problem(parent.tokenizer):
-        raise RecipeError(f"space.vocabulary cuts {parent.source}'s vocabulary, and {problem}")
-    sizes_of(rungs, _rows(parent), least_size(parent.tokenizer, also=named_ids(parent.model)))
+def is_asked(recipe: Recipe) -> bool:
+    """Whether a recipe names sizes of the whole model."""
+    return bool(recipe.space.vocabulary or recipe.space.hidden_size)
 
 
-def sizes_of(rungs: str | Sequence[float], whole: int, least: int) -> list[int]:
-    """The sizes that a recipe names, largest first. Raises RecipeError on one that is not smaller than the parent's, or
-    too small for what must stay."""
+def sizes_of(recipe: Recipe, parent: Parent) -> list[Size]:
+    """The sizes that a recipe names, the parent's own apart; those of one hidden size together, the largest first.
+
+    Raises RecipeError, before anything is measured, on a size or model that cannot be cut so.
+    """
+    whole = whole_size(parent)
+    hidden = sorted({whole[1], *recipe.space.hidden_size}, reverse=True)
+    for size in hidden[1:]:
+        if problem := config_problem(parent) or size_problem(parent, size):
+            raise RecipeError(f"space.hidden_size cuts the residual stream of {parent.source}: {problem}")
+    if hidden[0] > whole[1]:
+        raise RecipeError(f"space.hidden_size must be below {parent.source}'s {whole[1]}; got {hidden[0]}")
+    rows = [whole[0]]
+    if recipe.space.vocabulary:
+        assert parent.tokenizer is not None, "a parent that was loaded has a tokenizer"
+        if problem := vocabulary_problem(parent.tokenizer):
+            raise RecipeError(f"space.vocabulary cuts {parent.source}'s vocabulary, and {problem}")
+        least = least_size(parent.tokenizer, also=named_ids(parent.model))
+        rows += rows_of(recipe.space.vocabulary, whole[0], least)
+    return [(count, width) for width, count in product(hidden, rows) if (count, width) != whole]
+
+
+def rows_of(rungs: str | Sequence[float], whole: int, least: int) -> list[int]:
+    """Vocabularies that a recipe names, largest first. Raises RecipeError on one that is not smaller than the parent's,
+    or too small for what must stay."""
     if isinstance(rungs, str):
         found = {_round(share * whole) for share in AUTO_SHARES}
         return sorted((rows for rows in found if least <= rows < whole), reverse=True)
-    sizes = {_round(rung * whole) if isinstance(rung, float) else rung for rung in rungs}
-    for rows in sizes:
+    named = {_round(rung * whole) if isinstance(rung, float) else rung for rung in rungs}
+    for rows in named:
         if not least <= rows < whole:
             raise RecipeError(
-                f"space.vocabulary must be between {least:,} rows, which bytes and special tokens need, and the "
+                f"space.vocabulary must be from {least:,} rows, which bytes and special tokens need, to below the "
                 f"parent's {whole:,}; got {rows:,}"
             )
-    return sorted(sizes, reverse=True)
+    return sorted(named, reverse=True)
 
 
 def resized_parent(run: Run, whole: Parent, whole_hash: str, workload: Workload) -> Parent:
-    """The parent with the vocabulary that the run stands on, chosen and written to RUN/resized the first time; the
-    whole one, if that is the choice. What was chosen when a run began holds to its end, on whatever machine."""
+    """The parent with the sizes that the run stands on, chosen and written to RUN/resized the first time; the whole
+    one, if that is the choice. What was chosen when a run began holds to its end, on whatever machine."""
     recipe, directory = run.recipe, run.directory
     if not run.joined:
-        rules = recipe.vocabulary.model_dump(mode="json")
-        key = hash_of(whole_hash, recipe.data.identity(), recipe.space.vocabulary, rules, recipe.search.objective)
+        asked = [recipe.space.vocabulary, recipe.space.hidden_size, recipe.vocabulary.model_dump(mode="json")]
+        key = hash_of(whole_hash, recipe.data.identity(), *asked, recipe.search.objective)
         if not directory.is_done("resized", key, directory.resized_facts):
             made = _Sizes.of(run, whole, workload).settled()
             write_json(directory.resized_facts, made.stored())
@@ -79,21 +104,26 @@ def resized_parent(run: Run, whole: Parent, whole_hash: str, workload: Workload)
 
 
 def parent_of_run(run: Run, whole: Parent) -> Parent:
-    """The parent that a run stands on, its vocabulary having been chosen. Raises RunDirectoryError if it is missing."""
+    """The parent that a run stands on, its sizes having been chosen. Raises RunDirectoryError if it is missing."""
     facts = read_resized(run.directory)
     if facts is None:
         raise RunDirectoryError(f"{run.directory.resized_facts} is missing; copy it from the run of llmprune search")
     run.say(described(facts, run.recipe.search.objective))
     if facts.is_whole:
         return whole
-    recipe = ModelRecipe(path=str(run.directory.resized), dtype=dtype_of(whole.model), device=run.recipe.model.device)
-    return make_parent(*load_model(recipe), source=whole.source)
+    where = {"path": str(run.directory.resized), "dtype": dtype_of(whole.model), "device": run.recipe.model.device}
+    return make_parent(*load_model(parse_section(ModelRecipe, where)), source=whole.source)
 
 
 def read_resized(directory: RunDirectory) -> Resized | None:
-    """What was measured of the vocabularies that a run may have; None where it has its parent's."""
+    """What was measured of the sizes that a run may have; None where it has its parent's."""
     file = directory.resized_facts
     return Resized.read(read_json(file), file, "delete it, and it is measured again") if file.is_file() else None
+
+
+def whole_size(parent: Parent) -> Size:
+    """The parent's own."""
+    return parent.model.config.get_text_config().vocab_size, parent.shape.hidden_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,76 +134,91 @@ class _Sizes:
     whole: Parent
     tokenizer: PreTrainedTokenizerBase
     workload: Workload
+    sizes: Sequence[Size]
+    splits: TokenSplits
+    """In the whole vocabulary."""
     kept: Mapping[int, IntArray]
-    """Rows that stay, by their number."""
-    cut: Mapping[int, PreTrainedTokenizerBase]
+    """Ids that stay, by their number; those of the whole vocabulary are not listed."""
+    tokenizers: Mapping[int, PreTrainedTokenizerBase]
     pieces: Pieces
     kept_text: Mapping[str, list[str]]
-    shares: Mapping[str, float]
+    _narrowed: dict[int, Parent] = field(default_factory=dict)
+    """The parent of the hidden size that was made last: sizes of one come one after another."""
 
     @classmethod
     def of(cls, run: Run, whole: Parent, workload: Workload) -> _Sizes:
         data, rules, tokenizer = run.recipe.data, run.recipe.vocabulary, whole.tokenizer
         assert tokenizer is not None, "a parent that was loaded has a tokenizer"
-        with run.show("counting tokens"):
+        sizes = sizes_of(run.recipe, whole)
+        with run.show("reading text, and what it needs of the vocabulary"):
             splits = build_token_splits(data, tokenizer)
             documents = read_texts(data, tokenizer, splits)
             further = {source.name: read_source(source, data.seed, tokenizer) for source in rules.keep_text}
-            counts = _shares_of_tokens(run, tokenizer, documents, further)
+            counts = _counts(run.recipe, tokenizer, documents, further)
             named = named_ids(whole.model)
-            sizes = sizes_of(run.recipe.space.vocabulary, _rows(whole), least_size(tokenizer, also=named))
-            kept = {rows: kept_tokens(tokenizer, counts, rows, also=named) for rows in sizes}
+            narrow = {rows for rows, _ in sizes} - {whole_size(whole)[0]}
+            kept = {rows: kept_tokens(tokenizer, counts, rows, also=named) for rows in narrow}
             cut = {rows: cut_tokenizer(tokenizer, ids) for rows, ids in kept.items()}
             pieces = _pieces(documents, splits, [tokenizer, *cut.values()])
-        return cls(run, whole, tokenizer, workload, kept, cut, pieces, further, data.weights_of("validation"))
+        tokenizers = {whole_size(whole)[0]: tokenizer, **cut}
+        return cls(run, whole, tokenizer, workload, sizes, splits, kept, tokenizers, pieces, further)
 
     def settled(self) -> Resized:
-        """Every size measured, one chosen and written."""
-        whole = self._rung(self.whole, self.tokenizer, None)
-        rungs = []
-        with self.run.show("measuring vocabularies") as advance:
-            for rows, ids in Steps(len(self.kept), advance).over(list(self.kept.items())):
-                rungs.append(self._rung(self._parent(ids), self.cut[rows], whole))
-        shares = dict(self.shares)
-        found = Resized(
-            whole=whole, rungs=tuple(rungs), rows=whole.rows, shares=shares, workload=self.workload.to_json()
-        )
-        rules = self.run.recipe
-        rows = fastest(found, rules.search.objective, rules.vocabulary.most_loss).rows
-        found = found.model_copy(update={"rows": rows})
-        if found.is_whole:
-            return found.model_copy(update={"whole": self._quoted(whole, self.whole, self.tokenizer)})
-        chosen, tokenizer = self._parent(self.kept[rows]), self.cut[rows]
-        quoted = self._quoted(found.chosen, chosen, tokenizer)
-        with self.run.show("writing the parent with fewer rows"), staging_beside(self.run.directory.resized) as staging:
-            save_files(chosen.model, tokenizer, staging)
-            prove(chosen.model, tokenizer, staging)
-            move_into_place(staging, self.run.directory.resized)
-        return found.model_copy(
-            update={
-                "whole": self._quoted(whole, self.whole, self.tokenizer),
-                "rungs": tuple(quoted if rung.rows == rows else rung for rung in rungs),
-            }
-        )
+        """Every size measured, one taken and written."""
+        own = whole_size(self.whole)
+        with self.run.show("measuring sizes of the whole model") as advance:
+            steps = Steps(1 + len(self.sizes), advance)
+            (whole,) = [self._measured(size) for size in steps.over([own])]
+            rungs = tuple(self._measured(size) for size in steps.over(self.sizes))
+        shares = self.run.recipe.data.weights_of("validation")
+        found = Resized(whole=whole, rungs=rungs, taken=own, shares=shares, workload=self.workload.to_json())
+        objective, most = self.run.recipe.search.objective, self.run.recipe.vocabulary.most_loss
+        found = found.model_copy(update={"taken": fastest(found, objective, most).size})
+        if not found.is_whole:
+            self._write(found.taken)
+        quoted = {size: self._quoted(rung) for size, rung in {own: whole, found.taken: found.chosen}.items()}
+        rungs = tuple(quoted.get(rung.size, rung) for rung in rungs)
+        return found.model_copy(update={"whole": quoted[own], "rungs": rungs})
 
-    def _parent(self, ids: IntArray) -> Parent:
-        model, tokenizer = cut_vocabulary(self.whole.model, self.tokenizer, ids)
+    def _write(self, size: Size) -> None:
+        parent, where = self._parent(size), self.run.directory.resized
+        with self.run.show("writing the resized parent and proving it"), staging_beside(where) as staging:
+            save_files(parent.model, parent.tokenizer, staging)
+            prove(parent.model, parent.tokenizer, staging)
+            move_into_place(staging, where)
+
+    def _parent(self, size: Size) -> Parent:
+        rows, hidden = size
+        narrowed = self._of_hidden_size(hidden)
+        if rows not in self.kept:
+            return narrowed
+        model, tokenizer = cut_vocabulary(narrowed.model, self.tokenizer, self.kept[rows])
         return make_parent(model, tokenizer, source=self.whole.source)
 
-    def _rung(self, parent: Parent, tokenizer: PreTrainedTokenizerBase, whole: Rung | None) -> Rung:
-        timed = self.workload
-        size = served_size(parent.model, parent.shape, parent.shape.architecture, timed.gguf_type, timed.cache_type)
-        one = Spread(1.0, 1.0, 1.0)
-        decode, prefill = one, one
-        if whole is not None:
+    def _of_hidden_size(self, hidden: int) -> Parent:
+        if hidden == self.whole.shape.hidden_size:
+            return self.whole
+        if hidden not in self._narrowed:
+            self._narrowed.clear()
+            way: Way = "channels" if rotation_problem(self.whole) else "rotation"
+            cut = cut_hidden(self.whole, self.splits["calibration"], hidden, way=way)
+            self._narrowed[hidden] = make_parent(cut.model, self.tokenizer, source=self.whole.source)
+        return self._narrowed[hidden]
+
+    def _measured(self, size: Size) -> Rung:
+        parent, timed, tokenizer = self._parent(size), self.workload, self.tokenizers[size[0]]
+        served = served_size(parent.model, parent.shape, parent.shape.architecture, timed.gguf_type, timed.cache_type)
+        decode = prefill = Spread(1.0, 1.0, 1.0)
+        if parent is not self.whole:
             with timing(timed.device):
                 repeats = self.run.recipe.workload.repeats
                 _, (speed,) = measure_paired(self.whole.model, [parent.model], timed, repeats)
             decode, prefill = speed.decode_speedup, speed.prefill_speedup
         return Rung(
-            rows=_rows(parent),
-            params=size.params,
-            bytes=size.bytes,
+            rows=size[0],
+            hidden_size=size[1],
+            params=served.params,
+            bytes=served.bytes,
             texts={"validation": self._figures("validation", parent, tokenizer)},
             decode_speedup=decode,
             prefill_speedup=prefill,
@@ -183,10 +228,10 @@ class _Sizes:
             },
         )
 
-    def _quoted(self, rung: Rung, parent: Parent, tokenizer: PreTrainedTokenizerBase) -> Rung:
+    def _quoted(self, rung: Rung) -> Rung:
         """With its figures on text that nothing is chosen on."""
-        names = [name for name in QUOTED if name in self.pieces]
-        more = {name: self._figures(name, parent, tokenizer) for name in names}
+        parent, tokenizer = self._parent(rung.size), self.tokenizers[rung.rows]
+        more = {name: self._figures(name, parent, tokenizer) for name in QUOTED if name in self.pieces}
         return rung.model_copy(update={"texts": {**rung.texts, **more}})
 
     def _figures(self, split: SplitName, parent: Parent, tokenizer: PreTrainedTokenizerBase) -> dict[str, OfText]:
@@ -198,16 +243,16 @@ class _Sizes:
         }
 
 
-def _shares_of_tokens(
-    run: Run, tokenizer: PreTrainedTokenizerBase, documents: Documents, further: Mapping[str, list[str]]
+def _counts(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, documents: Documents, further: Mapping[str, list[str]]
 ) -> IntArray:
-    """(V,) how often each token is used, by a milliard tokens of the mixture: no figure is of this text."""
-    weights = {source.name: source.weight for source in (*run.recipe.data.sources, *run.recipe.vocabulary.keep_text)}
+    """(V,) how often each token is used in the mixture, by a milliard tokens: no figure is of this text."""
+    weights = {source.name: source.weight for source in (*recipe.data.sources, *recipe.vocabulary.keep_text)}
     counts = np.zeros(1 + max(tokenizer.get_vocab().values()), dtype=np.float64)
     for name, texts in {**documents.free, **further}.items():
         own = token_counts(tokenizer, texts)
         counts += weights[name] * own / max(1, own.sum())
-    return np.round(1e9 * counts / max(weights.values())).astype(np.int64)
+    return np.round(1e9 * counts / sum(weights.values())).astype(np.int64)
 
 
 def _pieces(documents: Documents, splits: TokenSplits, tokenizers: Sequence[PreTrainedTokenizerBase]) -> Pieces:
@@ -223,11 +268,6 @@ def _pieces(documents: Documents, splits: TokenSplits, tokenizers: Sequence[PreT
             most = max(1, int(wanted * LARGEST_PIECE_SHARE))
             found[name][source] = pieces_of([text[:most] for text in texts], tokenizers, split.seq_len, wanted)
     return found
-
-
-def _rows(parent: Parent) -> int:
-    rows: int = parent.model.config.get_text_config().vocab_size
-    return rows
 
 
 def _round(rows: float) -> int:

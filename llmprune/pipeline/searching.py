@@ -182,7 +182,9 @@ def join_stock(run: Run, joined: Candidate) -> Stock:
 def _of_recipe(recipe: Recipe) -> dict[str, str]:
     search = recipe.search
     # Studies from before there were these choices have a hash without the words.
-    unsaid = {word for word in ("merge_kv", "precision", "vocabulary") if not getattr(recipe.space, word)}
+    unsaid = {
+        word for word in ("merge_kv", "precision", "vocabulary", "hidden_size") if not getattr(recipe.space, word)
+    }
     return {
         "objective and budgets": hash_of(search.objective, list(search.budgets), *_rewarded(search)),
         "space": hash_of(recipe.space.model_dump(mode="json", exclude=unsaid)),

@@ -171,7 +171,7 @@ def _tiles(facts: Facts) -> list[tuple[str, str]]:
     resized = facts.front.resized
     if resized is not None and not resized.is_whole:
         gained = resized.text_speedup(resized.chosen, facts.phase)
-        tiles.append(("text a second, over all rows", f"{speed * gained:.2f}x"))
+        tiles.append(("text a second, over the whole parent", f"{speed * gained:.2f}x"))
     for name, on in picked.quoted.items():
         tiles.append((f"perplexity, {name}", f"{on.ppl_ratio:.2f}x"))
     return [*tiles, ("parameters", f"{picked.params / facts.front.parent.params:.0%}"), ("repairs", _repairs(picked))]
