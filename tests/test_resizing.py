@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -25,12 +25,15 @@ from llmprune.data.tokens import build_token_splits
 from llmprune.measure.quality.text_nats import encoded, pieces_of, text_nats
 from llmprune.measure.resized import OfText, Resized, Rung, described, fastest
 from llmprune.measure.speed.throughput import Speed, Spread
+from llmprune.models.licence import Licence
 from llmprune.models.parent import load_parent
 from llmprune.pipeline import resizing
 from llmprune.pipeline.commands import compress
 from llmprune.pipeline.prepare import lay_ground
 from llmprune.pipeline.resizing import read_resized, rows_of, sizes_of
 from llmprune.pipeline.run import Run
+from llmprune.publish.card import model_card
+from llmprune.publish.contents import read_contents
 from llmprune.report.facts import gather
 from llmprune.report.page import page
 from llmprune.resize.tokens import kept_tokens, token_counts
@@ -49,6 +52,27 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def changed(recipe: Recipe, *overrides: str) -> Recipe:
     return parse_recipe(apply_overrides(recipe.model_dump(mode="json"), list(overrides)), origin="changed")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """A run that stands on a smaller vocabulary, from its search to its export."""
+    root = tmp_path_factory.mktemp("resized")
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(resizing, "measure_paired", paired_by_bytes)
+        run = Run.start(
+            root / "run", changed(tiny_recipe(root), "space.vocabulary=[280,270]", "vocabulary.most_loss=5")
+        )
+        run.say = said.append
+        result = compress(run, run.directory.export)
+    yield Finished(run, result, said)
+
+
+class Finished(NamedTuple):
+    run: Run
+    result: dict[str, Any]
+    said: list[str]
 
 
 def one(speed: float) -> Spread:
@@ -125,13 +149,10 @@ def test_nothing_is_counted_on_text_that_is_judged_by(tmp_path: Path) -> None:
         assert documents.splits[name]["prose"][0].startswith(first[:10])
 
 
-def test_a_run_stands_on_the_vocabulary_that_was_taken(recipe: Recipe, tmp_path: Path) -> None:
-    whole = load_parent(recipe.model)
+def test_a_run_stands_on_the_vocabulary_that_was_taken(finished: Finished) -> None:
+    run, result, said = finished
+    whole = load_parent(run.recipe.model)
     assert whole.tokenizer is not None
-    run = Run.start(tmp_path / "run", recipe)
-    said: list[str] = []
-    run.say = said.append
-    result = compress(run, tmp_path / "child")
     facts = read_resized(run.directory)
     assert facts is not None and facts.taken == (270, 24) and [r.rows for r in facts.rungs] == [280, 270]
     assert any(line.startswith("270 rows of 300 rows x hidden size 24 taken") for line in said)
@@ -144,17 +165,45 @@ def test_a_run_stands_on_the_vocabulary_that_was_taken(recipe: Recipe, tmp_path:
     old = torch.tensor([vocabulary[token] for token, _ in sorted(own.items(), key=lambda item: item[1])])
     ids = torch.arange(3, 40)[None]
     assert torch.equal(parent(ids).logits, whole.model(old[ids]).logits[..., old])
-    # Children, their text and their card have it too.
-    child = AutoModelForCausalLM.from_pretrained(tmp_path / "child", trust_remote_code=True)
+    # Children and their text have it too.
+    child = AutoModelForCausalLM.from_pretrained(run.directory.export, trust_remote_code=True)
     assert child.config.vocab_size == 270
     text = "ant7é, été → 漢字 🙂\x00"
-    child_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "child")
+    child_tokenizer = AutoTokenizer.from_pretrained(run.directory.export)
     assert child_tokenizer.decode(child_tokenizer(text)["input_ids"]) == text
     assert result["parent"]["params"] < facts.whole.params
     assert result["resized"]["taken"] == [270, 24]
-    told = json.loads((tmp_path / "child" / "llmprune.json").read_text())
-    assert told["resized"]["taken"] == [270, 24]
-    assert "Whole-model sizes" in page(gather(run)) and "<b>taken</b>" in page(gather(run))
+
+
+def test_table_report_and_card_say_what_was_taken(finished: Finished, llmprune: Llmprune) -> None:
+    run = finished.run
+    shown = " ".join(llmprune("front", run.directory.path).out.split())
+    assert "The parent has 270 rows of 300 rows x hidden size 24" in shown
+    html = page(gather(run))
+    assert "Whole-model sizes" in html and "<b>taken</b>" in html and "text a second, over the whole parent" in html
+    contents = read_contents(run.directory.export)
+    card = model_card(contents, "user/child", Licence("mit"))
+    assert "Parent and child of the figures above have 270 of the original 300 rows" in card
+    assert "| 270 (taken) | 24 | " in card
+
+
+def test_a_child_is_read_beside_the_parent_it_was_cut_from(
+    finished: Finished, llmprune: Llmprune, tmp_path: Path
+) -> None:
+    run, path = finished.run, finished.run.directory.path
+    evaluated = llmprune("eval", path, "--json")
+    assert evaluated.code == 0, evaluated.err
+    parent = next(model for model in evaluated.json["models"] if model["role"] == "parent")
+    assert parent["model"] == str(run.directory.resized)
+    assert llmprune("compare", path).code == 0
+    # The whole parent's ids mean other text.
+    refused = llmprune("eval", path, "--parent", run.recipe.model.path)
+    assert refused.code == 2
+    assert "has a tokenizer of 300 tokens, and the text was cut by one of 270" in " ".join(refused.err.split())
+    # Far from its run, a child knows no parent of its vocabulary.
+    shutil.copytree(run.directory.export, tmp_path / "child")
+    alone = llmprune("eval", tmp_path / "child", "--data", path)
+    assert alone.code == 0 and "no comparison with the parent" in alone.err
 
 
 def test_what_was_taken_stays_and_is_not_measured_again(
@@ -271,9 +320,25 @@ def test_a_family_without_a_head_dim_keeps_its_hidden_size(tmp_path: Path) -> No
 def test_a_forecast_measures_no_sizes(recipe: Recipe, tmp_path: Path, llmprune: Llmprune) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    dry = llmprune("compress", file, "--out", tmp_path / "run", "--dry-run")
+    dry = llmprune("compress", file, "--out", tmp_path / "run", "--dry-run", "--json")
     assert dry.code == 0, dry.err
     assert not (tmp_path / "run").exists()
+    sizes, tokens = dry.json["stages"][:2]
+    assert (sizes["stage"], tokens["stage"]) == ("sizes", "tokens")
+    # The parent and two vocabularies on the validation split, the parent and one of them on test.
+    assert sizes["forward_tokens"] == 3 * 64 + 2 * 64 and sizes["timed_tokens"] > 0 and sizes["disk_bytes"] > 0
+
+
+def test_inspect_says_what_the_vocabulary_takes(recipe: Recipe, llmprune: Llmprune) -> None:
+    quick = ("--prompt-tokens", 4, "--generated-tokens", 2, "--repeats", 1)
+    found = llmprune("inspect", recipe.model.path, *quick, "--json").json
+    held, totals = found["vocabulary"], found["totals"]["decode"]
+    assert (held["rows"], held["params"]) == (300, 300 * 24)
+    assert totals["vocabulary"] == held["decode_share"] > 0
+    # The head is a part of what lies outside of blocks.
+    assert sum(totals.values()) <= 1 + totals["vocabulary"] and found["outside_blocks"]["decode"] < 1
+    told = " ".join(llmprune("inspect", recipe.model.path, *quick).out.split())
+    assert "decode time goes to" in told and "300 rows of embedding and head are 37% of the parameters" in told
 
 
 def test_counts_rank_what_the_mixture_needs(tmp_path: Path) -> None:

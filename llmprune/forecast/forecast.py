@@ -65,6 +65,7 @@ def forecast(plan: Plan, done: Done | None = None, *, until: Until = "export") -
     """Every stage of `llmprune search` or, until "export", of `llmprune compress`, in order."""
     done = done or Done()
     stages = [
+        *([_sizes(plan)] if plan.whole_sizes else []),
         StageCost("tokens", disk_bytes=0 if done.tokens else _tokens_bytes(plan), done=done.tokens),
         _library(plan, done),
         StageCost("estimate", done=True) if done.tables else _estimate(plan),
@@ -82,6 +83,21 @@ def forecast(plan: Plan, done: Done | None = None, *, until: Until = "export") -
             stages.append(distillation(plan))
         stages.append(_checkpoints(plan, done))
     return stages
+
+
+def _sizes(plan: Plan) -> StageCost:
+    """Every size of the whole model on the validation text, the one that is taken on what is quoted too; as many tokens
+    as the parent's, and none of a narrower stream's solving."""
+    quoted = sum(plan.tokens(split) for split in QUOTED if split in plan.recipe.data.splits)
+    narrower = len(plan.recipe.space.hidden_size) * plan.tokens("calibration")
+    return StageCost(
+        "sizes",
+        forward_tokens=(1 + plan.whole_sizes) * plan.tokens("validation") + 2 * quoted + narrower,
+        timing=_timing(plan, plan.whole_sizes, plan.recipe.workload.repeats),
+        processes=1,
+        peak_memory_bytes=_timing_bytes(plan),
+        disk_bytes=plan.parent_bytes,
+    )
 
 
 def _tokens_bytes(plan: Plan) -> int:

@@ -42,6 +42,9 @@ class Plan:
     gguf_bytes: int = 0
     """Weights of the parent's GGUF file, where llama.cpp times models or children are exported as gguf."""
 
+    whole_sizes: int = 0
+    """Sizes of the whole model that are measured beside the parent's own."""
+
     @property
     def rounded_vocabulary_bytes(self) -> int:
         """Embedding and output head, apart, as each type of weights has them: they are kept from child to child."""

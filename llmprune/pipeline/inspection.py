@@ -33,6 +33,7 @@ from llmprune.pipeline.exports import exported_id
 from llmprune.pipeline.fronts import make_front
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import Ground, Stock, cut_text, lay_ground, library_inputs, score_choices
+from llmprune.pipeline.resizing import is_asked, sizes_of
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
 from llmprune.pipeline.searching import estimates_for, study_name, trials_of, walk_path
@@ -146,7 +147,8 @@ def forecast_run(
     biased = frozenset(kind for kind in BLOCK_KINDS if parent.output_bias(0, kind) is not None)
     vocabulary = parent.model.config.get_text_config().vocab_size
     gguf = sum(tensor_bytes(parent.model, recipe.deploy.gguf_type).values()) if _writes_gguf(recipe) else 0
-    plan = Plan(recipe, space, workload, vocabulary, size.bytes, parent.model.dtype.itemsize, biased, gguf)
+    sizes = len(sizes_of(recipe, parent)) if is_asked(recipe) and not directory.resized_facts.is_file() else 0
+    plan = Plan(recipe, space, workload, vocabulary, size.bytes, parent.model.dtype.itemsize, biased, gguf, sizes)
     with show("measuring what this machine does in a second"):
         windows = max(plan.windows("search").values())
         rates = measure_rates(parent, space, workload, windows, recipe.data.seq_len)

@@ -98,6 +98,8 @@ def lay_ground(run: Run, *, forecast: bool = False) -> Ground:
         if parent is not whole:
             parent_hash = parent.hash
             check_parent(parent, run.recipe.deploy, run.recipe.space.size)
+    # Which types rows can be stored in, their length says, which is the hidden size.
+    check_precision(parent, run.recipe)
     return Ground(parent, parent_hash, _space(parent, run.recipe), workload)
 
 
@@ -144,7 +146,8 @@ def _check_parent(parent: Parent, recipe: Recipe) -> None:
     if recipe.workload.engine == "llamacpp":
         check_engine(parent, recipe.deploy.gguf_type, recipe.space.size, recipe.workload.cache_type)
         check_methods(recipe.front.baselines, parent, recipe.workload.engine, "front.baselines")
-    check_precision(parent, recipe)
+    if not recipe.space.hidden_size:
+        check_precision(parent, recipe)
     if is_asked(recipe):
         sizes_of(recipe, parent)
 
