@@ -287,7 +287,8 @@ def test_hidden_sizes_are_measured_beside_vocabularies(tmp_path: Path) -> None:
 def wrong(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "space.vocabulary=[100]", "space.vocabulary must be from 259 rows"
     yield "space.vocabulary=[300]", "to below the parent's 300; got 300"
-    yield "space.vocabulary=most", "space.vocabulary"
+    for value in ("most", "24576", "[0]", "[1.5]", "[true]"):
+        yield f"space.vocabulary={value}", "name auto, or a list of rows or of shares of them, such as [32000, 0.5]"
     yield "space.hidden_size=[40]", "hidden_size must be a multiple of 32, got 40; use 32"
     yield "space.hidden_size=[128]", "space.hidden_size must be below parent's 64; got 128"
 

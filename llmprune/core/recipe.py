@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmprune.core.errors import quoted
 from llmprune.core.recipe_base import PathText, Section
@@ -115,6 +115,10 @@ class TablesRecipe(Section):
     path_step: float = Field(1.06, gt=1, description="factor in speed-up between two estimates along the path")
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) in (int, float) and (value >= 1 if type(value) is int else 0 < value < 1)
+
+
 class SpaceRecipe(Section):
     """Which choices a search may make."""
 
@@ -136,7 +140,7 @@ class SpaceRecipe(Section):
         description="types below deploy.gguf_type that a block's weights may be stored in, whatever stays of it, and "
         "embedding and output head; timed in llama.cpp",
     )
-    vocabulary: Literal["auto"] | tuple[Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+    vocabulary: Literal["auto"] | tuple[int | float, ...] = Field(
         (),
         description="rows of embedding and output head that may stay, as counts or shares of the parent's, or auto; "
         "one is chosen before blocks are searched (see `vocabulary.most_loss`)",
@@ -144,6 +148,15 @@ class SpaceRecipe(Section):
     hidden_size: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (), description="widths that the residual stream may have, chosen among in the same way"
     )
+
+    @field_validator("vocabulary", mode="before")
+    @classmethod
+    def _sizes(cls, value: Any) -> Any:
+        """One rule, and one error, where the union of types would give one for each."""
+        listed = isinstance(value, list | tuple) and all(map(_is_size, value))
+        if not listed and value != "auto":
+            raise ValueError("name auto, or a list of rows or of shares of them, such as [32000, 0.5]")
+        return tuple(value) if listed else value
 
 
 class VocabularyRecipe(Section):
