@@ -25,6 +25,7 @@ from llmprune.core.errors import ExportError, ModelError, RecipeError
 from llmprune.core.recipe import Recipe, WorkloadRecipe
 from llmprune.core.recipe_text import parse_recipe
 from llmprune.formats.gguf import write_gguf
+from llmprune.formats.limits import rounding_warning
 from llmprune.measure.quality import perplexity
 from llmprune.measure.speed import llamacpp_engine
 from llmprune.measure.speed.llamacpp import GgufModel, greedy, logits_of, window_nats
@@ -266,3 +267,13 @@ def test_recipes_that_llama_cpp_cannot_time_are_refused_at_once(
 ) -> None:
     with pytest.raises(RecipeError, match=named):
         lay_ground(Run.start(tmp_path / "run", changed(tiny_recipe(tmp_path), **sections)))
+
+
+def test_a_run_says_what_its_figures_leave_out(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    assert rounding_warning(recipe) is None
+    for weights, told in (("q4_0", True), ("q8_0", False), ("f16", False)):
+        served = changed(recipe, deploy={"formats": ("gguf",), "gguf_type": weights})
+        assert (rounding_warning(served) is not None) == told
+    warning = rounding_warning(changed(recipe, deploy={"formats": ("gguf",), "gguf_type": "q4_0"}))
+    assert warning is not None and "space.precision=[q4_0]" in warning

@@ -73,6 +73,18 @@ def check_parent(parent: Parent, rules: DeployRecipe, size: SpaceSize) -> None:
             )
 
 
+def rounding_warning(recipe: Recipe) -> str | None:
+    """What figures of a run leave out, where its files hold fewer than eight bits a number; None if that is nothing."""
+    own = recipe.deploy.gguf_type
+    written = recipe.workload.engine == "llamacpp" or "gguf" in recipe.deploy.formats
+    if not written or TYPES[own].bits >= TYPES["q8_0"].bits:
+        return None
+    return (
+        f"deploy.gguf_type={own} rounds what quality is scored without; to have {own} scored as it is stored, and "
+        f"chosen where it pays, use deploy.gguf_type=q8_0 'space.precision=[{own}]'"
+    )
+
+
 def check_precision(parent: Parent, recipe: Recipe) -> None:
     """Raises RecipeError if a recipe lets blocks have types of weights that are no choice: not timed where types count,
     not below the file's own, too wide for the parent's rows, or of rows that a file has the other way round."""

@@ -17,7 +17,7 @@ from llmprune.core.files import exists, read_json, write_json
 from llmprune.core.recipe import Recipe
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import TokenSplits, build_token_splits
-from llmprune.formats.limits import check_parent, check_precision, cut, merging_helps
+from llmprune.formats.limits import check_parent, check_precision, cut, merging_helps, rounding_warning
 from llmprune.measure.record import QUOTED
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.llamacpp_engine import check_engine
@@ -98,6 +98,8 @@ def lay_ground(run: Run, *, forecast: bool = False) -> Ground:
         if parent is not whole:
             parent_hash = parent.hash
             check_parent(parent, run.recipe.deploy, run.recipe.space.size)
+    if warning := rounding_warning(run.recipe):
+        run.say(warning)
     # Which types rows can be stored in, their length says, which is the hidden size.
     check_precision(parent, run.recipe)
     return Ground(parent, parent_hash, _space(parent, run.recipe), workload)
