@@ -185,6 +185,14 @@ def test_table_report_and_card_say_what_was_taken(finished: Finished, llmprune: 
     card = model_card(contents, "user/child", Licence("mit"))
     assert "Parent and child of the figures above have 270 of the original 300 rows" in card
     assert "| 270 (taken) | 24 | " in card
+    front, facts = finished.result, read_resized(run.directory)
+    assert facts is not None
+    picked = next(child for child in front["children"] if child["id"] == front["exported"]["id"])
+    lost = picked["test"]["nats_per_byte"] - front["parent"]["test"]["nats_per_byte"]
+    before, after = facts.nats_per_byte(facts.whole, "test"), facts.nats_per_byte(facts.chosen, "test")
+    together = 100 * ((after + lost) / before - 1)
+    assert f"its nats a byte are {together:+.1f}% on test, both cuts together" in card
+    assert f"{together:+.1f}%" in html
 
 
 def test_a_child_is_read_beside_the_parent_it_was_cut_from(

@@ -92,6 +92,12 @@ class Resized(Value):
         tokens: Spread = getattr(rung, f"{phase}_speedup")
         return tokens.median * self.tokens_per_byte(self.whole, split) / self.tokens_per_byte(rung, split)
 
+    def loss_with(self, lost_nats_per_byte: float, split: SplitName) -> float:
+        """Share by which nats a byte are more than the whole parent's, of a child that lost so many to the parent it
+        was cut from, on its own windows of the split: two differences, each of the same text."""
+        before = self.nats_per_byte(self.whole, split)
+        return (self.nats_per_byte(self.chosen, split) + lost_nats_per_byte) / before - 1
+
     @property
     def every(self) -> tuple[Rung, ...]:
         """All sizes, the whole parent first."""

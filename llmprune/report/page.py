@@ -174,6 +174,9 @@ def _tiles(facts: Facts) -> list[tuple[str, str]]:
         tiles.append(("text a second, over the whole parent", f"{speed * gained:.2f}x"))
     for name, on in picked.quoted.items():
         tiles.append((f"perplexity, {name}", f"{on.ppl_ratio:.2f}x"))
+        if resized is not None and not resized.is_whole:
+            lost = on.nats_per_byte - facts.front.parent.quoted[name].nats_per_byte
+            tiles.append((f"nats a byte, {name}, over the whole parent", f"{resized.loss_with(lost, name):+.1%}"))
     return [*tiles, ("parameters", f"{picked.params / facts.front.parent.params:.0%}"), ("repairs", _repairs(picked))]
 
 
