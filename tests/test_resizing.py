@@ -22,8 +22,8 @@ from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_text import apply_overrides, parse_recipe, to_yaml
 from llmprune.data.documents import read_texts
 from llmprune.data.tokens import build_token_splits
-from llmprune.measure.quality.text_nats import encoded, pieces_of, text_nats
-from llmprune.measure.resized import OfText, Resized, Rung, described, fastest
+from llmprune.measure.quality.text_nats import OfText, encoded, pieces_of, text_nats
+from llmprune.measure.resized import Resized, Rung, described, fastest
 from llmprune.measure.speed.throughput import Speed, Spread
 from llmprune.models.licence import Licence
 from llmprune.models.parent import load_parent
@@ -131,7 +131,7 @@ def test_text_is_scored_to_its_last_byte_behind_an_end_of_text(tmp_path: Path) -
         ids = torch.tensor([[1, *encoded(piece, tokenizer)]])
         logits = parent.model(ids).logits
         expected += float(functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
-    assert found.nats == pytest.approx(expected, rel=1e-5)
+    assert found.nats_per_byte * found.bytes == pytest.approx(expected, rel=1e-5)
     assert found.bytes == sum(len(text.encode()) for text in texts)
     assert found.tokens == sum(len(encoded(piece, tokenizer)) for piece in pieces)
 

@@ -10,21 +10,9 @@ from pydantic import Field
 
 from llmprune.core.recipe import Objective
 from llmprune.core.recipe_inputs import SplitName
-from llmprune.measure.quality.perplexity import Figure
+from llmprune.measure.quality.text_nats import OfText
 from llmprune.measure.speed.throughput import Spread
 from llmprune.measure.value import Value
-
-
-class OfText(Value):
-    """A vocabulary's figures on one source of a split."""
-
-    bytes: int
-    tokens: int
-    nats_per_byte: Figure
-
-    @property
-    def tokens_per_byte(self) -> float:
-        return self.tokens / self.bytes
 
 
 class Rung(Value):

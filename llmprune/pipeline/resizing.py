@@ -19,9 +19,9 @@ from llmprune.core.recipe_text import parse_section
 from llmprune.data.documents import Documents, read_source, read_texts
 from llmprune.data.tokens import IntArray, TokenSplits, build_token_splits
 from llmprune.formats.served_size import served_size
-from llmprune.measure.quality.text_nats import pieces_of, text_nats, tokens_of
+from llmprune.measure.quality.text_nats import OfText, pieces_of, text_nats, tokens_of
 from llmprune.measure.record import QUOTED
-from llmprune.measure.resized import OfText, Resized, Rung, described, fastest
+from llmprune.measure.resized import Resized, Rung, described, fastest
 from llmprune.measure.speed.throughput import Spread, Workload, measure_paired
 from llmprune.measure.speed.turns import scoring, timing
 from llmprune.models.checkpoint import move_into_place, prove, save_files, staging_beside
@@ -236,11 +236,7 @@ class _Sizes:
 
     def _figures(self, split: SplitName, parent: Parent, tokenizer: PreTrainedTokenizerBase) -> dict[str, OfText]:
         with scoring(self.workload.device):
-            scored = {name: text_nats(parent.model, tokenizer, texts) for name, texts in self.pieces[split].items()}
-        return {
-            name: OfText(bytes=one.bytes, tokens=one.tokens, nats_per_byte=one.nats_per_byte)
-            for name, one in scored.items()
-        }
+            return {name: text_nats(parent.model, tokenizer, texts) for name, texts in self.pieces[split].items()}
 
 
 def _counts(

@@ -7,29 +7,24 @@ byte of a piece is scored under both, behind the same end of text.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmprune.measure.quality.perplexity import nats_of_logits
+from llmprune.measure.quality.perplexity import Figure, nats_of_logits
+from llmprune.measure.value import Value
 
 _CHARACTERS_A_TOKEN = 4
 """Pieces begin so long, and are halved until every vocabulary holds them in a window."""
 
 
-@dataclass(frozen=True)
-class TextNats:
+class OfText(Value):
     """A model's figures on some text."""
 
-    nats: float
-    tokens: int
     bytes: int
-
-    @property
-    def nats_per_byte(self) -> float:
-        return self.nats / self.bytes
+    tokens: int
+    nats_per_byte: Figure
 
     @property
     def tokens_per_byte(self) -> float:
@@ -76,10 +71,10 @@ def tokens_of(pieces: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 @torch.inference_mode()
-def text_nats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> TextNats:
+def text_nats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> OfText:
     """Nats of pieces of text, each behind EOS, so that its first token is scored as well. Raises ModelError if a logit
     is NaN."""
-    assert tokenizer.eos_token_id is not None, "documents are joined by EOS"
+    assert pieces and tokenizer.eos_token_id is not None, "there is text, and documents are joined by EOS"
     device: Any = model.get_input_embeddings().weight.device
     nats, tokens, size = 0.0, 0, 0
     for index, piece in enumerate(pieces):
@@ -88,4 +83,4 @@ def text_nats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pieces
         nats += float(nats_of_logits(model, ids_T, logits_TV, window=index))
         tokens += len(ids_T) - 1
         size += len(piece.encode())
-    return TextNats(nats, tokens, size)
+    return OfText(bytes=size, tokens=tokens, nats_per_byte=nats / size)
