@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -36,7 +35,6 @@ from llmprune.publish.card import model_card
 from llmprune.publish.contents import read_contents
 from llmprune.report.facts import gather
 from llmprune.report.page import page
-from llmprune.resize.tokens import kept_tokens, token_counts
 
 
 @pytest.fixture(autouse=True)
@@ -348,10 +346,3 @@ def test_inspect_says_what_the_vocabulary_takes(recipe: Recipe, llmprune: Llmpru
     assert sum(totals.values()) <= 1 + totals["vocabulary"] and found["outside_blocks"]["decode"] < 1
     told = " ".join(llmprune("inspect", recipe.model.path, *quick).out.split())
     assert "decode time goes to" in told and "300 rows of embedding and head are 37% of the parameters" in told
-
-
-def test_counts_rank_what_the_mixture_needs(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    counts = token_counts(tokenizer, ["The river was wide and slow"] * 3)
-    kept = kept_tokens(tokenizer, counts, 280)
-    assert len(kept) == 280 and np.all(np.diff(kept) > 0)

@@ -58,11 +58,6 @@ class Resized(Value):
     def is_whole(self) -> bool:
         return self.taken == self.whole.size
 
-    @property
-    def narrows(self) -> bool:
-        """Whether hidden sizes are among the sizes."""
-        return any(rung.hidden_size != self.whole.hidden_size for rung in self.rungs)
-
     def nats_per_byte(self, rung: Rung, split: SplitName = "validation") -> float:
         """Of the mixture; of the unseen sources, alike."""
         return self._mixed({name: text.nats_per_byte for name, text in rung.texts[split].items()})
