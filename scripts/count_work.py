@@ -13,7 +13,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +29,7 @@ from llmprune.blocks import library as library_module
 from llmprune.blocks.library import BlockLibrary, build_library
 from llmprune.blocks.statistics import BlockStatistics
 from llmprune.choices.architecture import Architecture
-from llmprune.choices.dimensions import BLOCK_KINDS
+from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
 from llmprune.choices.ffn import FfnChoice
 from llmprune.choices.space import Space
 from llmprune.core.recipe import ImportanceRecipe
@@ -103,16 +103,16 @@ def local_flops(parent: Parent, split: Split, library: BlockLibrary) -> int:
 def measure_library(parent: Parent, split: Split, space: Space) -> tuple[BlockLibrary, dict[str, int]]:
     """A library written to disk and read into memory again, and what it took."""
     peak = 0
-    collect = library_module.collect_statistics
+    walk = library_module.layer_statistics
 
-    def watched(*args: Any, **kwargs: Any) -> dict[Any, BlockStatistics]:
+    def watched(*args: Any, **kwargs: Any) -> Iterator[tuple[int, dict[BlockKind, BlockStatistics]]]:
         nonlocal peak
-        statistics = collect(*args, **kwargs)
-        peak = max(peak, sum(block.gram_II.nbytes + block.mean_I.nbytes for block in statistics.values()))
-        return statistics
+        for layer, blocks in walk(*args, **kwargs):
+            peak = max(peak, sum(block.gram_II.nbytes + block.mean_I.nbytes for block in blocks.values()))
+            yield layer, blocks
 
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        stack.enter_context(patch.object(library_module, "collect_statistics", watched))
+        stack.enter_context(patch.object(library_module, "layer_statistics", watched))
         work, flops = stack.enter_context(counted()), stack.enter_context(Flops())
         build_library(parent, split, ImportanceRecipe(), space, Path(scratch), input_hash="counted")
         stored = sum(file.stat().st_size for file in Path(scratch).iterdir())

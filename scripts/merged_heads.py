@@ -15,7 +15,7 @@ from pathlib import Path
 from llmprune.blocks.layer_files import LayerRepairs
 from llmprune.blocks.library import BlockLibrary
 from llmprune.blocks.solve import solve_block
-from llmprune.blocks.statistics import collect_statistics
+from llmprune.blocks.statistics import layer_statistics
 from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
@@ -49,14 +49,14 @@ def main() -> None:
     ladder = (AttentionChoice(0), one_group, *merged, shape.full("attention"))
     # FFNs stay whole here, and need no order.
     space = Space(shape, "medium", tuple(sorted(ladder, key=shape.rows)), (shape.full("ffn"),))
-    statistics = collect_statistics(parent, calibration, own=merged)
+    statistics = dict(layer_statistics(parent, calibration, own=merged))
     rows = []
     for refit in (True, False):
         rules = ImportanceRecipe(refit=refit)
         layers = []
         for layer in range(shape.layers):
             weight_DI, bias_D = parent.output_weight(layer, "attention"), parent.output_bias(layer, "attention")
-            moments = statistics[layer, "attention"]
+            moments = statistics[layer]["attention"]
             solved = solve_block(weight_DI, bias_D, moments, shape, rules, [one_group, *merged], "attention")
             layers.append(LayerRepairs({f"attention/{name}": tensor for name, tensor in solved.items()}))
         library = BlockLibrary(space, tuple(layers))

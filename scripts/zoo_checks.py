@@ -34,7 +34,7 @@ class NoLibrary:
     def norm_squares(self, layer: int, name: str) -> None:
         return None
 
-    def output(self, layer: int, choice: Choice) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def output(self, layer: int, choice: Choice, weight_DI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         raise AssertionError(f"{choice} in layer {layer} is neither whole nor gone")
 
 

@@ -166,9 +166,8 @@ class Slices:
         order_KQ = torch.rand(shape.kv_groups, shape.queries_per_group, generator=generator).argsort(dim=1)
         return order_KQ[:, : choice.queries_per_group].sort(dim=1).values[self.kept_units(layer, choice)]
 
-    def output(self, layer: int, choice: Choice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        columns = self.columns(layer, choice)
-        return self.parent.output_weight(layer, choice.kind)[:, columns], self.parent.output_bias(layer, choice.kind)
+    def output(self, layer: int, choice: Choice, weight_DI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return weight_DI[:, self.columns(layer, choice)], self.parent.output_bias(layer, choice.kind)
 
     def columns(self, layer: int, choice: Choice) -> torch.Tensor:
         """What the output projection still reads, counted out head by head: no code is shared with surgery."""

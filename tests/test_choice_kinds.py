@@ -229,7 +229,7 @@ def test_a_library_holds_an_output_for_every_choice_of_every_kind(refit: bool) -
     for choice in found:
         if not choice.units or choice == parent.shape.full(choice.kind):
             continue
-        weight, bias = library.output(2, choice)
+        weight, bias = library.output(2, choice, parent.output_weight(2, choice.kind))
         assert weight.shape == (parent.shape.hidden_size, choice.inputs(parent.shape)) and bias is not None
         own = parent.output_weight(2, choice.kind)[:, choice.columns(library.kept(2, choice), parent.shape)]
         assert torch.equal(weight, own) != refit
@@ -299,5 +299,5 @@ def cut_by_hand(stock: Stock, choices: list[Choice]) -> PreTrainedModel:
         if isinstance(choice, FirstChannels):
             weight = model.get_submodule(f"model.layers.{layer}.mlp.down_proj").get_parameter("weight").data
             weight[:] = 0
-            weight[:, : choice.count] = stock.library.output(layer, choice)[0]
+            weight[:, : choice.count] = stock.library.output(layer, choice, stock.parent.output_weight(layer, "ffn"))[0]
     return model

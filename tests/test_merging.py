@@ -25,7 +25,7 @@ from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.measure.quality.perplexity import score_windows
 from llmprune.measure.quality.prefix import PrefixScorer
-from llmprune.models.beside import own_blocks, own_inputs
+from llmprune.models.beside import OwnBlocks, own_inputs
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.sizes import size_of
 from llmprune.models.surgery import is_stock, prune
@@ -138,9 +138,8 @@ def test_heads_that_are_alike_merge_without_loss(case_id: str) -> None:
 def test_merged_blocks_give_what_enters_the_overwritten_parents_output_projection(case_id: str) -> None:
     parent = parent_of(case_id)
     for choice in MergedChoice.of(parent.shape):
-        blocks = own_blocks(parent, choice, [0, 2])
-        assert list(blocks) == [0, 2]
-        for layer, block in blocks.items():
+        blocks = OwnBlocks(parent, choice)
+        for layer, block in ((layer, blocks.of(layer)) for layer in (0, 2)):
             found: list[torch.Tensor] = []
             expected: list[torch.Tensor] = []
             # Only this layer's heads are overwritten, so what comes before it is the parent's.

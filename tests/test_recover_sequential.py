@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from llmprune.choices.architecture import Architecture
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.models.parent import Parent
+from llmprune.models.streams import Shelf
 from llmprune.models.surgery import prune
 from llmprune.recover.sequential import SequentialRefit, refit_sequentially
-from llmprune.recover.streams import Shelf
 
 KINDS_OF_CUT = ("heterogeneous", "no middle layer", "one block a layer", "uniform both", "no last layer")
 

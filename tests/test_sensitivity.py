@@ -29,7 +29,7 @@ from llmprune.measure.quality.perplexity import score
 from llmprune.models.modeling_pruned import input_axis
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.surgery import prune
-from llmprune.tables.estimate import DeltaNats, block_influence, estimate_delta_nats
+from llmprune.tables.estimate import DeltaNats, estimate, estimate_delta_nats
 
 SEQ_LEN = 16
 ONE: dict[BlockKind, Choice] = {"attention": AttentionChoice(1), "ffn": FfnChoice(1)}
@@ -83,8 +83,8 @@ class Shrunk:
     def head_squares(self) -> None:
         return None
 
-    def output(self, layer: int, choice: Choice) -> tuple[Tensor, Tensor | None]:
-        weight = self.parent.output_weight(layer, choice.kind).clone()
+    def output(self, layer: int, choice: Choice, weight_DI: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight = weight_DI.clone()
         bias = self.parent.output_bias(layer, choice.kind)
         weight[:, ::2] *= 1 - self.eps
         return weight, None if bias is None else bias * (1 - self.eps)
@@ -93,7 +93,7 @@ class Shrunk:
         """A copy of the parent's model with this one block's output replaced."""
         model = copy.deepcopy(self.parent.model)
         projection: Any = make_parent(model, None).output_projection(layer, kind)
-        weight, bias = self.output(layer, ONE[kind])
+        weight, bias = self.output(layer, ONE[kind], self.parent.output_weight(layer, kind))
         projection.weight.copy_(weight if input_axis(projection) == 1 else weight.T)
         if bias is not None:
             projection.bias.copy_(bias)
@@ -155,9 +155,9 @@ def test_dropping_a_block_is_estimated_along_all_of_its_output(split: Split) -> 
             attention = (AttentionChoice(0), AttentionChoice(1), AttentionChoice(shape.kv_groups))
             return Space(shape, "medium", attention, (FfnChoice(0), FfnChoice(1), FfnChoice(shape.ffn_width)))
 
-        def output(self, layer: int, choice: Choice) -> tuple[Tensor, Tensor | None]:
-            weight, bias = self.parent.output_weight(layer, choice.kind), self.parent.output_bias(layer, choice.kind)
-            return weight * 0, None if bias is None else bias * 0
+        def output(self, layer: int, choice: Choice, weight_DI: Tensor) -> tuple[Tensor, Tensor | None]:
+            bias = self.parent.output_bias(layer, choice.kind)
+            return weight_DI * 0, None if bias is None else bias * 0
 
     estimated = estimate_delta_nats(parent, split, Everything(parent, 1.0), tokens=EVERYTHING)  # type: ignore[arg-type]
     for layer in range(parent.shape.layers):
@@ -264,9 +264,9 @@ class Nudged(Sliced):
     def kept_queries(self, layer: int, choice: Choice) -> Tensor | None:
         return super().kept_queries(layer, self._same(layer, choice))
 
-    def output(self, layer: int, choice: Choice) -> tuple[Tensor, Tensor | None]:
+    def output(self, layer: int, choice: Choice, weight_DI: Tensor) -> tuple[Tensor, Tensor | None]:
         same = self._same(layer, choice)
-        weight, bias = super().output(layer, same)
+        weight, bias = super().output(layer, same, weight_DI)
         return (weight, bias) if same == choice else (self._nudged(weight, 1), bias)
 
     def nudge(self, child: Any) -> Any:
@@ -451,7 +451,9 @@ def test_block_influence_is_what_the_hidden_states_say(case_id: str, split: Spli
         for layer, (before, after) in enumerate(itertools.pairwise(states)):
             similarity = nn.functional.cosine_similarity(before, after, dim=-1)
             direct[layer] += weight * (1 - similarity.double().mean())
-    assert block_influence(parent, split, tokens=EVERYTHING) == pytest.approx(direct.tolist(), abs=tolerance(1.0))
+    for walked in (False, True):
+        found = estimate(parent, split, Shrunk(parent, 0.1), tokens=EVERYTHING, walked=walked)  # type: ignore[arg-type]
+        assert found.influence == pytest.approx(direct.tolist(), abs=tolerance(1.0))
 
 
 def test_fewer_tokens_are_shared_over_the_sources(split: Split) -> None:
@@ -464,17 +466,17 @@ def test_fewer_tokens_are_shared_over_the_sources(split: Split) -> None:
     assert rows == [1, 2], "a quarter and three quarters of two windows, one each at the least"
 
 
-@pytest.mark.parametrize("measure", [estimate_delta_nats, block_influence])
-def test_hooks_are_gone_after_an_error(measure: Any, split: Split) -> None:
+@pytest.mark.parametrize("walked", [False, True])
+def test_hooks_are_gone_after_an_error(walked: bool, split: Split) -> None:
     parent = tiny_parent(CASES[0])
+    library: Any = Shrunk(parent, 0.1)
     beyond = SourceTokens(torch.full((1, SEQ_LEN), VOCAB), torch.ones(1))
     broken = Split("calibration", {"a": split.sources["news"], "b": beyond}, {"a": 0.5, "b": 0.5}, SEQ_LEN, False)
-    library = (Shrunk(parent, 0.1),) if measure is estimate_delta_nats else ()
     for some in (split, broken):
         if some is broken:
             with pytest.raises(IndexError):
-                measure(parent, some, *library, tokens=EVERYTHING)
+                estimate(parent, some, library, tokens=EVERYTHING, walked=walked)
         else:
-            measure(parent, some, *library, tokens=EVERYTHING)
+            estimate(parent, some, library, tokens=EVERYTHING, walked=walked)
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in parent.model.modules())
     assert all(parameter.grad is None for parameter in parent.model.parameters())

@@ -54,7 +54,8 @@ from llmprune.recover import sequential
 from llmprune.recover.repair import Repair
 from llmprune.search import judging
 from llmprune.tables import block_tables
-from llmprune.tables.estimate import _bounded_second_order, estimate_delta_nats
+from llmprune.tables.estimate import estimate_delta_nats
+from llmprune.tables.watched import _bounded_second_order
 
 SHAPE = {
     **COMMON,

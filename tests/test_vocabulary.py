@@ -233,7 +233,7 @@ def test_bits_alone_are_those_of_an_enumeration() -> None:
 def test_the_head_is_rounded_by_what_enters_it(tied: bool, split: Split, tmp_path: Path) -> None:
     own = parent(tied)
     # One layer a pass: it is the last layer's that sees the head.
-    library = build_library(own, split, ImportanceRecipe(), space_of(own), memory_bytes=1)
+    library = build_library(own, split, ImportanceRecipe(), space_of(own))
     with torch.inference_mode():
         states = own.model.base_model(split.sources["text"].windows, use_cache=False).last_hidden_state
     squares = library.head_squares()

@@ -20,13 +20,14 @@ from llmprune.core.errors import RunDirectoryError
 from llmprune.core.files import atomic_path
 from llmprune.core.recipe import ImportanceRecipe
 
-_VERSION = 4
+_VERSION = 5
 
 
 @dataclass(frozen=True, eq=False)
 class LayerRepairs:
     """One layer of the library: `KIND/order` and orders that kinds of choice have stored of their own, and for every
-    choice `KIND/LABEL/weight` and, where the parent has one, `KIND/LABEL/bias`; `KIND/score` and `KIND/mean` for
+    choice that is refitted `KIND/LABEL/change` with its scales (see `blocks.changes`) and, where the parent has one,
+    `KIND/LABEL/bias`; `KIND/score` and `KIND/mean` for
     "flap"; `attention/NORM/squares` for a norm over all heads; and where types of weights are choices
     `KIND/entry_squares` and `KIND/output_squares`, with `ffn/head_squares` in the last layer."""
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from llmprune.blocks.changes import CHANGE_PARTS, changed
 from llmprune.blocks.layer_files import LayerRepairs, finished_layers, layer_keys, layer_path, read_layer, store_layer
 from llmprune.blocks.solve import gathered_choices, offers_types, refitted, solve_layer
-from llmprune.blocks.statistics import collect_statistics, statistics_bytes
+from llmprune.blocks.statistics import layer_statistics
 from llmprune.choices.choice import Choice, Kept
-from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
+from llmprune.choices.dimensions import BlockKind
 from llmprune.choices.space import Space
 from llmprune.core.errors import ArchitectureError
 from llmprune.core.progress import Advance, Steps
@@ -39,16 +40,20 @@ class BlockLibrary:
         """
         return choice.kept(self._layer(layer, choice).orders[choice.kind], self.space.shape)
 
-    def output(self, layer: int, choice: Choice) -> tuple[Tensor, Tensor | None]:
-        """Weight (D, inputs of the kept units) and bias (D,) of the output projection, in the parent's dtype.
+    def output(self, layer: int, choice: Choice, weight_DI: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight (D, inputs of the kept units) and bias (D,) of the output projection, from the parent's weight (D, I)
+        and where and as that is.
 
-        The bias is None where the parent has none. Do not write into either: they may be views of a mapped file.
+        The bias is None where the parent has none. Do not write into it: it may be a view of a mapped file.
         Raises ArchitectureError unless the choice is on the ladder; it is neither a drop nor the parent's.
         """
         tensors = self._layer(layer, choice).tensors
         assert choice in refitted(self.space, choice.kind), f"{choice} has no output projection of its own"
         name = f"{choice.kind}/{choice.label}"
-        return tensors[f"{name}/weight"], tensors.get(f"{name}/bias")
+        columns_S = choice.columns(self.kept(layer, choice), self.space.shape)
+        parents_DS = weight_DI.index_select(1, columns_S.to(weight_DI.device))
+        change = {part: tensors[f"{name}/{part}"] for part in CHANGE_PARTS if f"{name}/{part}" in tensors}
+        return changed(parents_DS, change), tensors.get(f"{name}/bias")
 
     def fluctuation(self, layer: int, kind: BlockKind) -> tuple[Tensor, Tensor]:
         """Of a library ordered by "flap": the units' standardised scores (U,), and the mean (I,) of the inputs of the
@@ -108,14 +113,11 @@ def build_library(
     directory: Path | None = None,
     *,
     input_hash: str = "",
-    memory_bytes: int = 2 << 30,
     progress: Advance | None = None,
 ) -> BlockLibrary:
     """`build_libraries` for one library."""
     specs = [LibrarySpec(recipe, directory)]
-    (library,) = build_libraries(
-        parent, split, specs, space, input_hash=input_hash, memory_bytes=memory_bytes, progress=progress
-    )
+    (library,) = build_libraries(parent, split, specs, space, input_hash=input_hash, progress=progress)
     return library
 
 
@@ -126,43 +128,36 @@ def build_libraries(
     space: Space,
     *,
     input_hash: str = "",
-    memory_bytes: int = 2 << 30,
     progress: Advance | None = None,
 ) -> list[BlockLibrary]:
-    """Gather statistics on the calibration split once, then order and refit every block for each, layer by layer.
+    """Walk the calibration split through the parent once, and order and refit every block of a layer for each library
+    before the next layer is reached.
 
     With a `directory`, each layer is one file, written when it is ready and read back memory-mapped; files that are
     whole and were built from the same `input_hash` (of parent and split), recipe and space are kept, all others are
     built again. So calling this again finishes a killed build, and merely loads a finished one.
 
-    Where the statistics of all missing layers exceed `memory_bytes`, the split is run several times, for as many layers
-    at a time as fit (at least one). Solving a block takes about five float64 matrices (I, I) beside them.
-    `progress` counts windows run and layers solved. Raises ModelError, RecipeError and RunDirectoryError.
+    Memory: see `layer_statistics`; solving a block takes about five float64 matrices (I, I) beside its statistics.
+    `progress` counts layers. Raises ModelError, RecipeError and RunDirectoryError.
     """
     assert space.shape == parent.shape, "the space is not this parent's"
     built = [_Built(spec, layer_keys(input_hash, spec.recipe, space)) for spec in specs]
     for library in built:
         library.load(input_hash)
-    every = range(parent.shape.layers)
-    missing = [layer for layer in every if any(layer not in library.layers for library in built)]
+    missing = [layer for layer in range(parent.shape.layers) if any(layer not in library.layers for library in built)]
+    if not missing:
+        return [library.whole(space) for library in built]
     own = max((gathered_choices(space, spec.recipe) for spec in specs), key=len)
-    per_pass = max(1, memory_bytes // statistics_bytes(parent.shape, own))
-    passes = [missing[start : start + per_pass] for start in range(0, len(missing), per_pass)]
-    windows = sum(len(source.windows) for source in split.sources.values())
-    steps = Steps(len(passes) * windows + len(missing), progress)
-    for some_layers in passes:
-        statistics = collect_statistics(
-            parent, split, layers=some_layers, own=own, entries=offers_types(space), progress=steps.report
-        )
-        steps.finish(windows)
-        for layer in some_layers:
-            blocks = {kind: statistics.pop((layer, kind)) for kind in BLOCK_KINDS}
-            for library in built:
-                if layer not in library.layers:
-                    library.add(layer, solve_layer(parent, layer, blocks, library.spec.recipe, space))
-            steps.report(1)
-            steps.finish(1)
-    return [BlockLibrary(space, tuple(library.layers[layer] for layer in every)) for library in built]
+    walked = layer_statistics(parent, split, layers=missing, own=own, entries=offers_types(space))
+    steps = Steps(len(missing), progress)
+    steps.report(0)
+    for layer, blocks in walked:
+        for library in built:
+            if layer not in library.layers:
+                library.add(layer, solve_layer(parent, layer, blocks, library.spec.recipe, space))
+        steps.report(1)
+        steps.finish(1)
+    return [library.whole(space) for library in built]
 
 
 def load_library(directory: Path, recipe: ImportanceRecipe, space: Space, *, input_hash: str) -> BlockLibrary:
@@ -192,6 +187,9 @@ class _Built:
         if self.spec.directory is not None:
             assert input_hash, "a library on disk needs the hash of its inputs"
             self.layers = finished_layers(self.spec.directory, self.keys)
+
+    def whole(self, space: Space) -> BlockLibrary:
+        return BlockLibrary(space, tuple(self.layers[layer] for layer in range(space.shape.layers)))
 
     def add(self, layer: int, solved: LayerRepairs) -> None:
         directory = self.spec.directory

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from llmprune.blocks.changes import stored_change
 from llmprune.blocks.importance import flap_scores, removal_order
 from llmprune.blocks.layer_files import LayerRepairs
 from llmprune.blocks.statistics import BlockStatistics
@@ -43,15 +44,31 @@ def solve_layer(
             solved |= {"entry_squares": statistics.entry_square_D, "output_squares": statistics.mean_square_I}
         if statistics.head_square_D is not None:
             solved["head_squares"] = statistics.head_square_D
-        for name, tensor in solved.items():
-            if not bool(tensor.isfinite().all()):
+        for tensor in solved.values():
+            # Weights and biases will be written in the parent's dtype, in which they may have no number.
+            written = tensor.to(parent.model.dtype) if tensor.dtype == weight_DI.dtype else tensor
+            if not bool(written.isfinite().all()):
                 raise ModelError(
-                    f"the refit of the {kind} block of layer {layer} does not fit into {tensor.dtype}; "
+                    f"the refit of the {kind} block of layer {layer} does not fit into {written.dtype}; "
                     "load the parent with model.dtype=float32 or bfloat16"
                 )
+        for name, tensor in _as_stored(solved, weight_DI, choices, parent.shape).items():
             # A copy of its own: a bias that stays may be shared by all choices, which safetensors refuses to write.
             tensors[f"{kind}/{name}"] = tensor.cpu().clone(memory_format=torch.contiguous_format)
     return LayerRepairs(tensors)
+
+
+def _as_stored(
+    solved: Mapping[str, Tensor], weight_DI: Tensor, choices: Sequence[Choice], shape: ParentShape
+) -> dict[str, Tensor]:
+    """Weights as what they change of the parent's columns, all else as it is."""
+    stored = dict(solved)
+    for choice in choices:
+        columns_S = choice.columns(choice.kept(solved, shape), shape)
+        parents_DS = weight_DI.index_select(1, columns_S.to(weight_DI.device))
+        parts = stored_change(stored.pop(f"{choice.label}/weight"), parents_DS)
+        stored |= {f"{choice.label}/{name}": tensor for name, tensor in parts.items()}
+    return stored
 
 
 def refitted(space: Space, kind: BlockKind) -> list[Choice]:

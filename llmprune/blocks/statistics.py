@@ -5,10 +5,10 @@ Shapes: I inputs of the projection, N tokens of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ from llmprune.choices.architecture import ParentShape
 from llmprune.choices.choice import Choice, OwnMoments
 from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
 from llmprune.core.errors import ModelError
-from llmprune.core.progress import Advance
+from llmprune.core.progress import Advance, Steps
 from llmprune.data.tokens import Split
-from llmprune.models.beside import own_blocks, own_inputs
+from llmprune.models.beside import OwnBlocks, own_inputs
 from llmprune.models.modeling_pruned import input_axis
 from llmprune.models.parent import Parent, is_norm
+from llmprune.models.walk import Walk
 
 BATCH_TOKENS = 2048
 """Tokens of one forward pass, in whole windows."""
@@ -57,65 +58,97 @@ class BlockStatistics:
         return (self.mean_square_I - self.mean_I.square()).clamp(min=0)
 
 
-def collect_statistics(
+def layer_statistics(
     parent: Parent,
     split: Split,
     *,
     layers: Sequence[int] | None = None,
     own: Sequence[Choice] = (),
     entries: bool = False,
+    device: torch.device | None = None,
     progress: Advance | None = None,
-) -> dict[tuple[int, BlockKind], BlockStatistics]:
-    """Run the split through the parent and gather, for both blocks of `layers` (all by default), what enters their
-    output projections. Every source counts by its weight, however many tokens it has. For each of `own`, choices with
-    inputs of their own, every block is run as the choice leaves it beside the parent's, on the parent's own input. With
-    `entries`, what enters the blocks is looked at too, and what enters the output head.
+) -> Iterator[tuple[int, dict[BlockKind, BlockStatistics]]]:
+    """Walk the split through the parent once and give, layer by layer, for both blocks of each of `layers` (all by
+    default) what enters their output projections; while a layer's are in hand its weights are where they are computed,
+    on `device` (the parent's by default). Every source counts by its weight, however many tokens it has. For each of
+    `own`, choices with inputs of their own, every block is run as the choice leaves it beside the parent's, on the
+    parent's own input. With `entries`, what enters the blocks is looked at too, and what enters the output head.
 
     A batch is multiplied out in float32 and summed in float64: summing in float32 would halve the memory, but then the
     error grows with the number of batches, and the float64 inverses of `damped_gram` start from it.
-    Memory beside the parent: `statistics_bytes` a layer, and while a batch runs its activations and one float32 matrix
-    (I, I); pass fewer `layers` and come again for the rest to bound it. `progress` counts windows.
+    Memory beside the parent: the residual stream of all tokens on the CPU, `statistics_bytes` of one layer, and while a
+    batch runs its activations and one float32 matrix (I, I). `progress` counts windows times layers.
 
     Raises ModelError if an activation is not finite, or too large to be squared in float32.
     """
-    moments: dict[tuple[int, BlockKind], _Moments] = {}
-    layers = range(parent.shape.layers) if layers is None else layers
-    beside = {choice: own_blocks(parent, choice, layers) for choice in own}
-    windows = sum(len(source.windows) for source in split.sources.values())
+    wanted = sorted(range(parent.shape.layers) if layers is None else layers)
+    if not wanted:
+        return
     batch = max(1, BATCH_TOKENS // split.seq_len)
-    done = 0
-    with ExitStack() as hooks, torch.inference_mode():
-        for layer in layers:
-            for kind in BLOCK_KINDS:
-                moments[layer, kind] = block = _Moments(parent, layer, kind)
-                handle = parent.output_projection(layer, kind).register_forward_pre_hook(block)
-                hooks.callback(handle.remove)
-                for name, module in _norms_over_units(parent, layer, kind):
-                    squares = block.norm_squares[name] = _Squares(block, module.get_parameter("weight"))
-                    hooks.callback(module.register_forward_pre_hook(squares).remove)
-                if entries:
-                    first = _first_projection(parent, layer, kind)
-                    block.entry = _Squares(block, first.get_parameter("weight")[0])
-                    hooks.callback(first.register_forward_pre_hook(block.entry).remove)
-                block.beside = {c: (blocks[layer], _OwnSums(block)) for c, blocks in beside.items() if c.kind == kind}
-                if block.beside:
-                    handle = parent.block(layer, kind).register_forward_pre_hook(block.enter, with_kwargs=True)
-                    hooks.callback(handle.remove)
-        last = moments.get((parent.shape.layers - 1, "ffn"))
-        if entries and last is not None:
-            last.head = _Squares(last, parent.model.get_input_embeddings().weight[0])  # type: ignore[index]
-        for name, source in split.sources.items():
-            for block in moments.values():
-                block.token_share = split.weights[name] / source.windows.numel()
-            for ids_BT in torch.split(source.windows, batch):
-                # The decoder alone: statistics need no logits.
-                states = parent.model.base_model(input_ids=ids_BT.to(parent.device), use_cache=False).last_hidden_state
-                if last is not None and last.head is not None:
-                    last.head.add(states)
-                done += len(ids_BT)
-                if progress is not None:
-                    progress(done, windows)
-    return {key: block.statistics() for key, block in moments.items()}
+    batches = [
+        (split.weights[name] / source.windows.numel(), ids_BT)
+        for name, source in split.sources.items()
+        for ids_BT in torch.split(source.windows, batch)
+    ]
+    walk = Walk(parent, split.seq_len, device)
+    beside = {choice: OwnBlocks(parent, choice) for choice in own}
+    with torch.inference_mode():
+        states = [walk.embedded(ids_BT).cpu() for _, ids_BT in batches]
+    windows = sum(len(ids_BT) for _, ids_BT in batches)
+    steps = Steps(windows * (wanted[-1] + 1), progress)
+    for layer in range(wanted[-1] + 1):
+        with walk.layer(layer) as run:
+            watched = _watched(parent, layer, beside, entries) if layer in wanted else _Watched({}, ExitStack())
+            with watched.hooks, torch.inference_mode():
+                for number, (share, ids_BT) in enumerate(batches):
+                    for block in watched.blocks.values():
+                        block.token_share = share
+                    states[number] = run(states[number]).cpu()
+                    steps.report(len(ids_BT))
+                    steps.finish(len(ids_BT))
+            last = watched.blocks.get("ffn")
+            if entries and last is not None and layer == parent.shape.layers - 1:
+                _look_behind(walk, last, zip([share for share, _ in batches], states, strict=True))
+            if watched.blocks:
+                yield layer, {kind: block.statistics() for kind, block in watched.blocks.items()}
+
+
+class _Watched(NamedTuple):
+    """The blocks of one layer whose inputs are summed up as it runs."""
+
+    blocks: dict[BlockKind, _Moments]
+    hooks: ExitStack
+
+
+def _watched(parent: Parent, layer: int, beside: Mapping[Choice, OwnBlocks], entries: bool) -> _Watched:
+    blocks: dict[BlockKind, _Moments] = {}
+    hooks = ExitStack()
+    for kind in BLOCK_KINDS:
+        blocks[kind] = block = _Moments(parent, layer, kind)
+        hooks.callback(parent.output_projection(layer, kind).register_forward_pre_hook(block).remove)
+        for name, module in _norms_over_units(parent, layer, kind):
+            squares = block.norm_squares[name] = _Squares(block, module.get_parameter("weight"))
+            hooks.callback(module.register_forward_pre_hook(squares).remove)
+        if entries:
+            first = _first_projection(parent, layer, kind)
+            block.entry = _Squares(block, first.get_parameter("weight")[0])
+            hooks.callback(first.register_forward_pre_hook(block.entry).remove)
+        block.beside = {c: (blocks.of(layer), _OwnSums(block)) for c, blocks in beside.items() if c.kind == kind}
+        if block.beside:
+            handle = parent.block(layer, kind).register_forward_pre_hook(block.enter, with_kwargs=True)
+            hooks.callback(handle.remove)
+    return _Watched(blocks, hooks)
+
+
+def _look_behind(walk: Walk, last: _Moments, states: Iterable[tuple[float, Tensor]]) -> None:
+    """Note what enters the output head."""
+    with walk.last_states() as run, torch.inference_mode():
+        for share, states_BTD in states:
+            last.token_share = share
+            found_BTD = run(states_BTD)
+            if last.head is None:
+                last.head = _Squares(last, found_BTD[0, 0])
+            last.head.add(found_BTD)
 
 
 TOKENS_AN_INPUT = 4

@@ -41,7 +41,7 @@ class Space:
     """Empty where there is nothing to choose."""
 
     @classmethod
-    def of(cls, shape: ParentShape, kv_groups_step: int, ffn_step: int, **rules: Any) -> Space:
+    def of(cls, shape: ParentShape, kv_groups_step: int | float, ffn_step: int | float, **rules: Any) -> Space:
         """The space `under` rules with these steps, which are checked against the parent alone."""
         return cls.under(shape, SpaceRecipe.model_construct(kv_groups_step=kv_groups_step, ffn_step=ffn_step, **rules))
 

@@ -66,18 +66,8 @@ class ImportanceRecipe(Section):
     method: Literal["obs", "magnitude", "wanda-sp", "flap"] = "obs"
     refit: bool = Field(True, description="re-solve the output projection by least squares")
     damp: float = Field(0.01, gt=0, description="ridge, as a share of the mean diagonal of X^T X")
-    memory_gb: float = Field(
-        2.0,
-        gt=0,
-        description="GiB that the statistics of one pass may take; with more of it, fewer passes over the calibration "
-        "text, with the same result",
-    )
 
-    free: ClassVar[frozenset[str]] = frozenset({"memory_gb"})
-
-    @property
-    def memory_bytes(self) -> int:
-        return int(self.memory_gb * 2**30)
+    retired: ClassVar[frozenset[str]] = frozenset({"memory_gb"})
 
 
 class TablesRecipe(Section):
@@ -127,8 +117,14 @@ class SpaceRecipe(Section):
         description="small: one KV group count and FFN width for all layers; layer: each layer whole or gone; "
         "medium: KV groups and FFN width block by block; large: query heads a KV group besides",
     )
-    kv_groups_step: int = Field(1, ge=1)
-    ffn_step: int = Field(256, ge=1)
+    kv_groups_step: int | float = Field(
+        0.125, description="KV groups between two choices: a count, or a share of the parent's"
+    )
+    ffn_step: int | float = Field(
+        0.125,
+        description="channels between two choices: a count, or a share of the parent's, rounded to a multiple of 64 if "
+        "it is more",
+    )
     drop: bool = Field(True, description="may whole blocks be dropped")
     merge_kv: bool = Field(
         False,
@@ -148,6 +144,13 @@ class SpaceRecipe(Section):
     hidden_size: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (), description="widths that the residual stream may have, chosen among in the same way"
     )
+
+    @field_validator("kv_groups_step", "ffn_step", mode="before")
+    @classmethod
+    def _step(cls, value: Any) -> Any:
+        if not _is_size(value):
+            raise ValueError("give a count from 1 on, or a share of the parent's between 0 and 1")
+        return value
 
     @field_validator("vocabulary", mode="before")
     @classmethod

@@ -24,6 +24,8 @@ class Section(BaseModel):
 
     free: ClassVar[frozenset[str]] = frozenset()
     """Keys that no figure depends on: they may change in a run that exists."""
+    retired: ClassVar[frozenset[str]] = frozenset()
+    """Keys that recipes of older versions have and no figure depended on: they are read, and say nothing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -31,7 +33,8 @@ class Section(BaseModel):
         """YAML and JSON have no tuples."""
         if not isinstance(data, dict):
             return data
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        known = {key: value for key, value in data.items() if key not in cls.retired}
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
 
     def decisive(self) -> dict[str, Any]:
         """All other keys, as JSON values."""

@@ -34,6 +34,7 @@ from llmprune.forecast.plan import Done, Plan, StageCost, Timing
 from llmprune.forecast.repairs import distillation, refits
 from llmprune.forecast.work import (
     SolverFlops,
+    choices_numbers,
     estimate_flops_per_token,
     gram_flops_per_token,
     graph_bytes_per_token,
@@ -114,44 +115,55 @@ def _library(plan: Plan, done: Done) -> StageCost:
     tokens = plan.tokens("calibration")
     return StageCost(
         "library",
-        forward_tokens=plan.passes(missing) * tokens,
+        forward_tokens=tokens,
         solver=layer_solver_flops(plan.space, rules).times(missing),
         float32_flops=missing * tokens * gram_flops_per_token(shape, gathered_choices(plan.space, rules)),
-        peak_memory_bytes=plan.parent_bytes + _solving_bytes(plan, missing),
+        peak_memory_bytes=plan.parent_bytes + _solving_bytes(plan),
         disk_bytes=missing * layer_library_bytes(plan.space, plan.dtype_bytes, plan.biased, rules.method),
     )
 
 
-def _solving_bytes(plan: Plan, layers: int) -> int:
-    """Statistics of a pass, and beside them what a batch, or solving a layer, takes."""
-    shape = plan.space.shape
-    own = gathered_choices(plan.space, plan.recipe.importance)
-    statistics = min(layers, plan.layers_a_pass) * statistics_bytes(shape, own)
+def _solving_bytes(plan: Plan) -> int:
+    """The stream of all tokens, the statistics of a layer, and beside them what a batch, or solving it, takes."""
+    shape, tokens = plan.space.shape, plan.tokens("calibration")
+    stream = tokens * shape.hidden_size * plan.walking_bytes
+    statistics = statistics_bytes(shape, gathered_choices(plan.space, plan.recipe.importance))
     batch = max(BATCH_TOKENS, plan.recipe.data.seq_len)
-    activations = batch * (3 * shape.ffn_width + 4 * shape.hidden_size) * max(4, plan.dtype_bytes)
+    activations = batch * (3 * shape.ffn_width + 4 * shape.hidden_size) * max(4, plan.walking_bytes)
     gram = 4 * max(shape.ffn_width, shape.inputs(shape.full("attention"))) ** 2
-    return statistics + max(activations + gram, solving_bytes(plan.space, plan.recipe.importance, plan.dtype_bytes))
+    solving = solving_bytes(plan.space, plan.recipe.importance, plan.walking_bytes)
+    return stream + plan.brought_bytes + statistics + max(activations + gram, solving)
 
 
-def _estimating_bytes(plan: Plan) -> int:
-    """Graph and logits of a batch, and every block as each type of weights has it."""
+def _estimating_bytes(plan: Plan, tokens: int) -> int:
+    """Graph and logits of a batch, and every block as each type of weights has it. Where layers are walked, the graph
+    and the blocks of one; its weights and its choices, or the head's; and the stream of all tokens at every border."""
     batch = WINDOWS_A_BATCH * plan.recipe.data.seq_len
     # The logits, then in float32 their copy, the log-softmax and its gradient, and the gradient of the logits.
-    logits = batch * plan.vocabulary * (2 * plan.dtype_bytes + 3 * 4)
+    logits = batch * plan.vocabulary * (2 * plan.walking_bytes + 3 * 4)
     own, shape = own_input_choices(plan.space), plan.space.shape
-    graph = batch * graph_bytes_per_token(shape, plan.dtype_bytes, own)
-    return logits + graph + shape.layers * rounded_numbers(plan.space) * plan.dtype_bytes
+    graph = batch * graph_bytes_per_token(shape, plan.walking_bytes, own)
+    rounded = shape.layers * rounded_numbers(plan.space) * plan.walking_bytes
+    if not plan.walked:
+        return logits + graph + rounded
+    borders = (shape.layers + 2) * tokens * shape.hidden_size * plan.walking_bytes
+    head = plan.vocabulary * shape.hidden_size * plan.walking_bytes
+    # Of the widest choice two copies more while it is made, and one that is promoted.
+    widest = 3 * 4 * shape.hidden_size * max(shape.ffn_width, shape.inputs(shape.full("attention")))
+    choices = choices_numbers(plan.space) * plan.walking_bytes
+    a_layer = (graph + rounded) // shape.layers + plan.brought_bytes + choices + widest
+    return borders + max(head + logits, a_layer)
 
 
 def _estimate(plan: Plan) -> StageCost:
-    """One forward and one backward pass, and one forward pass more for the layers' influence."""
+    """One forward and one backward pass; where layers are walked, one forward pass more on the way back."""
     tokens = plan.estimated_tokens(plan.recipe.tables.tokens)
     return StageCost(
         "estimate",
-        forward_tokens=2 * tokens,
+        forward_tokens=(2 if plan.walked else 1) * tokens,
         backward_tokens=tokens,
         float32_flops=tokens * plan.space.shape.layers * estimate_flops_per_token(plan.space),
-        peak_memory_bytes=plan.parent_bytes + _estimating_bytes(plan),
+        peak_memory_bytes=plan.parent_bytes + _estimating_bytes(plan, tokens),
     )
 
 
@@ -187,13 +199,14 @@ def _path(plan: Plan) -> StageCost:
     """An estimate at every stop on the way to the targets, but at the parent."""
     aims = [target * MARGIN for target in plan.recipe.search.targets]
     rules = plan.recipe.tables
-    tokens = estimates_of(aims, rules.path_step) * plan.estimated_tokens(rules.path_tokens)
+    of_one = plan.estimated_tokens(rules.path_tokens)
+    tokens = estimates_of(aims, rules.path_step) * of_one
     return StageCost(
         "path",
-        forward_tokens=tokens,
+        forward_tokens=(2 if plan.walked else 1) * tokens,
         backward_tokens=tokens,
         float32_flops=tokens * plan.space.shape.layers * estimate_flops_per_token(plan.space, anywhere=True),
-        peak_memory_bytes=plan.parent_bytes + plan.timed_file_bytes + _estimating_bytes(plan),
+        peak_memory_bytes=plan.parent_bytes + plan.timed_file_bytes + _estimating_bytes(plan, of_one),
     )
 
 
@@ -235,12 +248,13 @@ def _search(plan: Plan, done: Done) -> StageCost:
     proposals = trials if done.trials else trials - 1
     raced = RACED.get(rules.sampler, 1)
     estimates = proposals if rules.sampler == "slp" else 0
-    estimated = estimates * plan.estimated_tokens(plan.recipe.tables.path_tokens)
+    of_one = plan.estimated_tokens(plan.recipe.tables.path_tokens)
+    estimated = estimates * of_one
     states = plan.kept_states(plan.tokens("search")) * plan.state_bytes(plan.tokens("search"))
-    estimating = plan.parent_bytes + _estimating_bytes(plan) if estimates else 0
+    estimating = plan.parent_bytes + _estimating_bytes(plan, of_one) if estimates else 0
     return StageCost(
         "search",
-        forward_tokens=(proposals * raced + 1) * plan.tokens("search") + estimated,
+        forward_tokens=(proposals * raced + 1) * plan.tokens("search") + (2 if plan.walked else 1) * estimated,
         backward_tokens=estimated,
         timing=_timing(plan, trials, plan.recipe.workload.repeats),
         float32_flops=estimated * plan.space.shape.layers * estimate_flops_per_token(plan.space, anywhere=True),
@@ -279,7 +293,7 @@ def _front(plan: Plan, done: Done) -> StageCost:
     quoted = [name for name in QUOTED if name in plan.recipe.data.splits]
     return StageCost(
         "front",
-        forward_tokens=plan.passes(most) * calibration
+        forward_tokens=(calibration if most else 0)
         + choosing
         + parents * search
         + (measured + parents) * (plan.tokens("validation") + sum(map(plan.tokens, quoted)))
@@ -294,7 +308,7 @@ def _front(plan: Plan, done: Done) -> StageCost:
         + max(
             _judged_bytes(plan, "validation"),
             _judged_bytes(plan, "search") + kept * plan.state_bytes(search),
-            plan.parent_bytes + (_solving_bytes(plan, most) if most else 0),
+            plan.parent_bytes + (_solving_bytes(plan) if most else 0),
             _timing_bytes(plan) - plan.timed_file_bytes + kept * plan.state_bytes(search),
         ),
         disk_bytes=sum(

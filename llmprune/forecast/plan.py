@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from llmprune.blocks.solve import gathered_choices
-from llmprune.blocks.statistics import statistics_bytes
 from llmprune.choices.choice import Assignment
 from llmprune.choices.dimensions import BlockKind
 from llmprune.choices.space import Space
@@ -16,7 +14,7 @@ from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_inputs import SplitName
 from llmprune.data.tokens import divide_windows, first_windows
 from llmprune.forecast.rates import Rates
-from llmprune.forecast.work import SolverFlops
+from llmprune.forecast.work import SolverFlops, layer_numbers
 from llmprune.measure.quality.prefix import STATES_BYTES
 from llmprune.measure.speed.throughput import Workload
 from llmprune.tables.exact import is_exact
@@ -44,6 +42,10 @@ class Plan:
 
     whole_sizes: int = 0
     """Sizes of the whole model that are measured beside the parent's own."""
+    walked: bool = False
+    """Whether estimates go through the parent layer by layer (see `tables.estimate.is_walked`)."""
+    walking_bytes: int = 4
+    """Of a number where layers are walked."""
 
     @property
     def rounded_vocabulary_bytes(self) -> int:
@@ -89,14 +91,9 @@ class Plan:
         return [(i, c) for i, c in space.assignments() if is_exact(c, space, rules)]
 
     @property
-    def layers_a_pass(self) -> int:
-        """Layers whose statistics are gathered together."""
-        own = gathered_choices(self.space, self.recipe.importance)
-        return max(1, self.recipe.importance.memory_bytes // statistics_bytes(self.space.shape, own))
-
-    def passes(self, layers: int) -> int:
-        """Passes over the calibration tokens that the statistics of so many layers take."""
-        return -(-layers // self.layers_a_pass)
+    def brought_bytes(self) -> int:
+        """Weights of one layer where they are walked, beside the parent's own; 0 where those serve."""
+        return layer_numbers(self.space.shape) * self.walking_bytes if self.walked else 0
 
     def kept_states(self, tokens: int) -> int:
         """How many layers' hidden states of so many tokens a scorer keeps of the parent."""

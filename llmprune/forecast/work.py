@@ -18,7 +18,7 @@ from llmprune.choices.space import Space
 from llmprune.core.recipe import ImportanceRecipe
 
 _HEADER_BYTES = 256
-_HEADER_BYTES_A_TENSOR = 96
+_HEADER_BYTES_A_TENSOR = 76
 """What safetensors' header says of a file (two hashes), and of each tensor (name, dtype, shape, place)."""
 
 
@@ -109,16 +109,15 @@ def estimate_flops_per_token(space: Space, *, anywhere: bool = False) -> int:
 def layer_library_bytes(
     space: Space, dtype_bytes: int, biased: frozenset[BlockKind] = frozenset(), method: str = "obs"
 ) -> int:
-    """One layer's file: orders in int64, and weight (and bias, where the parent has one) of every stored choice; for
-    "flap" also scores of units and means of inputs in float64."""
+    """One layer's file: orders in int64, what each refitted choice changes (and its bias, where the parent has one);
+    for "flap" also scores of units and means of inputs in float64."""
     shape = space.shape
     total, tensors = _HEADER_BYTES, 0
     for kind in BLOCK_KINDS:
         choices = refitted(space, kind)
-        weights = sum(shape.inputs(choice) for choice in choices) * shape.hidden_size
         biases = len(choices) * shape.hidden_size if kind in biased else 0
-        total += dtype_bytes * (weights + biases) + 8 * shape.units(kind)
-        tensors += 1 + len(choices) * (2 if kind in biased else 1)
+        total += _changes_bytes(space, kind) + dtype_bytes * biases + 8 * shape.units(kind)
+        tensors += 1 + len(choices) * (4 if kind in biased else 3)
         for work in refit_works(space, kind):
             total += 8 * work.order_numbers
             tensors += work.orders
@@ -131,16 +130,25 @@ def layer_library_bytes(
     return total + _HEADER_BYTES_A_TENSOR * tensors
 
 
+def _changes_bytes(space: Space, kind: BlockKind) -> int:
+    """What all choices of a block change of the output weight: a byte a number, and scales of rows and columns."""
+    hidden = space.shape.hidden_size
+    inputs = [space.shape.inputs(choice) for choice in refitted(space, kind)]
+    return sum(hidden * count + 4 * (hidden + count) for count in inputs)
+
+
 def solving_bytes(space: Space, recipe: ImportanceRecipe, dtype_bytes: int) -> int:
-    """The most that solving one layer holds at once beside its statistics: scratch in float64, the solved weights of
-    every choice, twice while they are put in order, copied and written, and those of the block that came before."""
-    solved = {kind: _solved_bytes(space, kind, dtype_bytes) for kind in BLOCK_KINDS}
-    # Blocks are solved in this order; the first one's weights wait for the second's.
-    waiting, most = 0, 2 * sum(solved.values())
+    """The most that solving one layer holds at once beside its statistics: scratch in float64 and the solved weights of
+    every choice of a block, or these and their changes, one of them in float32 three times; and the changes of the
+    block that came before."""
+    waiting = most = 0
     for kind in BLOCK_KINDS:
         scratch = max(_order_bytes(space, recipe, kind), _refit_bytes(space, recipe, kind, dtype_bytes))
-        most = max(most, waiting + max(scratch, 2 * solved[kind]))
-        waiting += solved[kind]
+        widest = max((space.shape.inputs(choice) for choice in refitted(space, kind)), default=0)
+        storing = _solved_bytes(space, kind, dtype_bytes) + _changes_bytes(space, kind)
+        storing += 3 * 4 * space.shape.hidden_size * widest
+        most = max(most, waiting + max(scratch, storing))
+        waiting += _changes_bytes(space, kind)
     return most
 
 
@@ -148,6 +156,17 @@ def _solved_bytes(space: Space, kind: BlockKind, dtype_bytes: int) -> int:
     """Output weights of all choices of a block."""
     inputs = sum(space.shape.inputs(choice) for choice in refitted(space, kind))
     return dtype_bytes * space.shape.hidden_size * inputs
+
+
+def layer_numbers(shape: ParentShape) -> int:
+    """Weights of one layer, with a gate in its FFN."""
+    attention = shape.full("attention")
+    return shape.hidden_size * (shape.rows(attention) + 3 * shape.ffn_width)
+
+
+def choices_numbers(space: Space) -> int:
+    """Output weights of all refitted choices of a layer."""
+    return sum(space.shape.hidden_size * space.shape.inputs(c) for kind in BLOCK_KINDS for c in refitted(space, kind))
 
 
 def _order_bytes(space: Space, recipe: ImportanceRecipe, kind: BlockKind) -> int:

@@ -23,6 +23,7 @@ from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.models.loading import load_model
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, BlockNames, Family, input_axis
 from llmprune.models.stored import StoredWeight
+from llmprune.models.streams import input_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,17 @@ class Parent:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the embeddings."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[return-value]
+        return input_device(self.model)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether accelerate has put parts of it on several devices, or on disk."""
+        return len(set(self.device_map.values())) > 1
+
+    @property
+    def device_map(self) -> dict[str, Any]:
+        """Where accelerate has put its parts, by their names; nothing if it is where it was loaded."""
+        return getattr(self.model, "hf_device_map", {})
 
     def layer(self, index: int) -> nn.Module:
         return self.model.get_submodule(f"{self.family.layers}.{index}")

@@ -36,8 +36,8 @@ class Repairs(Protocol):
         """What stays of the block's units."""
         ...
 
-    def output(self, layer: int, choice: Choice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight (D, kept inputs) and bias (D,) of the output projection."""
+    def output(self, layer: int, choice: Choice, weight_DI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight (D, kept inputs) and bias (D,) of the output projection, from the parent's weight (D, I)."""
         ...
 
     def norm_squares(self, layer: int, name: str) -> torch.Tensor | None:
@@ -271,10 +271,9 @@ def output_of(
 ) -> tuple[torch.Tensor, torch.Tensor | None, StoredWeight | None]:
     """Weight (D, inputs) and bias (D,) of the output projection of a choice that keeps something, and how the weight is
     stored if it has a type of its own: its numbers are then what the type holds."""
-    if own.plain == parent.shape.full(own.kind):
-        weight, bias = parent.output_weight(layer, own.kind), parent.output_bias(layer, own.kind)
-    else:
-        weight, bias = library.output(layer, own.plain)
+    weight, bias = parent.output_weight(layer, own.kind), parent.output_bias(layer, own.kind)
+    if own.plain != parent.shape.full(own.kind):
+        weight, bias = library.output(layer, own.plain, weight)
     if own.stored is None:
         return weight, bias, None
     squares, columns_S = (
@@ -305,15 +304,14 @@ def _copy_buffers(parent: Parent, architecture: Architecture, child: PreTrainedM
 
 def _dispatch_like(parent: Parent, architecture: Architecture, child: PreTrainedModel) -> None:
     """A parent spread over several devices has hooks that move activations: give the child the same."""
-    device_map = getattr(parent.model, "hf_device_map", None)
-    if not device_map or len(set(device_map.values())) == 1:
+    if not parent.is_spread:
         return
     from accelerate import dispatch_model
 
     prefix = parent.family.layers + "."
     position = {layer: i for i, layer in enumerate(architecture.kept_layers)}
     child_map: dict[str, Any] = {}
-    for name, device in device_map.items():
+    for name, device in parent.device_map.items():
         index, _, rest = name.removeprefix(prefix).partition(".")
         if not name.startswith(prefix):
             child_map[name] = device

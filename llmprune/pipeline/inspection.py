@@ -29,6 +29,7 @@ from llmprune.measure.speed.throughput import Workload
 from llmprune.models.checkpoint import check_destination
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import size_of
+from llmprune.models.walk import walking_dtype
 from llmprune.pipeline.exports import exported_id
 from llmprune.pipeline.fronts import make_front
 from llmprune.pipeline.judges import Judges
@@ -38,6 +39,7 @@ from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
 from llmprune.pipeline.searching import estimates_for, study_name, trials_of, walk_path
 from llmprune.search.workers.storage import opened_storage
+from llmprune.tables.estimate import is_walked
 from llmprune.tables.reach import check_reach, measure_reach, reach_to_json
 
 FFN_RUNGS = 16
@@ -148,7 +150,19 @@ def forecast_run(
     vocabulary = parent.model.config.get_text_config().vocab_size
     gguf = sum(tensor_bytes(parent.model, recipe.deploy.gguf_type).values()) if _writes_gguf(recipe) else 0
     sizes = len(sizes_of(recipe, parent)) if is_asked(recipe) and not directory.resized_facts.is_file() else 0
-    plan = Plan(recipe, space, workload, vocabulary, size.bytes, parent.model.dtype.itemsize, biased, gguf, sizes)
+    plan = Plan(
+        recipe,
+        space,
+        workload,
+        vocabulary,
+        size.bytes,
+        parent.model.dtype.itemsize,
+        biased,
+        gguf,
+        sizes,
+        walked=is_walked(parent),
+        walking_bytes=walking_dtype(parent, parent.device).itemsize,
+    )
     with show("measuring what this machine does in a second"):
         windows = max(plan.windows("search").values())
         rates = measure_rates(parent, space, workload, windows, recipe.data.seq_len)

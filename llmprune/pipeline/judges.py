@@ -102,7 +102,6 @@ class Judges:
                     specs,
                     self.stock.space,
                     input_hash=library_inputs(self.stock, self.stock.tokens),
-                    memory_bytes=rules.memory_bytes,
                     progress=advance,
                 )
             self._libraries |= {recipe.method: found for recipe, found in zip(missing, built, strict=True)}

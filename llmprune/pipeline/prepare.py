@@ -233,7 +233,6 @@ def solve_blocks(run: Run, ground: Ground, tokens: TokenSplits) -> BlockLibrary:
             ground.space,
             where,
             input_hash=input_hash,
-            memory_bytes=rules.memory_bytes,
             progress=advance,
         )
 

@@ -27,9 +27,7 @@ from llmprune.measure.quality.perplexity import score
 from llmprune.models.modeling_pruned import input_axis
 from llmprune.models.parent import Parent
 from llmprune.models.stored import as_stored
-from llmprune.recover.held_out import windows_of
-from llmprune.recover.least_squares import LeastSquares
-from llmprune.recover.streams import (
+from llmprune.models.streams import (
     BATCH_TOKENS,
     Call,
     GivenAttention,
@@ -39,6 +37,8 @@ from llmprune.recover.streams import (
     layer_calls,
     until,
 )
+from llmprune.recover.held_out import windows_of
+from llmprune.recover.least_squares import LeastSquares
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the way from the weights that are there to what was solved, tried on held-out tokens."""
@@ -140,7 +140,7 @@ class _ParentStream:
     def __init__(self, parent: Parent, windows_WT: Tensor, batches: Sequence[slice], shelf: Shelf) -> None:
         self._parent, self._batches, self._at, self._has_run = parent, batches, 0, False
         self._layers = [parent.layer(index) for index in range(parent.shape.layers)]
-        self._calls = layer_calls(parent.model, self._layers, windows_WT[0])
+        self._calls = layer_calls(parent.model, self._layers, windows_WT.shape[1])
         shape = (*windows_WT.shape, parent.shape.hidden_size)
         self._before, self._middle, self._after = (shelf.place(shape, parent.model.dtype) for _ in range(3))
         for rows in batches:
@@ -200,7 +200,7 @@ class _Walk:
         self._batches = [slice(i, i + batch) for i in range(0, len(windows_WT), batch)]
         self._parent, self._child = parent, child
         self._layers = list(child.get_submodule(parent.family.layers).children())
-        self._calls = layer_calls(child, self._layers, windows_WT[0])
+        self._calls = layer_calls(child, self._layers, windows_WT.shape[1])
         self._position = {layer: i for i, layer in enumerate(architecture.kept_layers)}
         self._parents = _ParentStream(parent, windows_WT, self._batches, shelf)
         self._stream_WTD = shelf.place((*windows_WT.shape, parent.shape.hidden_size), parent.model.dtype)

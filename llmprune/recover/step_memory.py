@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from llmprune.recover.streams import instead_of
+from llmprune.models.streams import instead_of
 
 
 class _GivenStates(nn.Module):

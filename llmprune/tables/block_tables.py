@@ -28,7 +28,7 @@ from llmprune.models.parent import Parent
 from llmprune.models.surgery import prune, skeleton
 from llmprune.tables.allocate import Allocator, Scores
 from llmprune.tables.costs import CostTable, cost_table, probe_architectures
-from llmprune.tables.estimate import block_influence, estimate_delta_nats
+from llmprune.tables.estimate import estimate
 from llmprune.tables.exact import exact_delta_nats, is_exact
 from llmprune.tables.together import together_factors, weighed
 
@@ -128,10 +128,8 @@ def build_tables(
     so they are scaled to what a few mixed children really save. Sizes add up exactly.
     """
     with show("estimating what each choice loses") as advance:
-        delta_nats = estimate_delta_nats(
-            parent, split, library, tokens=rules.tokens, caution=rules.caution, progress=advance
-        )
-        influence = block_influence(parent, split, tokens=rules.tokens)
+        estimated = estimate(parent, split, library, tokens=rules.tokens, caution=rules.caution, progress=advance)
+    delta_nats, influence = dict(estimated.delta_nats), estimated.influence
     delta_nats |= {(WHOLE_MODEL, choice): 0.0 for choice in library.space.vocabulary[-1:]}
     if wanted := [key for key in library.space.assignments() if is_exact(key[1], library.space, rules)]:
         with show("scoring choices exactly") as advance:

@@ -169,7 +169,5 @@ class _FirstUnits:
     def head_squares(self) -> None:
         return None
 
-    def output(self, layer: int, choice: Choice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        inputs = self._parent.shape.inputs(choice)
-        weight = self._parent.output_weight(layer, choice.kind)[:, :inputs]
-        return weight, self._parent.output_bias(layer, choice.kind)
+    def output(self, layer: int, choice: Choice, weight_DI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return weight_DI[:, : self._parent.shape.inputs(choice)], self._parent.output_bias(layer, choice.kind)

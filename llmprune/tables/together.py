@@ -19,7 +19,7 @@ from llmprune.choices.vocabulary import VocabularyChoice
 from llmprune.core.errors import ModelError
 from llmprune.core.progress import Advance
 from llmprune.tables.allocate import Scores
-from llmprune.tables.estimate import estimated_choices
+from llmprune.tables.watched import estimated_choices
 
 FURTHEST = 4.0
 """How far from 1, either way, a factor may be: beyond that it is the tokens that are few."""

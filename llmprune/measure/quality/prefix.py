@@ -140,13 +140,12 @@ class PrefixScorer:
             positions = sum(batch.windows_BS[:, 1:].numel() for batch in self._batches)
             check_top_logits_fit(self._top_k, positions, element_bytes, top_k_bytes)
         # On several devices a state would have to travel; plain passes are right everywhere.
-        spread_out = len(set(getattr(parent.model, "hf_device_map", {}).values())) > 1
         one_layer = max(1, split.tokens * parent.shape.hidden_size * element_bytes)
-        layers = 0 if spread_out else parent_bytes // one_layer
+        layers = 0 if parent.is_spread else parent_bytes // one_layer
         self._parent_steps = steps_of(parent.shape.architecture)
         self._parent_layers = spread(1, parent.shape.layers - 1, layers)
         self._parent_batches: dict[int, _ParentBatch] = {}
-        self._states = PrefixStates(0 if spread_out else candidate_bytes // one_layer)
+        self._states = PrefixStates(0 if parent.is_spread else candidate_bytes // one_layer)
         self._remembered: set[Architecture] = set()
 
     def remember(self, architecture: Architecture) -> None:

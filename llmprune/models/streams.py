@@ -7,7 +7,7 @@ Shapes: W windows of a split, B windows of a batch, T tokens of a window, D the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -72,21 +73,55 @@ class Call:
         after_BTD: Tensor = output[0] if isinstance(output, tuple) else output
         return after_BTD
 
+    def moved(self, here: Callable[[Tensor], Tensor]) -> Call:
+        """The same call with its tensors elsewhere."""
+        args, kwargs = recursively_apply(here, (self.args, self.kwargs))
+        return Call(args, kwargs, self.by_name)
 
-def layer_calls(model: PreTrainedModel, layers: Sequence[nn.Module], window_T: Tensor) -> list[Call]:
-    """How the model calls each of its layers on a window as long as this one: masks, positions, rotary embeddings."""
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where inputs go: the device of the embeddings, or that to which accelerate brings them."""
+    embedding = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device  # type: ignore[assignment]
+    hook = getattr(embedding, "_hf_hook", None)
+    return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
+
+
+@contextmanager
+def passed_by(layers: Sequence[nn.Module], last_BTD: Tensor | None = None) -> Iterator[dict[int, Call]]:
+    """Within it the layers hand on what enters them, so that a pass through their model is what is before and behind
+    them alone; behind the last comes `last_BTD` instead, if it is given. How each was called is noted."""
     calls: dict[int, Call] = {}
 
-    def noted(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def forward(index: int, *args: Any, **kwargs: Any) -> Tensor:
         others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         calls[index] = Call(args[1:], others, by_name="hidden_states" in kwargs)
+        entering_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
+        return entering_BTD if last_BTD is None or index < len(layers) - 1 else last_BTD
 
-    with ExitStack() as hooks:
+    own = [layer.__dict__.get("forward") for layer in layers]
+    try:
         for index, layer in enumerate(layers):
-            handle = layer.register_forward_pre_hook(partial(noted, index), with_kwargs=True)
-            hooks.callback(handle.remove)
-        model.base_model(input_ids=window_T[None].to(model.device), use_cache=False)
+            layer.forward = partial(forward, index)
+        yield calls
+    finally:
+        for layer, before in zip(layers, own, strict=True):
+            del layer.forward
+            if before is not None:
+                layer.forward = before
+
+
+def layer_calls(model: PreTrainedModel, layers: Sequence[nn.Module], tokens: int) -> list[Call]:
+    """How the model calls each of its layers on a window of so many tokens: masks, positions, rotary embeddings."""
+    with passed_by(layers) as calls:
+        model.base_model(inputs_embeds=no_embeddings(model, 1, tokens), use_cache=False)
     return [calls[index] for index in range(len(layers))]
+
+
+def no_embeddings(model: PreTrainedModel, windows: int, tokens: int) -> Tensor:
+    """What a pass is begun with that takes no notice of it: (B, T, E) zeros, as wide as an embedding."""
+    width: int = model.get_input_embeddings().weight.shape[1]  # type: ignore[index, assignment]
+    return torch.zeros(windows, tokens, width, dtype=model.dtype, device=input_device(model))
 
 
 def embedded(model: PreTrainedModel, first_layer: nn.Module, ids_BT: Tensor) -> Tensor:
@@ -99,7 +134,7 @@ def embedded(model: PreTrainedModel, first_layer: nn.Module, ids_BT: Tensor) -> 
 
     handle = first_layer.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        model.base_model(input_ids=ids_BT.to(model.device), use_cache=False)
+        model.base_model(input_ids=ids_BT.to(input_device(model)), use_cache=False)
     except _Reached:
         pass
     finally:
