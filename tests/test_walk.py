@@ -20,7 +20,7 @@ from llmprune.choices.space import Space
 from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.models.parent import Parent, make_parent
-from llmprune.models.walk import Walk
+from llmprune.models.walk import Walk, with_room
 from llmprune.tables.estimate import estimate, is_walked
 
 SEQ_LEN = 16
@@ -165,3 +165,26 @@ def test_a_walk_that_fails_leaves_the_weights_where_they_were(split: Split) -> N
         run(torch.zeros(1, SEQ_LEN, 3))
     for kind in BLOCK_KINDS:
         assert parent.output_weight(1, kind).dtype == torch.bfloat16
+
+
+def test_where_there_is_no_room_for_both_the_parent_waits_in_cpu_memory() -> None:
+    parent = tiny_parent(case_of("llama-gqa"))
+    asked: list[Any] = []
+
+    def work(device: torch.device | None) -> str:
+        asked.append(device)
+        if device is None:
+            raise torch.OutOfMemoryError("no room")
+        return "done"
+
+    assert with_room(parent, work) == "done"
+    assert asked == [None, parent.device], "first where it lies, then brought there layer by layer"
+    with pytest.raises(torch.OutOfMemoryError, match="even so"):
+        with_room(parent, raising(torch.OutOfMemoryError("even so")))
+
+
+def raising(error: Exception) -> Any:
+    def work(device: torch.device | None) -> None:
+        raise error
+
+    return work

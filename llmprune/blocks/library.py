@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from llmprune.blocks.changes import CHANGE_PARTS, changed
@@ -24,6 +25,7 @@ from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import Split
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import InputSquares
+from llmprune.models.walk import with_room
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,11 +146,24 @@ def build_libraries(
     built = [_Built(spec, layer_keys(input_hash, spec.recipe, space)) for spec in specs]
     for library in built:
         library.load(input_hash)
+    with_room(parent, lambda device: _complete(built, parent, split, space, device, progress))
+    return [library.whole(space) for library in built]
+
+
+def _complete(
+    built: Sequence[_Built],
+    parent: Parent,
+    split: Split,
+    space: Space,
+    device: torch.device | None,
+    progress: Advance | None,
+) -> None:
+    """Solve the layers that any of the libraries lacks."""
     missing = [layer for layer in range(parent.shape.layers) if any(layer not in library.layers for library in built)]
     if not missing:
-        return [library.whole(space) for library in built]
-    own = max((gathered_choices(space, spec.recipe) for spec in specs), key=len)
-    walked = layer_statistics(parent, split, layers=missing, own=own, entries=offers_types(space))
+        return
+    own = max((gathered_choices(space, library.spec.recipe) for library in built), key=len)
+    walked = layer_statistics(parent, split, layers=missing, own=own, entries=offers_types(space), device=device)
     steps = Steps(len(missing), progress)
     steps.report(0)
     for layer, blocks in walked:
@@ -157,7 +172,6 @@ def build_libraries(
                 library.add(layer, solve_layer(parent, layer, blocks, library.spec.recipe, space))
         steps.report(1)
         steps.finish(1)
-    return [library.whole(space) for library in built]
 
 
 def load_library(directory: Path, recipe: ImportanceRecipe, space: Space, *, input_hash: str) -> BlockLibrary:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 
 from llmprune.models.parent import Parent
 from llmprune.models.streams import embedded, layer_calls, no_embeddings, passed_by
+
+Result = TypeVar("Result")
 
 Run = Callable[[Tensor], Tensor]
 """From hidden states (B, T, D), wherever they lie, to what comes of them."""
@@ -162,3 +164,22 @@ def _offloaded(module: nn.Module) -> Mapping[str, Tensor]:
         return {}
     names = [name for name, tensor in module.named_parameters(recurse=False) if tensor.is_meta]
     return {name: hook.weights_map[name] for name in names}
+
+
+def with_room(parent: Parent, work: Callable[[torch.device | None], Result]) -> Result:
+    """What is done layer by layer: `work`, told where layers are to be computed (None: where they lie). If the parent's
+    accelerator has no room for both, the parent waits in CPU memory, and its layers come one at a time.
+
+    Raises torch.OutOfMemoryError if there is no room even so.
+    """
+    try:
+        return work(None)
+    except torch.OutOfMemoryError:
+        if parent.is_spread:
+            raise
+    device = parent.device
+    parent.model.to("cpu")  # type: ignore[arg-type]
+    try:
+        return work(device)
+    finally:
+        parent.model.to(device)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +17,10 @@ from llmprune.choices.architecture import Architecture
 from llmprune.choices.choice import Assignment, Choice
 from llmprune.choices.dimensions import BlockKind
 from llmprune.choices.space import Space
-from llmprune.core.progress import Steps
+from llmprune.core.progress import Advance, Steps
 from llmprune.data.tokens import Split
 from llmprune.models.parent import Parent
-from llmprune.models.walk import Walk, walking_dtype
+from llmprune.models.walk import Walk, walking_dtype, with_room
 from llmprune.tables.watched import Batch, Watched
 
 WINDOWS_A_BATCH = 2
@@ -45,7 +45,7 @@ def estimate_delta_nats(
     tokens: int,
     at: Architecture | None = None,
     caution: float = 0.0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Advance | None = None,
 ) -> DeltaNats:
     """The costs of `estimate`, alone."""
     return estimate(parent, split, library, tokens=tokens, at=at, caution=caution, progress=progress).delta_nats
@@ -59,9 +59,8 @@ def estimate(
     tokens: int,
     at: Architecture | None = None,
     caution: float = 0.0,
-    device: torch.device | None = None,
     walked: bool | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Advance | None = None,
 ) -> Estimate:
     """Estimated nats per token that each choice costs, put alone into the architecture `at` (default: the parent).
 
@@ -85,24 +84,27 @@ def estimate(
     A parent that computes where it lies keeps the graph of one batch at a time; any other is `walked` (see
     `is_walked`): all tokens go forward layer by layer, the residual stream is kept at the borders, and each layer is
     run again with gradients on the way back (gradient checkpointing, arXiv 1604.06174), so that its weights and its
-    choices are brought to `device` (the parent's by default) once each way. `progress` counts batches of a pass and of
-    a layer.
+    choices are brought to where they are computed once each way (`with_room`). `progress` counts batches of a pass, and
+    of a layer.
     """
     at = at or parent.shape.architecture
-    walked = is_walked(parent, device) if walked is None else walked
-    watched = Watched(parent, library, {(layer, choice.kind): choice for layer, choice in at.blocks()}, keeps=walked)
+    own = {(layer, choice.kind): choice for layer, choice in at.blocks()}
     batches = _batches(split, tokens)
     shares = [split.weights[batch.source] * batch.share for batch in batches]
-    influence_L = torch.zeros(parent.shape.layers, dtype=torch.float64)
-    with watched.hooked():
-        if walked:
-            _walk(watched, batches, influence_L, shares, device, progress)
-        else:
-            for done, (batch, share) in enumerate(zip(batches, shares, strict=True)):
-                _pass(watched, batch, influence_L, share)
-                if progress:
-                    progress(done + 1, len(batches))
-    return Estimate(_every_choice(library.space, watched, split.weights, caution), influence_L.tolist())
+
+    def computed(device: torch.device | None) -> tuple[dict[str, DeltaNats], list[float]]:
+        walks = is_walked(parent, device) if walked is None else walked
+        watched = Watched(parent, library, own, keeps=walks)
+        influence_L = torch.zeros(parent.shape.layers, dtype=torch.float64)
+        with watched.hooked():
+            if walks:
+                _walk(watched, batches, influence_L, shares, device, progress)
+            else:
+                _pass_all(watched, batches, influence_L, shares, progress)
+        return watched.totals(), influence_L.tolist()
+
+    sums, influence = with_room(parent, computed)
+    return Estimate(_every_choice(library.space, own, sums, split.weights, caution), influence)
 
 
 def is_walked(parent: Parent, device: torch.device | None = None) -> bool:
@@ -112,11 +114,14 @@ def is_walked(parent: Parent, device: torch.device | None = None) -> bool:
     return device.type != "cpu" or walking_dtype(parent, device) != parent.model.dtype or parent.is_spread
 
 
-def _every_choice(space: Space, watched: Watched, weights: Mapping[str, float], caution: float) -> DeltaNats:
-    found: dict[str, DeltaNats] = {
-        name: {key: float(nats) for key, nats in sums.items()} for name, sums in watched.sums.items()
-    }
-    composed = {name: _with_types(space, watched.own, nats) for name, nats in found.items()}
+def _every_choice(
+    space: Space,
+    own: Mapping[tuple[int, BlockKind], Choice],
+    found: Mapping[str, DeltaNats],
+    weights: Mapping[str, float],
+    caution: float,
+) -> DeltaNats:
+    composed = {name: _with_types(space, own, nats) for name, nats in found.items()}
     every = [(i, c) for i, kind in space.blocks() for c in space.ladder(kind)]
     return {key: cautious({name: nats[key] for name, nats in composed.items()}, weights, caution) for key in every}
 
@@ -159,8 +164,21 @@ def _batches(split: Split, tokens: int) -> list[Batch]:
     return plan
 
 
+def _pass_all(
+    watched: Watched,
+    batches: Sequence[Batch],
+    influence_L: torch.Tensor,
+    shares: Sequence[float],
+    progress: Advance | None,
+) -> None:
+    """One batch after another through the whole model and back."""
+    for done, (batch, share) in enumerate(zip(batches, shares, strict=True)):
+        _pass(watched, batch, influence_L, share)
+        if progress:
+            progress(done + 1, len(batches))
+
+
 def _pass(watched: Watched, batch: Batch, influence_L: torch.Tensor, share: float) -> None:
-    """One batch through the whole model and back."""
     parent = watched.parent
     watched.begin(batch)
     states: list[torch.Tensor] = []
@@ -186,7 +204,7 @@ def _walk(
     influence_L: torch.Tensor,
     shares: Sequence[float],
     device: torch.device | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Advance | None,
 ) -> None:
     """All batches through one layer after another, and back."""
     layers = watched.parent.shape.layers

@@ -16,7 +16,7 @@ from torch import nn
 
 from llmprune.blocks.library import BlockLibrary
 from llmprune.blocks.solve import own_input_choices
-from llmprune.choices.choice import Choice
+from llmprune.choices.choice import Assignment, Choice
 from llmprune.choices.dimensions import BlockKind
 from llmprune.choices.space import Space
 from llmprune.models.beside import OwnBlocks, own_inputs
@@ -85,6 +85,10 @@ class Watched:
     def begin(self, batch: Batch) -> None:
         """What runs from now on is this batch."""
         self._batch = batch
+
+    def totals(self) -> dict[str, dict[Assignment, float]]:
+        """By source, nats a token of every candidate."""
+        return {name: {key: float(nats) for key, nats in sums.items()} for name, sums in self.sums.items()}
 
     def leave(self, layer: int) -> None:
         """A walk is through with a layer: what was made for it goes."""
