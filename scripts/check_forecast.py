@@ -168,18 +168,26 @@ def compared(said: Mapping[str, Any], actual: Actual, peak_bytes: int, base_byte
 
 def lines(result: Mapping[str, Any]) -> list[str]:
     """A table: every figure as forecast / actual."""
+    return [*table([*result["stages"], result["total"]]), *_beside(result)]
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every figure as forecast / actual."""
     found = [f"{'stage':<12}{'seconds':>20}{'memory, MB':>20}{'disk, MB':>20}   (forecast / actual)"]
-    for row in (*result["stages"], result["total"]):
+    for row in rows:
         pairs = []
         for figure, unit, scale in (("seconds", "", 1.0), ("memory_bytes", "", 1e6), ("disk_bytes", "", 1e6)):
             said, was = row[f"forecast_{figure}"], row[f"actual_{figure}"]
             pairs.append(f"{said / scale:,.0f} / {'-' if was is None else f'{was / scale:,.0f}'}{unit}")
         found.append(f"{row['stage']:<12}" + "".join(f"{pair:>20}" for pair in pairs))
-    found.append(
+    return found
+
+
+def _beside(result: Mapping[str, Any]) -> list[str]:
+    return [
         f"Beside that: {result['not_forecast_seconds']:.0f} s in steps that are not forecast (loading, starting), and "
         f"{result['python_and_torch_bytes'] / 1e6:,.0f} MB of Python and torch."
-    )
-    return found
+    ]
 
 
 def main() -> None:

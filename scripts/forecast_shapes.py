@@ -1,8 +1,8 @@
-"""What the default recipe costs on three published shapes, computed by the forecast's own functions: nothing is run.
+"""What the default recipe costs on published shapes, computed by the forecast's own functions: nothing is run.
 
-    python scripts/forecast_shapes.py [--ffn-step-share 6] [--json]
+    python scripts/forecast_shapes.py [--json]
 
-FFN widths go in steps of about a sixth of the width (a multiple of 128), so that the shapes have as many choices.
+Shapes in half precision are those of a GPU, where estimates are walked layer by layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmprune.choices.space import Space
 from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_files import DEFAULT_RECIPE, recipe_path
 from llmprune.core.recipe_text import parse_recipe
-from llmprune.forecast.forecast import forecast
+from llmprune.forecast.forecast import estimating_peak_bytes, forecast, solving_peak_bytes
 from llmprune.forecast.plan import Plan
 from llmprune.forecast.work import (
     estimate_flops_per_token,
@@ -33,6 +33,7 @@ from llmprune.measure.speed.throughput import Workload
 
 SHAPES = {
     "SmolLM2-135M": (ParentShape(30, 576, 3, 3, 64, 1536), 49_152, 4, True),
+    "Qwen3-8B": (ParentShape(36, 4096, 8, 4, 128, 12_288), 151_936, 2, False),
     "Llama-3.1-8B": (ParentShape(32, 4096, 8, 4, 128, 14_336), 128_256, 2, False),
     "Llama-3.1-70B": (ParentShape(80, 8192, 8, 8, 128, 28_672), 128_256, 2, False),
 }
@@ -45,18 +46,24 @@ def layer_parameters(shape: ParentShape) -> int:
     return heads + 3 * shape.ffn_width * shape.hidden_size + 2 * shape.hidden_size
 
 
-def figures(name: str, recipe: Recipe, steps: int) -> dict[str, Any]:
+def figures(name: str, recipe: Recipe) -> dict[str, Any]:
     shape, vocabulary, dtype_bytes, tied = SHAPES[name]
-    step = max(128, shape.ffn_width // steps // 128 * 128)
-    space = Space.of(shape, 1, step)
+    space = Space.under(shape, recipe.space)
     embeddings = vocabulary * shape.hidden_size * (1 if tied else 2)
     parameters = shape.layers * layer_parameters(shape) + embeddings + shape.hidden_size
     rules = recipe.workload
     workload = Workload(rules.batch, rules.prompt_tokens, rules.generated_tokens, "bfloat16", 1, "any")
-    plan = Plan(recipe, space, workload, vocabulary, parameters * dtype_bytes, dtype_bytes)
+    plan = Plan(
+        recipe,
+        space,
+        workload,
+        vocabulary,
+        parameters * dtype_bytes,
+        dtype_bytes,
+        walked=dtype_bytes < 4,
+        walking_bytes=dtype_bytes,
+    )
     stages = {stage.stage: stage for stage in forecast(plan)}
-    roomy = recipe.importance.model_copy(update={"memory_gb": shape.layers * statistics_bytes(shape) / 2**30})
-    unbounded = forecast(replace(plan, recipe=recipe.model_copy(update={"importance": roomy})))[1]
     unguided = recipe.model_copy(update={"search": recipe.search.model_copy(update={"sampler": "nsga2"})})
     by_nsga2 = {stage.stage: stage for stage in forecast(replace(plan, recipe=unguided))}["search"]
     layer_flops = 2 * layer_parameters(shape)
@@ -66,17 +73,18 @@ def figures(name: str, recipe: Recipe, steps: int) -> dict[str, Any]:
         "parent bytes": parameters * dtype_bytes,
         "choices a layer (KV groups + FFN widths)": len(space.attention) + len(space.ffn),
         "statistics bytes a layer (float64)": statistics_bytes(shape),
-        "statistics bytes of all layers": shape.layers * statistics_bytes(shape),
-        "layers a pass in 2 GiB": plan.layers_a_pass,
         "calibration passes": stages["library"].forward_tokens // plan.tokens("calibration"),
         "library forward tokens": stages["library"].forward_tokens,
-        "the same with memory for all layers": unbounded.forward_tokens,
         "Gram products / layer forward": gram_flops_per_token(shape) / layer_flops,
         "solving a layer, bytes": solving_bytes(space, recipe.importance, dtype_bytes),
         "solver float64 TFLOP a layer": solver.total / 1e12,
         "solver float64 TFLOP in all": shape.layers * solver.total / 1e12,
         "library bytes a layer": layer_library_bytes(space, dtype_bytes),
         "library bytes on disk": stages["library"].disk_bytes,
+        "library / parent": stages["library"].disk_bytes / plan.parent_bytes,
+        "bytes moved to the device in an estimate / parent": moved_bytes(plan) / plan.parent_bytes,
+        "device bytes of the library, parent waiting": device_bytes(plan)["library"],
+        "device bytes of an estimate, parent waiting": device_bytes(plan)["estimate"],
         "estimate forward tokens": stages["estimate"].forward_tokens,
         "estimate backward tokens": stages["estimate"].backward_tokens,
         "estimate local / layer forward": estimate_flops_per_token(space) / layer_flops,
@@ -98,20 +106,35 @@ def figures(name: str, recipe: Recipe, steps: int) -> dict[str, Any]:
     }
 
 
+def moved_bytes(plan: Plan) -> int:
+    """What an estimate at the parent brings to the device where that lies: the library once, and the stream to every
+    layer, both ways, and its gradient."""
+    stream = plan.estimated_tokens(plan.recipe.tables.tokens) * plan.space.shape.hidden_size * plan.walking_bytes
+    library = plan.space.shape.layers * layer_library_bytes(plan.space, plan.dtype_bytes)
+    return library + (3 * plan.space.shape.layers + 2) * stream
+
+
+def device_bytes(plan: Plan) -> dict[str, int]:
+    """The most that lies on the device while the parent waits in CPU memory: one layer, and what is done with it."""
+    tokens = plan.estimated_tokens(plan.recipe.tables.tokens)
+    stream = plan.tokens("calibration") * plan.space.shape.hidden_size * plan.walking_bytes
+    borders = (plan.space.shape.layers + 2) * tokens * plan.space.shape.hidden_size * plan.walking_bytes
+    return {"library": solving_peak_bytes(plan) - stream, "estimate": estimating_peak_bytes(plan, tokens) - borders}
+
+
 def shown(name: str, value: float) -> str:
-    if "bytes" in name:
+    if "bytes" in name and "/" not in name:
         return f"{value / 1e9:,.2f} GB" if value >= 1e8 else f"{value / 1e6:,.1f} MB"
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ffn-step-share", type=int, default=6, help="FFN widths besides 0, about")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     data = yaml.safe_load(recipe_path(DEFAULT_RECIPE).read_text(encoding="utf-8"))
     recipe = parse_recipe(data, origin=DEFAULT_RECIPE)
-    columns = {name: figures(name, recipe, arguments.ffn_step_share) for name in SHAPES}
+    columns = {name: figures(name, recipe) for name in SHAPES}
     if arguments.json:
         print(json.dumps(columns, indent=2))
         return

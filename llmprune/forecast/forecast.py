@@ -118,12 +118,12 @@ def _library(plan: Plan, done: Done) -> StageCost:
         forward_tokens=tokens,
         solver=layer_solver_flops(plan.space, rules).times(missing),
         float32_flops=missing * tokens * gram_flops_per_token(shape, gathered_choices(plan.space, rules)),
-        peak_memory_bytes=plan.parent_bytes + _solving_bytes(plan),
+        peak_memory_bytes=plan.parent_bytes + solving_peak_bytes(plan),
         disk_bytes=missing * layer_library_bytes(plan.space, plan.dtype_bytes, plan.biased, rules.method),
     )
 
 
-def _solving_bytes(plan: Plan) -> int:
+def solving_peak_bytes(plan: Plan) -> int:
     """The stream of all tokens, the statistics of a layer, and beside them what a batch, or solving it, takes."""
     shape, tokens = plan.space.shape, plan.tokens("calibration")
     stream = tokens * shape.hidden_size * plan.walking_bytes
@@ -135,7 +135,7 @@ def _solving_bytes(plan: Plan) -> int:
     return stream + plan.brought_bytes + statistics + max(activations + gram, solving)
 
 
-def _estimating_bytes(plan: Plan, tokens: int) -> int:
+def estimating_peak_bytes(plan: Plan, tokens: int) -> int:
     """Graph and logits of a batch, and every block as each type of weights has it. Where layers are walked, the graph
     and the blocks of one; its weights and its choices, or the head's; and the stream of all tokens at every border."""
     batch = WINDOWS_A_BATCH * plan.recipe.data.seq_len
@@ -163,7 +163,7 @@ def _estimate(plan: Plan) -> StageCost:
         forward_tokens=(2 if plan.walked else 1) * tokens,
         backward_tokens=tokens,
         float32_flops=tokens * plan.space.shape.layers * estimate_flops_per_token(plan.space),
-        peak_memory_bytes=plan.parent_bytes + _estimating_bytes(plan, tokens),
+        peak_memory_bytes=plan.parent_bytes + estimating_peak_bytes(plan, tokens),
     )
 
 
@@ -206,7 +206,7 @@ def _path(plan: Plan) -> StageCost:
         forward_tokens=(2 if plan.walked else 1) * tokens,
         backward_tokens=tokens,
         float32_flops=tokens * plan.space.shape.layers * estimate_flops_per_token(plan.space, anywhere=True),
-        peak_memory_bytes=plan.parent_bytes + plan.timed_file_bytes + _estimating_bytes(plan, of_one),
+        peak_memory_bytes=plan.parent_bytes + plan.timed_file_bytes + estimating_peak_bytes(plan, of_one),
     )
 
 
@@ -251,7 +251,7 @@ def _search(plan: Plan, done: Done) -> StageCost:
     of_one = plan.estimated_tokens(plan.recipe.tables.path_tokens)
     estimated = estimates * of_one
     states = plan.kept_states(plan.tokens("search")) * plan.state_bytes(plan.tokens("search"))
-    estimating = plan.parent_bytes + _estimating_bytes(plan, of_one) if estimates else 0
+    estimating = plan.parent_bytes + estimating_peak_bytes(plan, of_one) if estimates else 0
     return StageCost(
         "search",
         forward_tokens=(proposals * raced + 1) * plan.tokens("search") + (2 if plan.walked else 1) * estimated,
@@ -308,7 +308,7 @@ def _front(plan: Plan, done: Done) -> StageCost:
         + max(
             _judged_bytes(plan, "validation"),
             _judged_bytes(plan, "search") + kept * plan.state_bytes(search),
-            plan.parent_bytes + (_solving_bytes(plan) if most else 0),
+            plan.parent_bytes + (solving_peak_bytes(plan) if most else 0),
             _timing_bytes(plan) - plan.timed_file_bytes + kept * plan.state_bytes(search),
         ),
         disk_bytes=sum(
