@@ -15,8 +15,7 @@ from llmprune.choices.kinds import by_kind
 from llmprune.choices.space import Space
 
 PROBES_PER_KIND = 6
-PROBES_PER_TYPE = 3
-"""Of sizes in a type of weights: between them time is the straighter, as no size is another kernel's."""
+"""A drop, if there is one, and sizes."""
 LEAST_ERROR = 1e-6
 """Of a saving, as a share of the largest."""
 
@@ -78,10 +77,10 @@ def probe_architectures(space: Space, *, whole_layers: bool = False) -> dict[Any
     """Children that differ from the parent in one kind of block, by the same choice in all layers; or in the
     vocabulary.
 
-    Some rungs of the ladder, the lowest among them; the rest is interpolated, since time is close to linear
-    in rows. Every kind of choice has a ladder of its own: its rows may save other work than those of another. Dropping
-    every attention would leave no model: there the first layer stays whole (and with one layer, there is nothing to
-    probe).
+    The drop, which is no small size, and some sizes, the smallest and the largest among them; the rest is interpolated,
+    since time is close to linear in rows. Every kind of choice has a ladder of its own: its rows may save other work
+    than those of another. Dropping every attention would leave no model: there the first layer stays whole (and with
+    one layer, there is nothing to probe).
 
     `whole_layers`: in a space of whole layers whose engine runs no child with a lone block gone, all layers but the
     first leave whole; it is timed once for each of their blocks.
@@ -91,9 +90,10 @@ def probe_architectures(space: Space, *, whole_layers: bool = False) -> dict[Any
         shorter = space.shape.architecture.without_layers(range(1, space.shape.layers))
         return {ladder[0]: shorter for kind in BLOCK_KINDS for ladder in _ladders(space, kind)}
     for ladder in (ladder for kind in BLOCK_KINDS for ladder in _ladders(space, kind)):
-        count = min(PROBES_PER_KIND, len(ladder))
-        for position in np.linspace(0, len(ladder) - 1, count).round().astype(int):
-            choice = ladder[position]
+        drops, sizes = _drops_and_sizes(ladder)
+        count = min(PROBES_PER_KIND - len(drops), len(sizes))
+        positions = np.linspace(0, len(sizes) - 1, count).round().astype(int)
+        for choice in (*drops, *(sizes[position] for position in positions)):
             layers = range(_first_changed(choice), space.shape.layers)
             if layers:
                 probes[choice] = space.shape.architecture.with_choices((layer, choice) for layer in layers)
@@ -113,35 +113,51 @@ def cost_table(
     block.
 
     Time is close to linear in rows, and a mild choice saves less than a timing may be off: so savings are shrunk
-    towards a line, the more the less sure they are (see `shrunk_to_line`). They are kept monotone in rows, for the
-    choices of each kind among themselves, and no fewer rows cost time; but another type of weights may: one that is
-    slow to unpack has a saving below 0. Of `whole_layers`, each block counts half.
+    towards a line, the more the less sure they are (see `shrunk_to_line`). A drop is on no line of sizes: norm and
+    launches go with it, on a GPU most of what a small block takes. It saves what was measured of it alone, which says
+    nothing of sizes. Savings are kept monotone in rows, for the choices of each kind among themselves, and no fewer
+    rows cost time; but another type of weights may: one that is slow to unpack has a saving below 0. Of `whole_layers`,
+    each block counts half.
     """
-    rows = space.shape.rows
     saving: dict[str, dict[AnyChoice, float]] = {}
     for phase in next(iter(speedups.values())):
         saving[phase] = {ladder[-1]: 0.0 for ladder in space.ladders.values()}
         for vocabulary in space.vocabulary[:-1]:
             saving[phase][vocabulary] = 1.0 - 1.0 / speedups[vocabulary][phase]
         for ladder in (ladder for kind in BLOCK_KINDS for ladder in _ladders(space, kind)):
-            full = rows(space.shape.full(ladder[0].kind))
-            # In the ladder's order: of two with as many rows the later one counts, in every process.
-            probes = [choice for choice in ladder if choice in speedups]
-            changed = [_blocks_changed(space, choice, whole_layers=whole_layers) for choice in probes]
-            times = [1.0 / speedups[choice][phase] for choice in probes]
-            savings = [(1.0 - time) / blocks for time, blocks in zip(times, changed, strict=True)]
-            if errors and probes:
-                sure = [errors[c][phase] * time**2 / n for c, time, n in zip(probes, times, changed, strict=True)]
-                savings = shrunk_to_line([full - rows(choice) for choice in probes], savings, sure)
-            points = dict(zip(map(rows, probes), savings, strict=True))
-            if ladder[0].stored is None:
-                points[full] = 0.0
-            sizes = sorted(points)
-            # A timing slip must not make a smaller block look slower than a larger one.
-            monotone = np.maximum.accumulate([points[size] for size in reversed(sizes)])[::-1]
-            for choice in ladder:
-                saving[phase][choice] = float(np.interp(rows(choice), sizes, monotone))
+            measured: dict[Choice, float] = {}
+            unsure: dict[Choice, float] = {}
+            for choice in (choice for choice in ladder if choice in speedups):
+                time, blocks = 1.0 / speedups[choice][phase], _blocks_changed(space, choice, whole_layers=whole_layers)
+                measured[choice] = (1.0 - time) / blocks
+                if errors:
+                    unsure[choice] = errors[choice][phase] * time**2 / blocks
+            saving[phase] |= _savings(space, ladder, measured, unsure)
     return CostTable(space, saving)
+
+
+def _savings(
+    space: Space, ladder: Sequence[Choice], measured: Mapping[Choice, float], errors: Mapping[Choice, float]
+) -> dict[AnyChoice, float]:
+    """What every choice of a ladder saves, from what its probes do, and from their standard errors if there are any."""
+    drops, sizes = _drops_and_sizes(ladder)
+    rows, full = space.shape.rows, space.shape.rows(space.shape.full(ladder[0].kind))
+    # In the ladder's order: of two with as many rows the later one counts, in every process.
+    probes = [choice for choice in sizes if choice in measured]
+    savings = [measured[choice] for choice in probes]
+    if errors and probes:
+        unsure = [errors[choice] for choice in probes]
+        savings = shrunk_to_line([full - rows(choice) for choice in probes], savings, unsure)
+    points = dict(zip(map(rows, probes), savings, strict=True))
+    if ladder[0].stored is None:
+        points[full] = 0.0
+    probed = sorted(points)
+    # A timing slip must not make a smaller block look slower than a larger one.
+    monotone = np.maximum.accumulate([points[size] for size in reversed(probed)])[::-1]
+    found: dict[AnyChoice, float] = {choice: float(np.interp(rows(choice), probed, monotone)) for choice in sizes}
+    for drop in drops:
+        found[drop] = max(measured.get(drop, 0.0), float(monotone[0]))
+    return found
 
 
 def shrunk_to_line(x: Sequence[float], y: Sequence[float], errors: Sequence[float]) -> list[float]:
@@ -170,6 +186,11 @@ def shrunk_to_line(x: Sequence[float], y: Sequence[float], errors: Sequence[floa
 def _ladders(space: Space, kind: BlockKind) -> list[list[Choice]]:
     """The choices below the parent's, ascending, each kind of choice apart."""
     return [own for _, own in by_kind(space.ladder(kind)[:-1])]
+
+
+def _drops_and_sizes(ladder: Sequence[Choice]) -> tuple[list[Choice], list[Choice]]:
+    """The drop, if the ladder has one, and the choices that keep something."""
+    return [choice for choice in ladder if not choice.units], [choice for choice in ladder if choice.units]
 
 
 def _blocks_changed(space: Space, choice: Choice, *, whole_layers: bool) -> int:
