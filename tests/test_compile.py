@@ -8,14 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from closeness import assert_close
-from families import CASES, Slices, tiny_parent
+from families import CASES, IDS, Slices, tiny_model, tiny_parent
 from torch._inductor import config as inductor
 from torch._inductor import cpp_builder
 from transformers import PreTrainedModel
 
 from llmprune.choices.architecture import Architecture
 from llmprune.core.errors import RecipeError
-from llmprune.measure.speed.throughput import Generation, Workload, check_compiler, measure_paired, token_ids
+from llmprune.measure.speed.graphs import StaticGeneration
+from llmprune.measure.speed.throughput import Workload, check_compiler, measure_paired, token_ids
 from llmprune.models.surgery import prune
 
 PROMPT, GENERATED = 6, 4
@@ -40,15 +41,13 @@ def child_of(layers: list[tuple[int, int]]) -> PreTrainedModel:
 def test_compiled_passes_compute_the_child(layers: list[tuple[int, int]]) -> None:
     child = child_of(layers)
     ids_BT, found = token_ids(child, COMPILED), []
-    run = Generation(child, ids_BT, COMPILED)
-    handle = child.lm_head.register_forward_hook(lambda module, args, result: found.append(result[:, -1].clone()))
     with torch.inference_mode():
-        run.prefill()
-        for _ in range(GENERATED):
-            run.decode_step()
-        handle.remove()
+        run = StaticGeneration(child, ids_BT, PROMPT, compiled=True)
+        for one in (run.prefill, *[run.decode_step] * GENERATED):
+            one()
+            found.append(run.logits_B1V.clone())
         expected = child(ids_BT).logits[:, PROMPT - 1 :]
-    assert_close(torch.stack(found, dim=1), expected)
+    assert_close(torch.cat(found, dim=1), expected)
 
 
 def test_every_model_has_a_graph_for_prompts_and_one_for_tokens() -> None:
@@ -56,6 +55,14 @@ def test_every_model_has_a_graph_for_prompts_and_one_for_tokens() -> None:
     torch._dynamo.utils.counters.clear()
     measure_paired(models[0], models[1:], COMPILED, repeats=2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * len(models)
+
+
+def test_a_window_that_slides_needs_no_graph_for_each_token() -> None:
+    """transformers' static cache counts tokens in Python there, and every step was compiled anew."""
+    model, workload = tiny_model(CASES[IDS.index("mistral-sliding")]), replace(COMPILED, generated_tokens=12)
+    torch._dynamo.utils.counters.clear()
+    measure_paired(model, [model], workload, repeats=2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_without_a_compiler_a_compiled_workload_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,7 +251,7 @@ def test_a_model_of_another_dtype_is_not_timed(model: PreTrainedModel) -> None:
 
 def test_workload_from_a_recipe() -> None:
     workload = Workload.from_recipe(WorkloadRecipe(batch=3, prompt_tokens=9), "bfloat16", "cuda:1")
-    assert workload == Workload(3, 9, 32, "bfloat16", torch.get_num_threads(), "cuda:1")
+    assert workload == Workload(3, 9, 32, "bfloat16", torch.get_num_threads(), "cuda:1", graphs=True)
     assert Workload.from_recipe(WorkloadRecipe(threads=7), "float32", "cpu").threads == 7
     assert Workload(**json.loads(json.dumps(workload.to_json()))) == workload
     assert "compile" not in workload.to_json() and replace(workload, compile=True).to_json()["compile"] is True

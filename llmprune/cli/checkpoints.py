@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -86,13 +86,17 @@ def bench(
     gguf_type: GgufWeights = "f16",
     cache_type: Annotated[str, typer.Option(help="f16 or q8_0: how llama.cpp stores the KV cache.")] = "f16",
     compiled: Annotated[bool, typer.Option("--compile", help="As torch.compile makes them.")] = False,
+    graphs: Annotated[
+        bool | None, typer.Option("--graphs/--no-graphs", help="As CUDA graphs; default: on a CUDA device.")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Time checkpoints side by side in one interleaved run."""
     from llmprune.evaluation.bench import bench as bench_models
 
-    how = {"engine": engine, "cache_type": cache_type, "compile": compiled}
+    how: dict[str, Any] = {"engine": engine, "cache_type": cache_type, "compile": compiled}
+    how["graphs"] = "auto" if graphs is None else graphs
     rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats, **how)
     files = parse_section(DeployRecipe, {"gguf_type": gguf_type})
     recipes = [model_recipe(model, device, dtype) for model in models]

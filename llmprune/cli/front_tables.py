@@ -9,7 +9,7 @@ from rich.table import Table
 
 from llmprune.cli.terminal import spread_text
 from llmprune.core.recipe_inputs import SplitName
-from llmprune.measure.record import Front, Record, cache_type_of, text_of
+from llmprune.measure.record import Front, Record, cache_type_of, how_run, text_of
 from llmprune.measure.resized import size_text
 from llmprune.pipeline.comparison import Compared
 
@@ -36,7 +36,7 @@ def front_table(front: Front) -> Table:
             f"Nats and perplexity: {quoted}. Chosen on other text, the {on.split} split of "
             f"{on.dataset}. Batch {workload['batch']}, {workload['prompt_tokens']} prompt + "
             f"{workload['generated_tokens']} generated tokens, {workload['dtype']}, {workload['threads']} threads on "
-            f"{workload['device']}{', compiled' if workload.get('compile') else ''}{_timed_by(workload, front)}. "
+            f"{workload['device']}{how_run(workload)}{_timed_by(workload, front)}. "
             f"Speed-ups are medians of paired ratios (10th-90th percentile).{_of_fewer_rows(front)}"
             + (" Unusable: perplexity beyond front.usable_ppl_ratio times the parent's." if marked else "")
         ),

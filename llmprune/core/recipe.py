@@ -41,6 +41,11 @@ class WorkloadRecipe(Section):
         description="time models as torch.compile makes them, with a static cache; every child is compiled, which "
         "takes minutes",
     )
+    graphs: Literal["auto"] | bool = Field(
+        "auto",
+        description="time torch's passes as captured CUDA graphs with a static cache, as engines serve; auto: on a "
+        "CUDA device. Without them a GPU at a small batch waits for Python, and narrower blocks seem to save nothing",
+    )
     engine: EngineName = Field(
         "torch",
         description="what runs the timed models: torch on the model's device, or llama.cpp on the CPU, which reads "
@@ -55,6 +60,8 @@ class WorkloadRecipe(Section):
     def _what_is_one_engines(self) -> WorkloadRecipe:
         if self.compile and self.engine != "torch":
             raise ValueError(f"compile is torch's; leave it out with engine={self.engine}")
+        if self.graphs is True and self.engine != "torch":
+            raise ValueError(f"graphs=true is torch's; leave it out with engine={self.engine}")
         if self.cache_type != "f16" and self.engine != "llamacpp":
             raise ValueError(f"cache_type={self.cache_type} is llama.cpp's; leave it out with engine={self.engine}")
         return self

@@ -105,8 +105,14 @@ def text_of(name: str, on: Quoted | MeasuredOn) -> str:
 def engine_of(workload: Mapping[str, Any]) -> str:
     """What ran the models that were timed, and how it held them; from `Workload.to_json`."""
     if workload.get("engine", "torch") == "torch":
-        return f"torch, {workload['dtype']}{', compiled' if workload.get('compile') else ''}"
+        return f"torch, {workload['dtype']}{how_run(workload)}"
     return f"llama.cpp, {workload['gguf_type']} weights, {cache_type_of(workload)} KV cache"
+
+
+def how_run(workload: Mapping[str, Any]) -> str:
+    """How torch ran them, if not as they are: to follow what else is said of the workload."""
+    told = {"compile": ", compiled", "graphs": ", as CUDA graphs"}
+    return "".join(word for key, word in told.items() if workload.get(key))
 
 
 def cache_type_of(workload: Mapping[str, Any]) -> str:

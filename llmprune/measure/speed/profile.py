@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
@@ -32,11 +32,11 @@ class TimeShares:
 def time_shares(parent: Parent, workload: Workload, repeats: int) -> TimeShares:
     """Median share over `repeats` prompts and their decode steps. The clocks cost some microseconds a block."""
     shares: dict[str, dict[Block, list[float]]] = {"prefill": {}, "decode": {}}
-    # In a compiled model no block can be told from the next.
-    ids_BT, plain = token_ids(parent.model, workload), replace(workload, compile=False)
+    # Eager: in a compiled model, or a graph, no block can be told from the next.
+    ids_BT = token_ids(parent.model, workload)
     with torch.inference_mode(), steady_process(workload.threads), _clocks(parent) as taken:
         for _ in range(repeats):
-            run = Generation(parent.model, ids_BT, plain)
+            run = Generation(parent.model, ids_BT, workload.prompt_tokens)
             for phase, passes in (("prefill", 1), ("decode", workload.generated_tokens)):
                 for _ in range(passes):
                     seconds = run.prefill() if phase == "prefill" else run.decode_step()

@@ -22,10 +22,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel
 
 from llmprune.core.errors import RecipeError
 from llmprune.core.recipe import CacheType, EngineName, GgufType, WorkloadRecipe
+from llmprune.measure.speed.graphs import WARM_UPS, StaticGeneration, as_it_is, cuda_graphs
 
 PREFILL_PAIRS = 2
 """Prompts that each model reads in one repeat; the last one's cache is what decode continues."""
@@ -51,23 +52,32 @@ class Workload:
     """How llama.cpp's weights are stored, which then says more of the speed than the dtype; None for torch."""
     cache_type: CacheType = "f16"
     """Of llama.cpp's KV cache; torch's has the dtype."""
+    graphs: bool = False
+    """Whether torch's passes are captured as CUDA graphs, and replays are timed."""
 
     @classmethod
     def from_recipe(cls, recipe: WorkloadRecipe, dtype: str, device: str, gguf_type: GgufType = "f16") -> Workload:
         """The recipe's workload on a device such as "cpu" or "cuda:1" (llama.cpp's is the CPU, always).
 
-        Threads default to torch's own choice.
+        Threads default to torch's own choice, and graphs to CUDA devices. Raises RecipeError on graphs elsewhere.
         """
         threads = torch.get_num_threads() if recipe.threads is None else recipe.threads
         lengths = recipe.batch, recipe.prompt_tokens, recipe.generated_tokens
         if recipe.engine == "torch":
-            return cls(*lengths, dtype, threads, device, recipe.compile)
+            on_cuda = torch.device(device).type == "cuda"
+            if recipe.graphs is True and not on_cuda:
+                raise RecipeError(
+                    f"workload.graphs=true needs a CUDA device, and the model is on {device}; leave it out (auto: "
+                    "on CUDA alone), or set model.device=cuda"
+                )
+            graphs = on_cuda if recipe.graphs == "auto" else recipe.graphs
+            return cls(*lengths, dtype, threads, device, recipe.compile, graphs=graphs)
         engine, cache_type = recipe.engine, recipe.cache_type
         return cls(*lengths, dtype, threads, "cpu", engine=engine, gguf_type=gguf_type, cache_type=cache_type)
 
     def to_json(self) -> dict[str, Any]:
         """Without what is as it always was, so that hashes of plain workloads stay."""
-        plain = {"compile": False, "engine": "torch", "gguf_type": None, "cache_type": "f16"}
+        plain = {"compile": False, "engine": "torch", "gguf_type": None, "cache_type": "f16", "graphs": False}
         return {key: value for key, value in asdict(self).items() if key not in plain or value != plain[key]}
 
 
@@ -182,7 +192,7 @@ def running(models: Sequence[PreTrainedModel], ids_BT: torch.Tensor, workload: W
     The first is the reference, which an engine may keep for the next call.
     """
     if workload.engine == "torch":
-        yield [Generation(model, ids_BT, workload) for model in models]
+        yield [_in_torch(model, ids_BT, workload) for model in models]
         return
     from llmprune.measure.speed.llamacpp_engine import loaded_runs  # imported late: it is not always there
 
@@ -193,22 +203,24 @@ def running(models: Sequence[PreTrainedModel], ids_BT: torch.Tensor, workload: W
         yield list(runs)
 
 
-class Generation:
-    """One model in torch, on its way through the workload, with its cache."""
+def _in_torch(model: PreTrainedModel, ids_BT: torch.Tensor, workload: Workload) -> Timed:
+    if not (workload.compile or workload.graphs):
+        return Generation(model, ids_BT, workload.prompt_tokens)
+    record = cuda_graphs(ids_BT.device) if workload.graphs else as_it_is
+    return StaticGeneration(model, ids_BT, workload.prompt_tokens, record, compiled=workload.compile)
 
-    def __init__(self, model: PreTrainedModel, ids_BT: torch.Tensor, workload: Workload) -> None:
-        self._config, self._ids_BT, self._workload = model.config, ids_BT, workload
-        self._model: Any = torch.compile(model, dynamic=False) if workload.compile else model
+
+class Generation:
+    """One model in eager torch, on its way through the workload, with its cache."""
+
+    def __init__(self, model: PreTrainedModel, ids_BT: torch.Tensor, prompt_tokens: int) -> None:
+        self._model, self._ids_BT, self._prompt_tokens = model, ids_BT, prompt_tokens
 
     def prefill(self) -> float:
         """Seconds to read the prompt into a new cache."""
-        self._cache: Any = (
-            StaticCache(config=self._config, max_cache_len=self._ids_BT.shape[1])
-            if self._workload.compile
-            else DynamicCache(config=self._config)
-        )
+        self._cache = DynamicCache(config=self._model.config)
         self._position = 0
-        return self._pass(self._workload.prompt_tokens)
+        return self._pass(self._prompt_tokens)
 
     def decode_step(self) -> float:
         """Seconds to read one token more."""
@@ -245,9 +257,11 @@ def _warm_up(run: Timed, workload: Workload) -> None:
 
 
 def passes_of(workload: Workload, repeats: int) -> tuple[int, int]:
-    """Prompts read and decode steps taken by `measure_paired` with one candidate: both models, warm-up included."""
-    warm_up = min(_WARM_UP_STEPS, workload.generated_tokens)
-    return 2 * (1 + repeats * PREFILL_PAIRS), 2 * (warm_up + repeats * workload.generated_tokens)
+    """Prompts read and decode steps taken by `measure_paired` with one candidate: both models, warm-up included, and
+    what is run before a graph stands, and to make it."""
+    warm_up, captured = min(_WARM_UP_STEPS, workload.generated_tokens), WARM_UPS + 1 if workload.graphs else 0
+    prompts, steps = 1 + repeats * PREFILL_PAIRS, warm_up + repeats * workload.generated_tokens
+    return 2 * (captured + prompts), 2 * (captured + steps)
 
 
 def token_ids(model: PreTrainedModel, workload: Workload) -> torch.Tensor:
