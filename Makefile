@@ -34,7 +34,7 @@ PARENT ?=
 TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
 
 .PHONY: setup demo compress search baselines recover report export export-gguf export-vllm push bench bench-search bench-families bench-scaling eval \
-	export-torchao test test-numerics test-oldest test-torchao lint typecheck check clean
+	export-torchao test test-gpu test-numerics test-oldest test-torchao lint typecheck check clean
 
 setup: $(VENV)/.installed
 
@@ -151,6 +151,10 @@ TORCHAO := $(abspath $(VENV))/torchao
 test-torchao: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(TORCHAO) torchao
 	PYTHONPATH=$(TORCHAO) $(BIN)/python -m pytest --numprocesses logical --dist worksteal tests/test_torchao.py
+
+# On a CUDA device; where there is none, every test says so and is skipped.
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu -rs
 
 lint: setup
 	$(BIN)/ruff check .
