@@ -7,12 +7,14 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from llmprune.core.errors import RunDirectoryError
-from llmprune.measure.speed.turns import scoring, timing
+from llmprune.measure.speed.turns import SHARED_BY, scoring, timing
 
 HOLD = """
 import time
@@ -52,10 +54,48 @@ def test_many_score_and_one_times() -> None:
         with timing("cpu"):
             blocked = [entered(pool, turn, "cpu") for turn in (scoring, timing)]
             assert all(map(waits, blocked))
-            # Another kind of device is another turn; several of one kind share it.
+            # Another device is another turn.
             entered(pool, timing, "cuda:0").result(5)
         for future in blocked:
             future.result(5)
+
+
+def test_each_gpu_has_turns_of_its_own() -> None:
+    with ThreadPoolExecutor(4) as pool, timing("cuda:0"):
+        entered(pool, timing, "cuda:1").result(5)
+        same = entered(pool, scoring, "cuda:0")
+        with timing("cuda:1"):
+            assert waits(same)
+
+
+def test_a_gpu_is_the_same_by_whatever_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As CUDA_VISIBLE_DEVICES=1 has it in one process, and not in the other.
+    uuids = {"cuda:0": "a", "cuda:1": "b"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda name: SimpleNamespace(uuid=uuids[name]))
+    with ThreadPoolExecutor(4) as pool:
+        with timing("cuda:1"):
+            entered(pool, timing, "cuda:0").result(5)
+            uuids["cuda:0"] = "b"
+            same = entered(pool, timing, "cuda:0")
+            assert waits(same)
+        same.result(5)
+
+
+def test_who_scores_beside_others_takes_a_share_of_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    monkeypatch.setenv(SHARED_BY, "2")
+    try:
+        for turn, device, expected in ((scoring, "cpu", 2), (timing, "cpu", 5), (scoring, "cuda:0", 5)):
+            with turn(device):
+                assert torch.get_num_threads() == expected, (turn, device)
+            assert torch.get_num_threads() == 5
+        monkeypatch.setenv(SHARED_BY, "9")
+        with scoring("cpu"):
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_who_waits_to_time_is_not_passed_for_ever() -> None:
