@@ -24,7 +24,11 @@ class ModelRecipe(Section):
         description="of weights and arithmetic; auto: the checkpoint's own on a GPU, float32 on a CPU, settled once a "
         "run and recorded",
     )
-    device: str = Field("auto", description="'auto' (CUDA if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1'")
+    device: str = Field(
+        "auto",
+        description="'auto' (CUDA if there is one, else the CPU), 'cpu', 'cuda', 'cuda:1', or 'cuda:0,cuda:1' to "
+        "spread the model over several",
+    )
     trust_remote_code: bool = Field(False, description="let the tokenizer's or config's repository run its code")
 
 

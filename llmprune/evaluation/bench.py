@@ -17,7 +17,8 @@ from llmprune.formats.gguf_limits import gguf_child_problem, gguf_problem
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.llamacpp_engine import cache_problem
 from llmprune.measure.speed.throughput import Workload, check_compiler, measure_paired
-from llmprune.models.loading import dtype_of, load_model, resolve_device
+from llmprune.models.loading import dtype_of, load_model
+from llmprune.models.placement import resolve_device
 from llmprune.models.sizes import parameter_count
 from llmprune.numerics.llamacpp_library import library
 

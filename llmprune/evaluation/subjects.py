@@ -21,7 +21,8 @@ from llmprune.core.recipe_text import parse_recipe, parse_section
 from llmprune.measure.resized import Resized
 from llmprune.measure.value import newer_schema
 from llmprune.models.checkpoint import METADATA_FILE
-from llmprune.models.loading import load_model, locate, resolve_device, stored_dtype
+from llmprune.models.loading import load_model, locate, stored_dtype
+from llmprune.models.placement import resolve_device
 from llmprune.pipeline.run_directory import RunDirectory
 from llmprune.publish.contents import EVALUATION_FILE
 

@@ -26,6 +26,7 @@ from llmprune.core.errors import ModelError, UnsupportedModelError, quoted, shor
 from llmprune.core.files import exists, expanded
 from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.data.bos import opening_with_bos
+from llmprune.models.placement import check_spread, gpus_to_spread_over, resolve_device, room_on
 
 _PRE_TOKENIZERS_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
 """With these, llama.cpp puts BOS in front of a text unless the file says otherwise; transformers would not."""
@@ -34,7 +35,8 @@ _PRE_TOKENIZERS_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falco
 def load_model(
     recipe: ModelRecipe, *, check: Callable[[Any], None] = lambda config: None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal LM - a Hub id, a directory or a GGUF file - and its tokenizer, in eval mode on its device.
+    """Load a causal LM - a Hub id, a directory or a GGUF file - and its tokenizer, in eval mode on its device, or
+    spread over several (`gpus_to_spread_over`).
 
     Weights are read from safetensors (or GGUF, dequantised) only; `dtype_of` says in which dtype, where the recipe
     leaves it open. `check` sees the config before any weight is read, and may refuse it. Raises ModelError.
@@ -49,14 +51,16 @@ def load_model(
         config = AutoConfig.from_pretrained(place, trust_remote_code=recipe.trust_remote_code, **where)
     check(config)
     device = resolve_device(recipe.device)
-    spread = recipe.device == "auto" and torch.cuda.device_count() > 1
+    dtype = _asked_dtype(recipe, device)
+    gpus = gpus_to_spread_over(recipe.device, config, dtype)
     with _readable_errors(recipe.path), quiet_loading():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
-            dtype=_asked_dtype(recipe, device),
+            dtype=dtype,
             trust_remote_code=recipe.trust_remote_code,
             use_safetensors=None if gguf_file else True,
-            device_map="auto" if spread else None,
+            device_map="auto" if gpus else None,
+            max_memory=room_on(gpus) or None,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **where,
@@ -73,7 +77,8 @@ def load_model(
         _forget_quantisation(model)
     if unsaid_bos and not recipe.tokenizer:
         tokenizer = opening_with_bos(tokenizer, True)
-    return (model if spread else model.to(device)).eval(), tokenizer
+    check_spread(model, recipe.path)
+    return (model if gpus else model.to(device)).eval(), tokenizer
 
 
 def dtype_of(model: PreTrainedModel) -> str:
@@ -95,21 +100,6 @@ def _check_dtype(model: PreTrainedModel, path: str) -> None:
     known = ("float32", "bfloat16", "float16")
     if (found := dtype_of(model)) not in known:
         raise ModelError(f"{path} is stored in {found}; name the dtype to read it in: model.dtype={' or '.join(known)}")
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device a recipe names. Raises ModelError if torch cannot use it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise ModelError(
-            f"model.device {quoted(name)} cannot be used here ({shortened(first_line)}); use cpu or auto"
-        ) from None
-    return device
 
 
 def stored_dtype(recipe: ModelRecipe) -> str:
