@@ -20,6 +20,7 @@ from llmprune.choices.space import Space
 from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import SourceTokens, Split
 from llmprune.models.parent import Parent, make_parent
+from llmprune.models.placement import is_spread
 from llmprune.models.walk import Walk, with_room
 from llmprune.tables.estimate import estimate, is_walked
 
@@ -141,7 +142,7 @@ def test_a_parent_on_disk_is_brought_once_a_layer_for_its_library_and_twice_for_
     layer_bytes = sum(p.nbytes for i in range(parent.shape.layers) for p in parent.layer(i).parameters())
     disk_offload(elsewhere.model, tmp_path, execution_device=torch.device("cpu"))
     elsewhere.model.hf_device_map = {"model": "disk", "lm_head": "cpu"}
-    assert elsewhere.is_spread and is_walked(elsewhere)
+    assert is_spread(elsewhere.model) and is_walked(elsewhere)
     assert all(p.is_meta for i in range(parent.shape.layers) for p in elsewhere.layer(i).parameters())
     library = build_library(elsewhere, split, ImportanceRecipe(), space)
     assert library.hash == expected.hash

@@ -24,6 +24,7 @@ import llmprune.models.proof
 from llmprune.choices.architecture import Architecture
 from llmprune.core.errors import ExportError
 from llmprune.core.files import sha256_file, write_json
+from llmprune.models.placement import is_spread
 from llmprune.models.proof import digests
 from llmprune.models.sizes import parameter_count
 from llmprune.models.surgery import is_stock
@@ -112,7 +113,9 @@ def prove(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, che
         inputs = Path(scratch) / "inputs.safetensors"
         given = _proof_inputs(child, tokenizer)
         save_file(given, inputs)
-        found = in_fresh_process(llmprune.models.proof.__file__, checkpoint, inputs, child.device)
+        # What one device did not hold here, it does not hold there.
+        device = "auto" if is_spread(child) else child.device
+        found = in_fresh_process(llmprune.models.proof.__file__, checkpoint, inputs, device)
     return _judge(found, child, largest_logit=float(given["logits"].abs().max()))
 
 

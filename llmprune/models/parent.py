@@ -43,16 +43,6 @@ class Parent:
         """Where inputs go: the device of the embeddings."""
         return input_device(self.model)
 
-    @property
-    def is_spread(self) -> bool:
-        """Whether accelerate has put parts of it on several devices, or on disk."""
-        return len(set(self.device_map.values())) > 1
-
-    @property
-    def device_map(self) -> dict[str, Any]:
-        """Where accelerate has put its parts, by their names; nothing if it is where it was loaded."""
-        return getattr(self.model, "hf_device_map", {})
-
     def layer(self, index: int) -> nn.Module:
         return self.model.get_submodule(f"{self.family.layers}.{index}")
 

@@ -1,7 +1,8 @@
 """Load a checkpoint as a stranger would, and report what came out. Run as a script, in a process of its own.
 
 Imports torch and transformers only: what it proves is that the checkpoint needs nothing else.
-Usage: python proof.py CHECKPOINT INPUTS.safetensors DEVICE; prints one JSON object.
+Usage: python proof.py CHECKPOINT INPUTS.safetensors DEVICE; prints one JSON object. On the device "auto", accelerate
+spreads the model over all GPUs.
 """
 
 from __future__ import annotations
@@ -46,11 +47,16 @@ def main(checkpoint: str, inputs: str, device: str) -> None:
     with open(f"{checkpoint}/config.json", encoding="utf-8") as file:  # noqa: PTH123 - no pathlib needed here
         has_code = "auto_map" in json.load(file)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint, trust_remote_code=has_code, dtype="auto", use_safetensors=True, output_loading_info=True
+        checkpoint,
+        trust_remote_code=has_code,
+        dtype="auto",
+        use_safetensors=True,
+        output_loading_info=True,
+        device_map="auto" if device == "auto" else None,
     )
-    model, info = loaded[0].to(device), loaded[1]
+    model, info = loaded[0] if device == "auto" else loaded[0].to(device), loaded[1]
     expected = load_file(inputs)
-    tokens, logits = expected["tokens"].to(device), expected["logits"].to(device)
+    tokens, logits = (expected[name].to(model.device) for name in ("tokens", "logits"))
     with torch.inference_mode():
         found = model(tokens).logits.float()
         # Nothing but the cache is to be proven: the checkpoint's own settings may penalise repetition, or stop at EOS.

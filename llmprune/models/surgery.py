@@ -19,6 +19,7 @@ from llmprune.choices.dimensions import BlockKind
 from llmprune.models import modeling_pruned
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, Family, input_axis
 from llmprune.models.parent import Parent, check_choices, config_words, is_norm
+from llmprune.models.placement import device_map_of, is_spread
 from llmprune.models.stored import StoredWeight, remember
 
 
@@ -304,17 +305,18 @@ def _copy_buffers(parent: Parent, architecture: Architecture, child: PreTrainedM
 
 def _dispatch_like(parent: Parent, architecture: Architecture, child: PreTrainedModel) -> None:
     """A parent spread over several devices has hooks that move activations: give the child the same."""
-    if not parent.is_spread:
+    if not is_spread(parent.model):
         return
     from accelerate import dispatch_model
 
     prefix = parent.family.layers + "."
     position = {layer: i for i, layer in enumerate(architecture.kept_layers)}
     child_map: dict[str, Any] = {}
-    for name, device in parent.device_map.items():
+    for name, device in device_map_of(parent.model).items():
         index, _, rest = name.removeprefix(prefix).partition(".")
         if not name.startswith(prefix):
             child_map[name] = device
         elif int(index) in position:
             child_map[f"{prefix}{position[int(index)]}" + (f".{rest}" if rest else "")] = device
-    dispatch_model(child, device_map=child_map)
+    # As transformers dispatches the parent: inputs go where its embedding is, each layer's cache stays beside it.
+    dispatch_model(child, child_map, main_device=str(parent.device), skip_keys=child._skip_keys_device_placement)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune.models.parent import Parent
+from llmprune.models.placement import is_spread
 from llmprune.models.streams import embedded, layer_calls, no_embeddings, passed_by
 
 Result = TypeVar("Result")
@@ -175,7 +176,7 @@ def with_room(parent: Parent, work: Callable[[torch.device | None], Result]) -> 
     try:
         return work(None)
     except torch.OutOfMemoryError:
-        if parent.is_spread:
+        if is_spread(parent.model):
             raise
     device = parent.device
     parent.model.to("cpu")  # type: ignore[arg-type]

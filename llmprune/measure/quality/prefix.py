@@ -42,6 +42,7 @@ from llmprune.measure.quality.prefix_states import (
 from llmprune.measure.quality.scores import Counts, WindowScores
 from llmprune.measure.quality.top_logits import TopLogits, check_top_logits_fit, kl_windows
 from llmprune.models.parent import Parent
+from llmprune.models.placement import is_spread
 from llmprune.models.surgery import Repairs, prune
 
 STATES_BYTES = 2**30
@@ -140,12 +141,13 @@ class PrefixScorer:
             positions = sum(batch.windows_BS[:, 1:].numel() for batch in self._batches)
             check_top_logits_fit(self._top_k, positions, element_bytes, top_k_bytes)
         # On several devices a state would have to travel; plain passes are right everywhere.
+        spread_out = is_spread(parent.model)
         one_layer = max(1, split.tokens * parent.shape.hidden_size * element_bytes)
-        layers = 0 if parent.is_spread else parent_bytes // one_layer
+        layers = 0 if spread_out else parent_bytes // one_layer
         self._parent_steps = steps_of(parent.shape.architecture)
         self._parent_layers = spread(1, parent.shape.layers - 1, layers)
         self._parent_batches: dict[int, _ParentBatch] = {}
-        self._states = PrefixStates(0 if parent.is_spread else candidate_bytes // one_layer)
+        self._states = PrefixStates(0 if spread_out else candidate_bytes // one_layer)
         self._remembered: set[Architecture] = set()
 
     def remember(self, architecture: Architecture) -> None:
