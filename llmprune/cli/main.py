@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from llmprune.cli.checkpoints import app as of_checkpoints
+from llmprune.cli.leash import end_with_stdin
 from llmprune.cli.options import (
     DryRun,
     Json,
@@ -18,6 +19,7 @@ from llmprune.cli.options import (
     Quiet,
     RunPath,
     Storage,
+    Workers,
     emit,
     joined_run,
     on_device,
@@ -29,7 +31,7 @@ from llmprune.cli.options import (
 )
 from llmprune.cli.recipes import app as of_recipes
 from llmprune.cli.terminal import error_console, forecast_table, shown
-from llmprune.core.errors import LlmpruneError, StorageError
+from llmprune.core.errors import LlmpruneError, RecipeError, StorageError
 from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_text import parse_section
 
@@ -56,6 +58,7 @@ def compress(
     recipe_name: Annotated[
         str | None, typer.Option("--recipe", help="For a model: the recipe, by a name that `recipes ls` prints.")
     ] = None,
+    workers: Workers = None,
     storage: Storage = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -68,8 +71,8 @@ def compress(
 
     recipe = recipe_from(model_or_recipe, overrides, recipe_name)
     if dry_run:
-        return _print_forecast(out, recipe, "export", storage, json, quiet)
-    with opened_run(out, recipe, quiet, storage) as (run, report):
+        return _print_forecast(out, recipe, "export", workers, storage, json, quiet)
+    with opened_run(out, recipe, quiet, storage, workers) as (run, report):
         to = Path(recipe.export.to) if recipe.export.to else run.directory.export
         result = commands.compress(run, to, report=report)
         measured = read_front(run.directory)
@@ -105,6 +108,7 @@ def search(
     run_path: RunPath,
     overrides: Overrides = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe, Hub id, directory or GGUF, to start a new run.")] = None,
+    workers: Workers = None,
     storage: Storage = None,
     dry_run: DryRun = False,
     json: Json = False,
@@ -115,19 +119,31 @@ def search(
 
     of_run = recipe_of_run(run_path, recipe, overrides)
     if dry_run:
-        return _print_forecast(run_path, of_run, "search", storage, json, quiet)
-    with opened_run(run_path, of_run, quiet, storage) as (run, report):
+        return _print_forecast(run_path, of_run, "search", workers, storage, json, quiet)
+    with opened_run(run_path, of_run, quiet, storage, workers) as (run, report):
         outcome = commands.search(run, report)
     _print_outcome(outcome, json)
 
 
 @app.command()
-def worker(run_path: RunPath, storage: Storage = None, json: Json = False, quiet: Quiet = False) -> None:
+def worker(
+    run_path: RunPath,
+    device: Annotated[
+        str | None, typer.Option(help="Where it computes, such as cuda:1; default: model.device.")
+    ] = None,
+    storage: Storage = None,
+    leashed: Annotated[bool, typer.Option("--leashed", hidden=True)] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Help a search that `llmprune search` started: another process, on this machine or one like it."""
+    if leashed:
+        end_with_stdin()
     from llmprune.pipeline import commands
     from llmprune.pipeline.run import Run
 
     run = Run.join(run_path, storage=storage)
+    run.recipe = on_device(run.recipe, device)
     run.show, report = watched(run.recipe, quiet)
     run.say = speaker(quiet)
     _print_outcome(commands.worker(run, report), json)
@@ -162,6 +178,7 @@ def _print_outcome(outcome: SearchOutcome, as_json: bool) -> None:
             f"{outcome.finished_trials} trials ({outcome.new_trials} new) in {outcome.seconds:.0f} s, "
             f"stopped by {outcome.stopped_by}",
             *told(outcome.failed_because),
+            *outcome.lost_workers,
         ],
     )
 
@@ -318,8 +335,16 @@ def _one_line(error: Exception) -> str:
 
 
 def _print_forecast(
-    path: Path, recipe: Recipe, until: Literal["search", "export"], storage: str | None, json: bool, quiet: bool
+    path: Path,
+    recipe: Recipe,
+    until: Literal["search", "export"],
+    workers: str | None,
+    storage: str | None,
+    json: bool,
+    quiet: bool,
 ) -> None:
+    if workers is not None:
+        raise RecipeError("a forecast is of one process; give --dry-run without --workers")
     from llmprune.pipeline.inspection import forecast_run
     from llmprune.tables.reach import described, reach_from_json
 

@@ -35,9 +35,18 @@ Storage = Annotated[
         help="Where trials are kept: postgresql://USER@HOST:PORT/DATABASE or grpc://HOST:PORT; default: a file in RUN.",
     ),
 ]
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        "--workers",
+        metavar="DEVICE,...",
+        help="Search in several processes: cuda:0,cuda:1 (a GPU each) or cpu,cpu (sharing the cores); all other stages "
+        "are on the first.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, stage by stage; write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, or cuda:0,cuda:1 to spread a model.")]
 Dtype = Annotated[
     str, typer.Option(help="auto (the checkpoint's own on a GPU, float32 on a CPU), float32, bfloat16 or float16.")
 ]
@@ -102,15 +111,23 @@ def recipe_of_run(run: Path, recipe: str | None, overrides: list[str] | None) ->
 
 
 @contextmanager
-def opened_run(path: Path, recipe: Recipe, quiet: bool, storage: str | None = None) -> Iterator[tuple[Any, Any]]:
-    """A locked run, and the callback that tells of its trials."""
+def opened_run(
+    path: Path, recipe: Recipe, quiet: bool, storage: str | None = None, workers: str | None = None
+) -> Iterator[tuple[Any, Any]]:
+    """A locked run, and the callback that tells of its trials; `workers` are the devices that it searches on."""
     from llmprune.pipeline.run import Run
     from llmprune.pipeline.run_directory import RunDirectory
 
+    devices: tuple[str, ...] = ()
+    if workers is not None:
+        from llmprune.pipeline.crew import devices_of
+
+        devices = devices_of(workers, recipe)
     with RunDirectory(path).locked():
         show, report = watched(recipe, quiet)
         run = Run.start(path, recipe, show)
         run.storage, run.say = storage, speaker(quiet)
+        run.recipe, run.workers = on_device(run.recipe, next(iter(devices), None)), devices[1:]
         yield run, report
 
 

@@ -14,6 +14,7 @@ from llmprune.measure.record import Front
 from llmprune.measure.speed.host import fingerprint
 from llmprune.models.checkpoint import check_destination
 from llmprune.pipeline.comparison import Compared, compare_methods, contest_of
+from llmprune.pipeline.crew import search_together
 from llmprune.pipeline.distilling import check_recovery
 from llmprune.pipeline.exports import export_pick, exported_id, refuse_trained, write_children
 from llmprune.pipeline.fronts import make_front
@@ -52,8 +53,8 @@ def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = 
         prepared = prepare(run, ground)
         judges = Judges(run, prepared)
         study = start_study(run, storage, prepared, judges)
-        outcome = run_trials(run, study, judges, report)
-        for line in told(outcome.failed_because):
+        outcome = search_together(run, study, judges, report)
+        for line in (*told(outcome.failed_because), *outcome.lost_workers):
             run.say(line)
         measured = make_front(run, storage, prepared, judges)
     if run.recipe.recover.distils:
@@ -73,7 +74,8 @@ def compress(run: Run, to: Path, *, report: Report | None = None, force: bool = 
 
 
 def search(run: Run, report: Report | None = None) -> SearchOutcome:
-    """Search until the recipe's trials or minutes are used up; trials that are there, and other workers', count.
+    """Search until the recipe's trials or minutes are used up, together with the run's workers; trials that are there,
+    and other workers', count.
 
     Raises RecipeError, before the library is built, if a target is beyond what the space can reach.
     """
@@ -84,7 +86,7 @@ def search(run: Run, report: Report | None = None) -> SearchOutcome:
         prepared = prepare(run, ground)
         judges = Judges(run, prepared)
         study = start_study(run, storage, prepared, judges)
-        return run_trials(run, study, judges, report)
+        return search_together(run, study, judges, report)
 
 
 def worker(run: Run, report: Report | None = None) -> SearchOutcome:

@@ -23,6 +23,8 @@ class Run:
     show: Show = silent
     storage: str | None = None
     """URL of the study's storage; None is the run's journal file. May hold a password."""
+    workers: tuple[str, ...] = ()
+    """Devices of the further processes that search together with this one."""
     joined: bool = False
     say: Callable[[str], None] = lambda line: None
     """Tells the user one line beside the steps that `show` draws."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
@@ -16,7 +16,6 @@ from llmprune.core.files import read_json, write_json
 from llmprune.core.progress import SEARCHING
 from llmprune.core.recipe import Recipe, SearchRecipe
 from llmprune.data.tokens import TokenSplits
-from llmprune.measure.record import Record
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.throughput import Workload
 from llmprune.pipeline.judges import Judges
@@ -112,20 +111,25 @@ def go_on_with_study(run: Run, storage: BaseStorage, name: str, stock: Stock, ju
     return join_study(storage, name, run.recipe.search, guide)
 
 
-def run_trials(run: Run, study: optuna.Study, judges: Judges, report: Report | None) -> SearchOutcome:
-    """Judge architectures until the study's trials or the recipe's minutes are used up."""
+def run_trials(
+    run: Run,
+    study: optuna.Study,
+    judges: Judges,
+    report: Report | None,
+    look: Callable[[], None] = lambda: None,
+) -> SearchOutcome:
+    """Judge architectures until the study's trials or the recipe's minutes are used up; `look` is called now and then,
+    between trials."""
     rules = run.recipe.search
     check_records(finished_trials(study), run.place_of_run)
     judge = judges.judge("search", run.recipe.workload.repeats)
     with run.show(SEARCHING) as advance:
 
-        def on_trial(finished: Sequence[FrozenTrial], record: Record) -> None:
-            advance(len(finished), rules.trials)
-            if report:
-                report(finished, record)
+        def progress(done: int, total: int) -> None:
+            advance(done, total)
+            look()
 
-        advance(0, rules.trials)
-        return work(study, judge, rules, judges.stock.space, on_trial)
+        return work(study, judge, rules, judges.stock.space, report, progress)
 
 
 def tell_of_other_hardware(run: Run, found: Sequence[Candidate]) -> None:

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from llmprune.choices.architecture import Architecture
 from llmprune.choices.space import Space
 from llmprune.core.budgets import parse_budget
+from llmprune.core.progress import Advance
 from llmprune.core.recipe import SearchRecipe
 from llmprune.measure.record import Record
 from llmprune.search.failures import Failure, Fault, Streak, attempt, counted_reasons
@@ -51,6 +52,8 @@ class SearchOutcome:
     stopped_by: str
     failed_trials: int
     failed_because: dict[str, int]
+    lost_workers: tuple[str, ...] = ()
+    """How each worker that the search had started ended, if it was before its time (at most 200 characters each)."""
 
 
 def open_study(
@@ -112,16 +115,22 @@ def _name_values(study: optuna.Study, names: list[str]) -> None:
 
 
 def work(
-    study: optuna.Study, judge: Judge, recipe: SearchRecipe, space: Space, report: Report | None = None
+    study: optuna.Study,
+    judge: Judge,
+    recipe: SearchRecipe,
+    space: Space,
+    report: Report | None = None,
+    progress: Advance = lambda done, total: None,
 ) -> SearchOutcome:
     """Judge architectures, beside any number of other workers, until the study's trials or our minutes are used up.
 
+    `progress` is told, between two trials and while it waits for others, how many the study has, and how many it shall.
     Finished trials of earlier sessions count. A trial that was in flight when its worker died is judged again. An
     architecture that is proposed a second time is told its known figures, and does not count. One whose judging raises
     is tried once more, and then fails with the reason. Raises SearchError after ten failures in a row.
     """
     with at_work() as worker:
-        return _work(study, judge, recipe, space, report, worker)
+        return _work(study, judge, recipe, space, report, progress, worker)
 
 
 def _work(
@@ -130,6 +139,7 @@ def _work(
     recipe: SearchRecipe,
     space: Space,
     report: Report | None,
+    progress: Advance,
     worker: Worker,
 ) -> SearchOutcome:
     began = time.monotonic()
@@ -143,6 +153,7 @@ def _work(
 
     while True:
         trials, budget = reaper.reap(), study.user_attrs[TRIALS]
+        progress(len(known_trials(trials)), budget)
         if len(known_trials(trials)) >= budget:
             return outcome("trials")
         if recipe.minutes is not None and time.monotonic() - began > 60 * recipe.minutes:
