@@ -109,7 +109,8 @@ def _weight_bytes(config: Any, dtype: torch.dtype | str) -> int:
     if isinstance(dtype, str):
         dtype = config.dtype or config.get_text_config().dtype or torch.float32
     assert isinstance(dtype, torch.dtype)
-    return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+    numbers: int = sum(parameter.numel() for parameter in model.parameters())
+    return dtype.itemsize * numbers
 
 
 def _free_bytes(gpu: int) -> int:
