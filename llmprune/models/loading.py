@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,44 +42,89 @@ def load_model(
     Weights are read from safetensors (or GGUF, dequantised) only; `dtype_of` says in which dtype, where the recipe
     leaves it open. `check` sees the config before any weight is read, and may refuse it. Raises ModelError.
     """
-    place, gguf_file = locate(recipe.path)
-    where: dict[str, Any] = {"revision": recipe.revision} if recipe.revision else {}
-    unsaid_bos = False
-    if gguf_file:
-        unsaid_bos = _check_gguf(Path(place) / gguf_file)
-        where["gguf_file"] = gguf_file
-    with _readable_errors(recipe.path), quiet_loading():
-        config = AutoConfig.from_pretrained(place, trust_remote_code=recipe.trust_remote_code, **where)
+    source = _Source.of(recipe)
+    config = source.config()
     check(config)
     device = resolve_device(recipe.device)
     dtype = _asked_dtype(recipe, device)
     gpus = gpus_to_spread_over(recipe.device, config, dtype)
     with _readable_errors(recipe.path), quiet_loading():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place,
+            source.place,
             dtype=dtype,
             trust_remote_code=recipe.trust_remote_code,
-            use_safetensors=None if gguf_file else True,
+            use_safetensors=None if source.is_gguf else True,
             device_map="auto" if gpus else None,
             max_memory=room_on(gpus) or None,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **where,
+            **source.where,
         )
         model, info = loaded
         _check_complete(info, recipe.path)
         _check_dtype(model, recipe.path)
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            recipe.tokenizer or place,
-            trust_remote_code=recipe.trust_remote_code,
-            **({} if recipe.tokenizer else where),
-        )
-    if gguf_file:
+    tokenizer = source.tokenizer()
+    if source.is_gguf:
         _forget_quantisation(model)
-    if unsaid_bos and not recipe.tokenizer:
-        tokenizer = opening_with_bos(tokenizer, True)
     check_spread(model, recipe.path)
     return (model if gpus else model.to(device)).eval(), tokenizer
+
+
+def outline_model(
+    recipe: ModelRecipe, *, check: Callable[[Any], None] = lambda config: None, with_tokenizer: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model that `load_model` would load, without its weights: every tensor is on the meta device, in the dtype
+    that it would have; its tokenizer, if that is asked for.
+
+    Of a Hub id config.json is fetched, and what a tokenizer has. Raises ModelError, also on a config that does not say
+    the dtype that `auto` would be.
+    """
+    source = _Source.of(recipe)
+    config = source.config()
+    check(config)
+    dtype = _asked_dtype(recipe, resolve_device(recipe.device))
+    if dtype == "auto":
+        dtype = getattr(torch, stored_dtype(recipe))
+    with _readable_errors(recipe.path), quiet_loading(), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=recipe.trust_remote_code
+        )
+    _check_dtype(model, recipe.path)
+    return model.eval(), source.tokenizer() if with_tokenizer else None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a recipe's model lies, as transformers is told of it."""
+
+    recipe: ModelRecipe
+    place: str
+    where: Mapping[str, str]
+    is_gguf: bool
+    unsaid_bos: bool
+    """Whether llama.cpp opens texts with BOS although the GGUF file does not say so."""
+
+    @classmethod
+    def of(cls, recipe: ModelRecipe) -> _Source:
+        """Raises ModelError if there is no such place, or transformers cannot read the GGUF file there."""
+        place, gguf_file = locate(recipe.path)
+        where = {"revision": recipe.revision} if recipe.revision else {}
+        if gguf_file is None:
+            return cls(recipe, place, where, is_gguf=False, unsaid_bos=False)
+        unsaid_bos = _check_gguf(Path(place) / gguf_file)
+        return cls(recipe, place, {**where, "gguf_file": gguf_file}, is_gguf=True, unsaid_bos=unsaid_bos)
+
+    def config(self) -> Any:
+        with _readable_errors(self.recipe.path), quiet_loading():
+            return AutoConfig.from_pretrained(self.place, trust_remote_code=self.recipe.trust_remote_code, **self.where)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        own = self.recipe.tokenizer
+        with _readable_errors(self.recipe.path), quiet_loading():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                own or self.place, trust_remote_code=self.recipe.trust_remote_code, **({} if own else self.where)
+            )
+        return opening_with_bos(tokenizer, True) if self.unsaid_bos and not own else tokenizer
 
 
 def dtype_of(model: PreTrainedModel) -> str:
@@ -107,12 +153,9 @@ def stored_dtype(recipe: ModelRecipe) -> str:
 
     Raises ModelError if the checkpoint cannot be found, or does not say.
     """
-    place, gguf_file = locate(recipe.path)
-    if gguf_file:
+    if locate(recipe.path)[1]:
         return "float32"
-    where: dict[str, Any] = {"revision": recipe.revision} if recipe.revision else {}
-    with _readable_errors(recipe.path), quiet_loading():
-        config = AutoConfig.from_pretrained(place, trust_remote_code=recipe.trust_remote_code, **where)
+    config = _Source.of(recipe).config()
     dtype = config.dtype or config.get_text_config().dtype
     if dtype is None:
         raise ModelError(f"{recipe.path} does not say its dtype in config.json; name one with --dtype")

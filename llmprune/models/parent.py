@@ -20,7 +20,7 @@ from llmprune.core.errors import RecipeError, UnsupportedModelError, quoted
 from llmprune.core.files import expanded
 from llmprune.core.recipe import GgufType, Recipe
 from llmprune.core.recipe_inputs import ModelRecipe
-from llmprune.models.loading import load_model
+from llmprune.models.loading import load_model, outline_model
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, BlockNames, Family, input_axis
 from llmprune.models.stored import StoredWeight
 from llmprune.models.streams import input_device
@@ -40,7 +40,7 @@ class Parent:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the embeddings."""
+        """Where inputs go: the device of the embeddings ("meta" of an outline)."""
         return input_device(self.model)
 
     def layer(self, index: int) -> nn.Module:
@@ -131,8 +131,21 @@ def load_parent(recipe: ModelRecipe) -> Parent:
     family, quantisation or layout cannot be pruned.
     """
     model, tokenizer = load_model(recipe, check=partial(check_config, origin=recipe.path))
+    return make_parent(model, tokenizer, source=_name_of(recipe))
+
+
+def outline_parent(recipe: ModelRecipe, *, with_tokenizer: bool = False) -> Parent:
+    """The recipe's model as a parent without weights, all its tensors on the meta device: for what shapes say alone.
+
+    Raises as `load_parent` does, but for what is wrong with the weights.
+    """
+    check = partial(check_config, origin=recipe.path)
+    return make_parent(*outline_model(recipe, check=check, with_tokenizer=with_tokenizer), source=_name_of(recipe))
+
+
+def _name_of(recipe: ModelRecipe) -> str:
     local = expanded(recipe.path)
-    return make_parent(model, tokenizer, source=local.resolve().name if local.exists() else recipe.path)
+    return local.resolve().name if local.exists() else recipe.path
 
 
 def make_parent(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, source: str = "") -> Parent:
