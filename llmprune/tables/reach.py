@@ -56,11 +56,17 @@ Reach = Mapping[str, PhaseReach]
 
 def measure_reach(parent: Parent, space: Space, workload: Workload) -> Reach:
     """Time the space's smallest and half-sized children beside the parent, in the workload's engine."""
+    with timing(workload.device):
+        _, (fastest, half) = time_ends(parent, space, workload, REPEATS)
+    return {phase: PhaseReach(_median(fastest, phase), _median(half, phase)) for phase in PHASES}
+
+
+def time_ends(parent: Parent, space: Space, workload: Workload, repeats: int) -> tuple[Speed, list[Speed]]:
+    """Speed of the parent, and of the space's smallest and half-sized children beside it; the caller has the device to
+    itself."""
     repairs = _FirstUnits(parent)
     children = [prune(parent, architecture, repairs) for architecture in (smallest(space), halved(space))]
-    with timing(workload.device):
-        _, (fastest, half) = measure_paired(parent.model, children, workload, REPEATS)
-    return {phase: PhaseReach(_median(fastest, phase), _median(half, phase)) for phase in PHASES}
+    return measure_paired(parent.model, children, workload, repeats)
 
 
 def reach_to_json(reach: Reach) -> dict[str, Any]:
