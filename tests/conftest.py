@@ -36,7 +36,6 @@ from llmprune.core.budgets import parse_pick
 from llmprune.core.recipe import Recipe
 from llmprune.forecast import rates
 from llmprune.models import checkpoint
-from llmprune.pipeline import inspection
 from llmprune.pipeline.commands import export, front, search
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
@@ -49,7 +48,7 @@ def quick_forecasts() -> Iterator[None]:
     """What a machine does in a second is asked for a twentieth of one, and how long a process takes to start once."""
     with (
         patch.object(rates, "BUDGET_S", rates.BUDGET_S / 20),
-        patch.object(inspection, "process_seconds", cache(rates.process_seconds)),
+        patch.object(rates, "process_seconds", cache(rates.process_seconds)),
     ):
         yield
 

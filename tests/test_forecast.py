@@ -34,11 +34,11 @@ from llmprune.core.recipe import ImportanceRecipe, Recipe, TablesRecipe
 from llmprune.core.recipe_text import parse_recipe, to_yaml
 from llmprune.forecast.forecast import forecast
 from llmprune.forecast.plan import Done, Plan, StageCost
-from llmprune.forecast.rates import Rates
+from llmprune.forecast.rates import Asked, Rates, measure_rates
 from llmprune.forecast.work import solving_bytes
 from llmprune.measure.quality.prefix import PrefixScorer
 from llmprune.measure.speed.throughput import Speed, Spread, Workload, measure_paired
-from llmprune.models.parent import load_parent
+from llmprune.models.parent import load_parent, outline_parent
 from llmprune.pipeline.commands import export, front, search
 from llmprune.pipeline.prepare import (
     Stock,
@@ -392,7 +392,7 @@ class TestDryRun:
 
     def test_of_a_finished_run_nothing_is_left(self, counted_run: Counted) -> None:
         before = contents(counted_run.path)
-        self.monkeypatch.setattr("llmprune.pipeline.inspection.process_seconds", lambda: 4.0)
+        self.monkeypatch.setattr("llmprune.forecast.rates.process_seconds", lambda: 4.0)
         recipe = counted_run.path / "recipe.yaml"
         command = ("compress", recipe, "--out", counted_run.path, "--dry-run", "--quiet")
         code, out, err = self.llmprune(*command)
@@ -474,13 +474,11 @@ def test_repairs_are_forecast(counted_run: Counted) -> None:
     assert by_name(forecast(with_(refit=True), Done(front=True)))["repair"].done
 
 
-def test_rates_are_measured_on_the_parent(counted_run: Counted) -> None:
-    from llmprune.forecast.rates import measure_rates
-
-    parent = load_parent(counted_run.recipe.model)
-    rates = measure_rates(parent, counted_run.plan.space, counted_run.plan.workload, windows=5, seq_len=16)
-    values = {name: value for name, value in rates.to_json().items() if name != "process_s"}
-    assert all(value > 0 for value in values.values()) and rates.process_s == 0
+def test_rates_are_measured_on_an_outline(counted_run: Counted) -> None:
+    outline = outline_parent(counted_run.recipe.model)
+    asked = {"it": Asked(counted_run.plan.space, counted_run.plan.workload, windows=5, seq_len=16)}
+    rates, reach = measure_rates(outline, torch.device("cpu"), asked)["it"]
+    assert all(value > 0 for value in rates.to_json().values()) and reach is None
 
 
 def contents(directory: Path) -> dict[str, bytes]:

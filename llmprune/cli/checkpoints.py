@@ -57,19 +57,26 @@ def inspect(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what can be pruned, layer by layer: parameters, bytes, share of measured time; and what that can reach."""
+    """Show which recipe fits this machine, and what can be pruned, layer by layer: parameters, bytes, share of measured
+    time; and what that can reach."""
+    from llmprune.cli.forecast_view import recipe_lines
     from llmprune.measure.speed.throughput import Workload
     from llmprune.models.loading import dtype_of
     from llmprune.models.parent import load_parent
+    from llmprune.pipeline.fitting import advise_on
     from llmprune.pipeline.inspection import inspect_parent
     from llmprune.tables.reach import described, reach_from_json
 
     rules = workload_recipe(batch, prompt_tokens, generated_tokens, threads, repeats)
-    with shown(quiet=quiet)("loading and timing"):
-        parent = load_parent(model_recipe(model, device, dtype))
+    recipe, show = model_recipe(model, device, dtype), shown(quiet=quiet)
+    # Before the weights are there, which take memory.
+    recipes = advise_on(recipe, Path(), show)
+    with show("loading and timing"):
+        parent = load_parent(recipe)
         workload = Workload.from_recipe(rules, dtype_of(parent.model), str(parent.device))
-        result = inspect_parent(parent, workload, repeats)
-    emit(result, json, lambda: [inspection_table(result), advice(result), described(reach_from_json(result["reach"]))])
+        result = {**inspect_parent(parent, workload, repeats), "recipes": recipes}
+    reached = described(reach_from_json(result["reach"]))
+    emit(result, json, lambda: [inspection_table(result), advice(result), reached, *recipe_lines(recipes, model)])
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from llmprune.cli.checkpoints import app as of_checkpoints
+from llmprune.cli.doctor import app as of_doctor
 from llmprune.cli.leash import end_with_stdin
 from llmprune.cli.options import (
     DryRun,
@@ -30,7 +31,7 @@ from llmprune.cli.options import (
     watched,
 )
 from llmprune.cli.recipes import app as of_recipes
-from llmprune.cli.terminal import error_console, forecast_table, shown
+from llmprune.cli.terminal import error_console, shown
 from llmprune.core.errors import LlmpruneError, RecipeError, StorageError
 from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_text import parse_section
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 app.add_typer(of_checkpoints)
 app.add_typer(of_recipes)
+app.add_typer(of_doctor)
 
 
 @app.command()
@@ -345,9 +347,19 @@ def _print_forecast(
 ) -> None:
     if workers is not None:
         raise RecipeError("a forecast is of one process; give --dry-run without --workers")
+    from llmprune.cli.forecast_view import fit_lines, forecast_table, recipe_lines
     from llmprune.pipeline.inspection import forecast_run
     from llmprune.tables.reach import described, reach_from_json
 
     result = forecast_run(path, recipe, until, shown(quiet=quiet), storage=storage)
-    reached = [described(reach_from_json(result["reach"]))] if result["reach"] else []
-    emit(result, json, lambda: [forecast_table(result), *reached, *result["warnings"]])
+
+    def lines() -> Iterator[Any]:
+        yield forecast_table(result)
+        if result["reach"]:
+            yield described(reach_from_json(result["reach"]))
+        yield from result["warnings"]
+        yield from fit_lines(result["fit"])
+        if result["recipes"]:
+            yield from recipe_lines(result["recipes"], recipe.model.path)
+
+    emit(result, json, lines)

@@ -213,45 +213,6 @@ def formats_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def forecast_table(result: Mapping[str, Any]) -> Table:
-    """What every stage of a run will cost."""
-    rates = result["rates"]
-    table = Table(
-        title=f"Forecast for {result['model']} ({result['params'] / 1e6:.1f}M parameters), nothing is written",
-        caption=f"measured now: {1 / rates['forward_s_per_token']:.0f} tokens/s scored, {rates['prefill_s']:.3g} s a "
-        f"prompt, {rates['decode_step_s']:.3g} s a decode step, {rates['float64_flops_per_s'] / 1e9:.1f} GFLOP/s in "
-        "float64. Children are counted as large and as slow as the parent; memory is without Python and torch.",
-        caption_justify="left",
-    )
-    table.add_column("stage")
-    for column in ("scored tokens", "backward", "timed", "forward\nequivalents", "GFLOP\nfloat64", "time"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("peak memory", "disk"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for stage in result["stages"]:
-        if stage["done"]:
-            table.add_row(stage["stage"], "done", *[""] * 7)
-            continue
-        counts = (f"{stage[f'{name}_tokens']:,}" for name in ("forward", "backward", "timed"))
-        sizes = (f"{stage[name] / 1e6:,.0f} MB" for name in ("peak_memory_bytes", "disk_bytes"))
-        flops = f"{stage['float64_flops'] / 1e9:,.1f}"
-        table.add_row(
-            stage["stage"], *counts, f"{stage['forward_equivalents']:,.0f}", flops, _duration(stage["seconds"]), *sizes
-        )
-    total = result["total"]
-    table.add_section()
-    sizes = (f"{total[name] / 1e6:,.0f} MB" for name in ("peak_memory_bytes", "disk_bytes"))
-    table.add_row("in all", *[""] * 3, f"{total['forward_equivalents']:,.0f}", "", _duration(total["seconds"]), *sizes)
-    return table
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
 def push_lines(result: Mapping[str, Any]) -> list[str]:
     """What a push did; of a dry run, what it would do: the files, then the model card as it is."""
     total = sum(file["bytes"] for file in result["files"])

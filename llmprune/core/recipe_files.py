@@ -8,6 +8,9 @@ from pathlib import Path
 from llmprune.core.errors import RecipeError, quoted
 
 DEFAULT_RECIPE = "default"
+LLAMACPP_RECIPE = "llamacpp"
+GENERAL_RECIPES = (DEFAULT_RECIPE, LLAMACPP_RECIPE)
+"""Those that are for any model; the others are for the model of the demo."""
 
 
 def recipe_directory() -> Path:

@@ -116,6 +116,7 @@ def _library(plan: Plan, done: Done) -> StageCost:
     return StageCost(
         "library",
         forward_tokens=tokens,
+        walked_forward_tokens=tokens,
         solver=layer_solver_flops(plan.space, rules).times(missing),
         float32_flops=missing * tokens * gram_flops_per_token(shape, gathered_choices(plan.space, rules)),
         peak_memory_bytes=plan.parent_bytes + solving_peak_bytes(plan),
@@ -155,6 +156,13 @@ def estimating_peak_bytes(plan: Plan, tokens: int) -> int:
     return borders + max(head + logits, a_layer)
 
 
+def _walked(plan: Plan, tokens: int) -> dict[str, int]:
+    """What an estimate of so many tokens takes layer by layer."""
+    if not plan.walked:
+        return {}
+    return {"walked_forward_tokens": 2 * tokens, "walked_backward_tokens": tokens}
+
+
 def _estimate(plan: Plan) -> StageCost:
     """One forward and one backward pass; where layers are walked, one forward pass more on the way back."""
     tokens = plan.estimated_tokens(plan.recipe.tables.tokens)
@@ -162,6 +170,7 @@ def _estimate(plan: Plan) -> StageCost:
         "estimate",
         forward_tokens=(2 if plan.walked else 1) * tokens,
         backward_tokens=tokens,
+        **_walked(plan, tokens),
         float32_flops=tokens * plan.space.shape.layers * estimate_flops_per_token(plan.space),
         peak_memory_bytes=plan.parent_bytes + estimating_peak_bytes(plan, tokens),
     )
@@ -205,6 +214,7 @@ def _path(plan: Plan) -> StageCost:
         "path",
         forward_tokens=(2 if plan.walked else 1) * tokens,
         backward_tokens=tokens,
+        **_walked(plan, tokens),
         float32_flops=tokens * plan.space.shape.layers * estimate_flops_per_token(plan.space, anywhere=True),
         peak_memory_bytes=plan.parent_bytes + plan.timed_file_bytes + estimating_peak_bytes(plan, of_one),
     )
@@ -256,6 +266,7 @@ def _search(plan: Plan, done: Done) -> StageCost:
         "search",
         forward_tokens=(proposals * raced + 1) * plan.tokens("search") + (2 if plan.walked else 1) * estimated,
         backward_tokens=estimated,
+        **_walked(plan, estimated),
         timing=_timing(plan, trials, plan.recipe.workload.repeats),
         float32_flops=estimated * plan.space.shape.layers * estimate_flops_per_token(plan.space, anywhere=True),
         # One to be timed; and one to be scored, anew on each slice of a race.
@@ -293,6 +304,7 @@ def _front(plan: Plan, done: Done) -> StageCost:
     quoted = [name for name in QUOTED if name in plan.recipe.data.splits]
     return StageCost(
         "front",
+        walked_forward_tokens=calibration if most else 0,
         forward_tokens=(calibration if most else 0)
         + choosing
         + parents * search

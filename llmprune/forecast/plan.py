@@ -144,6 +144,9 @@ class StageCost:
     forward_tokens: int = 0
     """Outside of timing."""
     backward_tokens: int = 0
+    walked_forward_tokens: int = 0
+    walked_backward_tokens: int = 0
+    """Of these, such as go through one layer after another."""
     timing: Timing = field(default_factory=Timing)
     solver: SolverFlops = field(default_factory=SolverFlops)
     float32_flops: int = 0
@@ -164,8 +167,11 @@ class StageCost:
 
     def seconds(self, rates: Rates) -> float:
         """Time of the stage; children count as slow as the parent."""
+        forward = self.forward_tokens - self.walked_forward_tokens
+        backward = self.backward_tokens - self.walked_backward_tokens
         total = (
-            (self.forward_tokens + BACKWARD_FORWARDS * self.backward_tokens) * rates.forward_s_per_token
+            (forward + BACKWARD_FORWARDS * backward) * rates.forward_s_per_token
+            + (self.walked_forward_tokens + BACKWARD_FORWARDS * self.walked_backward_tokens) * rates.walk_s_per_token
             + self.timing.comparisons * rates.comparison_s
             + self.timing.prefills * rates.prefill_s
             + self.timing.decode_steps * rates.decode_step_s

@@ -28,6 +28,7 @@ from llmprune.models.loading import dtype_of
 from llmprune.models.parent import Parent
 from llmprune.models.stand_in import drawn_to_whole, part_bytes, parts_of
 from llmprune.models.surgery import prune
+from llmprune.models.walk import Walk
 from llmprune.tables.reach import PHASES, REPEATS, PhaseReach, Reach, time_ends
 
 BUDGET_S = 0.5
@@ -36,7 +37,7 @@ LARGEST_SIDE = 4096
 """Wider FFNs are measured by a matrix of this side: float64 of 28,672 squared would be 6.6 GB."""
 _COLUMNS = 32
 _PASSES = 6
-_OF_MODEL = ("forward_s_per_token", "prefill_s", "decode_step_s", "child_s", "comparison_s")
+_OF_MODEL = ("forward_s_per_token", "walk_s_per_token", "prefill_s", "decode_step_s", "child_s", "comparison_s")
 """The rates that are a model's; the others are the machine's."""
 _ENDS = ("smallest", "halved")
 """Children of a space, as `PhaseReach` has them."""
@@ -51,6 +52,8 @@ class Rates:
 
     forward_s_per_token: float
     """Scoring: layers, output and log-softmax, in batches as large as fit into BUDGET_S."""
+    walk_s_per_token: float
+    """The layers alone, computed one after another in the dtype of a walk (see `models/walk.py`)."""
     prefill_s: float
     """One prompt of the workload, all rows of the batch."""
     decode_step_s: float
@@ -142,6 +145,7 @@ def time_parent(parent: Parent, asked: Mapping[str, Asked], windows: dict[Batch,
     """
     found: dict[Named, float] = {}
     forward: dict[Batch, float] = {}
+    walking: dict[Batch, float] = {}
     passes: dict[Workload, dict[str, float]] = {}
     for name, one in asked.items():
         workload, text = one.workload, (one.windows, one.seq_len)
@@ -151,9 +155,11 @@ def time_parent(parent: Parent, asked: Mapping[str, Asked], windows: dict[Batch,
                 windows[text], forward[text] = _largest_batch(parent, *text)
             if text not in forward:
                 forward[text] = _forward_s_per_token(parent, windows[text], one.seq_len)
+            if text not in walking:
+                walking[text] = _walk_s_per_token(parent, windows[text], one.seq_len)
             if workload not in passes:
                 passes[workload] = _passes_s(parent, space, workload)
-            values = {"forward_s_per_token": forward[text], **passes[workload]}
+            values = {"forward_s_per_token": forward[text], "walk_s_per_token": walking[text], **passes[workload]}
             if one.reach:
                 values |= _reach_s(parent, space, workload, values)
         found |= {(name, word): seconds for word, seconds in values.items()}
@@ -212,6 +218,16 @@ def _forward_s_per_token(parent: Parent, windows: int, seq_len: int) -> float:
     # All in one pass, also where the vocabulary of a stand-in would let fewer rows ask for larger batches.
     scored = partial(window_nats, parent.model, ids, batch_tokens=windows * seq_len)
     return _seconds(parent.device, scored) / (windows * seq_len)
+
+
+def _walk_s_per_token(parent: Parent, windows: int, seq_len: int) -> float:
+    """What bringing or widening a layer takes is left out: the more tokens, the less it counts."""
+    walk, taken = Walk(parent, seq_len), 0.0
+    states = walk.embedded(torch.zeros(windows, seq_len, dtype=torch.int64))
+    for layer in range(parent.shape.layers):
+        with walk.layer(layer) as run:
+            taken += _seconds(parent.device, partial(run, states))
+    return taken / (windows * seq_len)
 
 
 def _prepare(parent: Parent, child: PreTrainedModel, workload: Workload) -> None:

@@ -86,7 +86,7 @@ class Walk:
 
     def _place(self, module: nn.Module) -> _Place:
         device = _home(module) if self._device is None else self._device
-        return _Place(device, walking_dtype(self._parent, device))
+        return _Place(device, walking_dtype(self._parent.model.dtype, device))
 
     @contextmanager
     def _at_hand(self, modules: Iterable[nn.Module], place: _Place) -> Iterator[None]:
@@ -136,10 +136,15 @@ class _Place:
         return tensor.device == self.device and (tensor.dtype == self.dtype or not tensor.is_floating_point())
 
 
-def walking_dtype(parent: Parent, device: torch.device) -> torch.dtype:
-    """What layers are computed in where they are walked."""
-    dtype = parent.model.dtype
+def walking_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What layers of a parent in that dtype are computed in where they are walked."""
     return torch.float32 if device.type == "cpu" and dtype.itemsize < 4 else dtype
+
+
+def is_brought(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether weights in that dtype are not computed with as they are: they are widened, or their choices come from
+    another memory than an accelerator's."""
+    return device.type != "cpu" or walking_dtype(dtype, device) != dtype
 
 
 def _outside(model: PreTrainedModel, layers: Iterable[nn.Module]) -> Iterator[nn.Module]:

@@ -18,22 +18,31 @@ from llmprune.core.errors import LlmpruneError, RunDirectoryError
 from llmprune.core.progress import Show, silent
 from llmprune.core.recipe import Recipe
 from llmprune.forecast.forecast import Until, forecast
-from llmprune.forecast.plan import Done, Plan
-from llmprune.forecast.rates import measure_rates, process_seconds
-from llmprune.formats.gguf import tensor_bytes
+from llmprune.forecast.plan import Done
+from llmprune.forecast.rates import measure_rates
 from llmprune.formats.served_size import served_size
 from llmprune.measure.record import Front
+from llmprune.measure.room import Room
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.profile import HEAD, TimeShares, time_shares
 from llmprune.measure.speed.throughput import Workload
 from llmprune.models.checkpoint import check_destination
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import size_of
-from llmprune.models.walk import walking_dtype
+from llmprune.models.stand_in import parts_of, whole_of
 from llmprune.pipeline.exports import exported_id
+from llmprune.pipeline.fitting import advise, asked_by, asked_of, candidates_for, fit_plan, plan_of
 from llmprune.pipeline.fronts import make_front
 from llmprune.pipeline.judges import Judges
-from llmprune.pipeline.prepare import Ground, Stock, cut_text, lay_ground, library_inputs, score_choices
+from llmprune.pipeline.prepare import (
+    Ground,
+    Stock,
+    cut_text,
+    device_of,
+    library_inputs,
+    outline_ground,
+    score_choices,
+)
 from llmprune.pipeline.resizing import is_asked, sizes_of
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
@@ -44,6 +53,8 @@ from llmprune.tables.reach import check_reach, measure_reach, reach_to_json
 
 FFN_RUNGS = 16
 """Widths that `inspect` assumes a search may choose among."""
+_OWN = "own"
+"""The recipe that is forecast, beside those that come along."""
 
 
 def inspect_parent(parent: Parent, workload: Workload, repeats: int) -> dict[str, Any]:
@@ -122,8 +133,10 @@ def _block_size(parent: Parent, layer: int, kind: BlockKind) -> dict[str, int]:
 def forecast_run(
     path: Path, recipe: Recipe, until: Until, show: Show = silent, *, storage: str | None = None
 ) -> dict[str, Any]:
-    """What `llmprune search` (or, until "export", `compress`) would cost in this directory; writes nothing there, and
-    no trial into the storage.
+    """What `llmprune search` (or, until "export", `compress`) would cost in this directory, whether it fits this
+    machine, and which recipe that comes along to take; writes nothing there, and no trial into the storage.
+
+    Of the parent no weight is read: rates are of random weights in its shape (see `models/stand_in.py`).
 
     Raises what the command itself would raise before its first stage.
     """
@@ -142,55 +155,47 @@ def forecast_run(
         with opened_storage(storage, directory.journal):
             pass
     run = Run(directory, recipe, show, storage)
-    ground = lay_ground(run, forecast=True)
-    parent, space, workload = ground.parent, ground.space, ground.workload
-    whole = parent.shape.architecture
-    size = size_of(parent.model, parent.shape, whole)
-    biased = frozenset(kind for kind in BLOCK_KINDS if parent.output_bias(0, kind) is not None)
-    vocabulary = parent.model.config.get_text_config().vocab_size
-    gguf = sum(tensor_bytes(parent.model, recipe.deploy.gguf_type).values()) if _writes_gguf(recipe) else 0
+    ground = outline_ground(run)
+    parent, workload, device = ground.parent, ground.workload, device_of(recipe.model)
     sizes = len(sizes_of(recipe, parent)) if is_asked(recipe) and not directory.resized_facts.is_file() else 0
-    plan = Plan(
-        recipe,
-        space,
-        workload,
-        vocabulary,
-        size.bytes,
-        parent.model.dtype.itemsize,
-        biased,
-        gguf,
-        sizes,
-        walked=is_walked(parent),
-        walking_bytes=walking_dtype(parent, parent.device).itemsize,
-    )
-    with show("measuring what this machine does in a second"):
-        windows = max(plan.windows("search").values())
-        rates = measure_rates(parent, space, workload, windows, recipe.data.seq_len)
-        if until == "export":
-            rates = replace(rates, process_s=process_seconds())
-    reach = None
-    # Compiling its children would take longer than a forecast may.
-    if not workload.compile:
-        with show("timing what the space can reach"):
-            reach = measure_reach(parent, space, workload)
-    warnings = check_reach(reach, recipe) if reach else []
-    rows = [stage.to_json(rates) for stage in forecast(plan, _done(run, ground), until=until)]
+    plan, room = plan_of(parent, recipe, ground.space, workload, device, sizes), Room.of(device, path)
+    # A run that is under way has its recipe.
+    candidates = [] if directory.recipe.is_file() else candidates_for(parent, recipe.model, device)
+    with show("timing random weights in the parent's shape"):
+        # Compiling the children of a space would take longer than a forecast may.
+        asked = {_OWN: asked_of(plan, reach=not workload.compile), **asked_by(candidates)}
+        measured = measure_rates(parent, device, asked)
+    rates, reach = measured[_OWN]
+    done = _done(run, ground)
+    rows = [stage.to_json(rates) for stage in forecast(plan, done, until=until)]
     total = {name: sum(row[name] for row in rows) for name in ("forward_equivalents", "seconds", "disk_bytes")}
     total["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in rows)
+    whole = parent.shape.architecture
     return {
         "model": parent.source,
         **asdict(served_size(parent.model, parent.shape, whole, workload.gguf_type, workload.cache_type)),
         "workload": workload.to_json(),
         "rates": rates.to_json(),
+        "rates_of": _stood_in(parent),
         "reach": reach and reach_to_json(reach),
-        "warnings": warnings,
+        "warnings": check_reach(reach, recipe) if reach else [],
         "stages": rows,
         "total": total,
+        "fit": fit_plan(plan, parent, device, room, until, done, directory).to_json(),
+        "recipes": advise(candidates, measured, parent, device, room) if candidates else None,
     }
 
 
-def _writes_gguf(recipe: Recipe) -> bool:
-    return recipe.workload.engine == "llamacpp" or "gguf" in recipe.deploy.formats
+def _stood_in(parent: Parent) -> dict[str, Any]:
+    """What rates are of: random weights, in a model of so many of the parent's layers and rows."""
+    part, whole = parts_of(parent)[0], whole_of(parent)
+    return {
+        "weights": "random",
+        "layers": part.layers,
+        "of_layers": whole.layers,
+        "rows": part.rows,
+        "of_rows": whole.rows,
+    }
 
 
 class _NotDone(Exception):

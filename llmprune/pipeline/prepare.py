@@ -4,9 +4,13 @@ the whole resume mechanism."""
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from typing import Any
+
+import torch
 
 from llmprune.baselines.methods import check_methods
 from llmprune.blocks.library import BlockLibrary, build_library, load_library, stored_layers
@@ -15,6 +19,7 @@ from llmprune.choices.space import Space
 from llmprune.core.errors import RunDirectoryError
 from llmprune.core.files import exists, read_json, write_json
 from llmprune.core.recipe import Recipe
+from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import TokenSplits, build_token_splits
 from llmprune.formats.limits import check_parent, check_precision, cut, merging_helps, rounding_warning
@@ -23,8 +28,8 @@ from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.llamacpp_engine import check_engine
 from llmprune.measure.speed.throughput import Workload, check_compiler
 from llmprune.models.licence import stated_licence
-from llmprune.models.loading import dtype_of
-from llmprune.models.parent import Parent, check_choices, check_lengths, load_parent
+from llmprune.models.loading import dtype_of, outline_model, resolve_device
+from llmprune.models.parent import Parent, check_choices, check_lengths, load_parent, outline_parent
 from llmprune.pipeline.resizing import is_asked, parent_of_run, resized_parent, sizes_of
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of
@@ -84,37 +89,77 @@ def stock_up(run: Run, ground: Ground | None = None) -> Stock:
     return Stock(**vars(ground), tokens=tokens, library=solve_blocks(run, ground, tokens))
 
 
-def lay_ground(run: Run, *, forecast: bool = False) -> Ground:
+def lay_ground(run: Run) -> Ground:
     """Load the parent, choose its vocabulary and hidden size where the recipe names some, and cut the space to what can
-    be served. What cannot be served is refused here. A `forecast` measures nothing: until they are chosen, all stays.
-    """
+    be served. What cannot be served is refused here."""
     parent, parent_hash = _parent(run)
-    workload = Workload.from_recipe(
-        run.recipe.workload, dtype_of(parent.model), str(parent.device), run.recipe.deploy.gguf_type
-    )
-    if is_asked(run.recipe) and (run.directory.resized_facts.is_file() or not forecast):
+    workload = _workload(run.recipe, parent, parent.device)
+    if is_asked(run.recipe):
         whole = parent
-        parent = parent_of_run(run, whole) if forecast else resized_parent(run, whole, parent_hash, workload)
+        parent = resized_parent(run, whole, parent_hash, workload)
         if parent is not whole:
             parent_hash = parent.hash
+            if not run.joined:
+                run.directory.note(resized={"hash": parent_hash})
             check_parent(parent, run.recipe.deploy, run.recipe.space.size)
+    return _ground(run, parent, parent_hash, workload)
+
+
+def outline_ground(run: Run) -> Ground:
+    """The ground of a forecast: the parent is an outline, of which no weight is read. Its hash is the one that the run
+    has noted, "" if none; sizes of the whole model are those that the run has chosen, until then the parent's own.
+
+    Raises as `lay_ground` does, but for what is wrong with weights.
+    """
+    known = run.directory.read_provenance()
+    with run.show("reading the parent's config"):
+        model = _settled(run.recipe.model, known)
+        needed = "gguf" in run.recipe.deploy.formats or bool(run.recipe.space.vocabulary)
+        parent = outline_parent(model, with_tokenizer=needed)
+    device = device_of(model)
+    check_recipe(parent, run.recipe, device)
+    parent_hash = known.get("parent", {}).get("hash", "")
+    if is_asked(run.recipe) and run.directory.resized_facts.is_file():
+        whole = parent
+        parent = parent_of_run(run, whole, outline_model)
+        if parent is not whole:
+            parent_hash = known.get("resized", {}).get("hash", "")
+            check_parent(parent, run.recipe.deploy, run.recipe.space.size)
+    return _ground(run, parent, parent_hash, _workload(run.recipe, parent, device))
+
+
+def _ground(run: Run, parent: Parent, parent_hash: str, workload: Workload) -> Ground:
     if warning := rounding_warning(run.recipe):
         run.say(warning)
     # Which types rows can be stored in, their length says, which is the hidden size.
     check_precision(parent, run.recipe)
-    return Ground(parent, parent_hash, _space(parent, run.recipe), workload)
+    return Ground(parent, parent_hash, space_of(parent, run.recipe), workload)
+
+
+def device_of(recipe: ModelRecipe) -> torch.device:
+    """Where a loaded model's tensors would say that they are: "cuda:0" for "cuda". Raises ModelError."""
+    return torch.empty(0, device=resolve_device(recipe.device)).device
+
+
+def _workload(recipe: Recipe, parent: Parent, device: torch.device) -> Workload:
+    return Workload.from_recipe(recipe.workload, dtype_of(parent.model), str(device), recipe.deploy.gguf_type)
+
+
+def _settled(recipe: ModelRecipe, known: Mapping[str, Any]) -> ModelRecipe:
+    """What auto meant when the run began, it means to its end, on whatever device it goes on."""
+    noted = known.get("parent", {}).get("dtype", "auto")
+    return recipe.model_copy(update={"dtype": noted}) if recipe.dtype == "auto" else recipe
 
 
 def _parent(run: Run) -> tuple[Parent, str]:
     """The parent and its hash, noted in the run's provenance."""
     recipe = run.recipe
     with run.show("loading the parent"):
-        known = run.directory.read_provenance().get("parent", {})
-        # What auto meant when the run began, it means to its end, on whatever device it goes on.
-        settled = known.get("dtype", "auto") if recipe.model.dtype == "auto" else recipe.model.dtype
-        parent = load_parent(recipe.model.model_copy(update={"dtype": settled}))
+        provenance = run.directory.read_provenance()
+        known = provenance.get("parent", {})
+        parent = load_parent(_settled(recipe.model, provenance))
         parent_hash = parent.hash
-    _check_parent(parent, recipe)
+    check_recipe(parent, recipe, parent.device)
     if run.joined:
         return parent, parent_hash
     if known.get("hash", parent_hash) != parent_hash:
@@ -140,11 +185,13 @@ def _parent(run: Run) -> tuple[Parent, str]:
     return parent, parent_hash
 
 
-def _check_parent(parent: Parent, recipe: Recipe) -> None:
+def check_recipe(parent: Parent, recipe: Recipe, device: torch.device) -> None:
+    """Refuse a recipe that can do nothing with a parent, which may be an outline, on a device. Raises as `lay_ground`
+    does."""
     check_lengths(parent, recipe)
     check_parent(parent, recipe.deploy, recipe.space.size)
     if recipe.workload.compile:
-        check_compiler(parent.device)
+        check_compiler(device)
     if recipe.workload.engine == "llamacpp":
         check_engine(parent, recipe.deploy.gguf_type, recipe.space.size, recipe.workload.cache_type)
         check_methods(recipe.front.baselines, parent, recipe.workload.engine, "front.baselines")
@@ -154,7 +201,8 @@ def _check_parent(parent: Parent, recipe: Recipe) -> None:
         sizes_of(recipe, parent)
 
 
-def _space(parent: Parent, recipe: Recipe) -> Space:
+def space_of(parent: Parent, recipe: Recipe) -> Space:
+    """What a recipe lets a search choose among, as far as it can be served."""
     rules = recipe.space
     whole = Space.of(
         parent.shape,
@@ -199,9 +247,9 @@ def cut_text(run: Run, ground: Ground) -> TokenSplits:
         if not path.is_file():
             raise RunDirectoryError(f"a worker needs {path}; copy it from the run directory of llmprune search")
         return load_token_splits(path)
-    assert tokenizer is not None, "a parent that was loaded has a tokenizer"
     key = hash_of(run.recipe.data.identity(), ground.parent_hash)
     if not run.directory.is_done("tokens", key, path):
+        assert tokenizer is not None, "a parent that was loaded has a tokenizer"
         with run.show("cutting text into token splits"):
             splits = build_token_splits(run.recipe.data, tokenizer)
             save_token_splits(splits, path)

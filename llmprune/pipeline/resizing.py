@@ -3,9 +3,10 @@ on the same text, and the one that is taken is a parent like any other to all st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -103,8 +104,9 @@ def resized_parent(run: Run, whole: Parent, whole_hash: str, workload: Workload)
     return parent_of_run(run, whole)
 
 
-def parent_of_run(run: Run, whole: Parent) -> Parent:
-    """The parent that a run stands on, its sizes having been chosen. Raises RunDirectoryError if it is missing."""
+def parent_of_run(run: Run, whole: Parent, read: Callable[[ModelRecipe], Any] = load_model) -> Parent:
+    """The parent that a run stands on, its sizes having been chosen, as `read` gives model and tokenizer. Raises
+    RunDirectoryError if it is missing."""
     facts = read_resized(run.directory)
     if facts is None:
         raise RunDirectoryError(f"{run.directory.resized_facts} is missing; copy it from the run of llmprune search")
@@ -112,7 +114,7 @@ def parent_of_run(run: Run, whole: Parent) -> Parent:
     if facts.is_whole:
         return whole
     where = {"path": str(run.directory.resized), "dtype": dtype_of(whole.model), "device": run.recipe.model.device}
-    return make_parent(*load_model(parse_section(ModelRecipe, where)), source=whole.source)
+    return make_parent(*read(parse_section(ModelRecipe, where)), source=whole.source)
 
 
 def read_resized(directory: RunDirectory) -> Resized | None:

@@ -21,7 +21,7 @@ from llmprune.core.progress import Advance, Steps
 from llmprune.data.tokens import Split
 from llmprune.models.parent import Parent
 from llmprune.models.placement import is_spread
-from llmprune.models.walk import Walk, walking_dtype, with_room
+from llmprune.models.walk import Walk, is_brought, with_room
 from llmprune.tables.watched import Batch, Watched
 
 WINDOWS_A_BATCH = 2
@@ -111,8 +111,7 @@ def estimate(
 def is_walked(parent: Parent, device: torch.device | None = None) -> bool:
     """Whether an estimate goes layer by layer: where weights have to be brought, or to be widened, to be computed with;
     and on accelerators, where choices do."""
-    device = parent.device if device is None else device
-    return device.type != "cpu" or walking_dtype(parent, device) != parent.model.dtype or is_spread(parent.model)
+    return is_brought(parent.model.dtype, parent.device if device is None else device) or is_spread(parent.model)
 
 
 def _every_choice(

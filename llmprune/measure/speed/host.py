@@ -16,7 +16,7 @@ def fingerprint() -> dict[str, str | int]:
     those that torch would use now.
     """
     facts: dict[str, str | int] = {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "logical_cores": psutil.cpu_count(logical=True) or 0,
         "physical_cores": psutil.cpu_count(logical=False) or 0,
         "ram_gib": round(psutil.virtual_memory().total / 2**30),
@@ -30,7 +30,8 @@ def fingerprint() -> dict[str, str | int]:
     return facts
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name, as the system has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
