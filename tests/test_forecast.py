@@ -59,7 +59,7 @@ from llmprune.tables.estimate import estimate_delta_nats
 from llmprune.tables.exact import exact_delta_nats
 
 LAYERS = 4
-RATES = Rates(1e-3, 1e-2, 1e-3, 1e9, 1e8, 2e9, 0.05, 0.1, 4.0)
+RATES = Rates(1e-3, 1e-3, 1e-2, 1e-3, 1e9, 1e8, 2e9, 0.05, 0.1, 4.0)
 
 
 def write_model(directory: Path) -> None:

@@ -156,13 +156,6 @@ def estimating_peak_bytes(plan: Plan, tokens: int) -> int:
     return borders + max(head + logits, a_layer)
 
 
-def _walked(plan: Plan, tokens: int) -> dict[str, int]:
-    """What an estimate of so many tokens takes layer by layer."""
-    if not plan.walked:
-        return {}
-    return {"walked_forward_tokens": 2 * tokens, "walked_backward_tokens": tokens}
-
-
 def _estimate(plan: Plan) -> StageCost:
     """One forward and one backward pass; where layers are walked, one forward pass more on the way back."""
     tokens = plan.estimated_tokens(plan.recipe.tables.tokens)
@@ -170,7 +163,8 @@ def _estimate(plan: Plan) -> StageCost:
         "estimate",
         forward_tokens=(2 if plan.walked else 1) * tokens,
         backward_tokens=tokens,
-        **_walked(plan, tokens),
+        walked_forward_tokens=2 * tokens if plan.walked else 0,
+        walked_backward_tokens=tokens if plan.walked else 0,
         float32_flops=tokens * plan.space.shape.layers * estimate_flops_per_token(plan.space),
         peak_memory_bytes=plan.parent_bytes + estimating_peak_bytes(plan, tokens),
     )
@@ -214,7 +208,8 @@ def _path(plan: Plan) -> StageCost:
         "path",
         forward_tokens=(2 if plan.walked else 1) * tokens,
         backward_tokens=tokens,
-        **_walked(plan, tokens),
+        walked_forward_tokens=2 * tokens if plan.walked else 0,
+        walked_backward_tokens=tokens if plan.walked else 0,
         float32_flops=tokens * plan.space.shape.layers * estimate_flops_per_token(plan.space, anywhere=True),
         peak_memory_bytes=plan.parent_bytes + plan.timed_file_bytes + estimating_peak_bytes(plan, of_one),
     )
@@ -266,7 +261,8 @@ def _search(plan: Plan, done: Done) -> StageCost:
         "search",
         forward_tokens=(proposals * raced + 1) * plan.tokens("search") + (2 if plan.walked else 1) * estimated,
         backward_tokens=estimated,
-        **_walked(plan, estimated),
+        walked_forward_tokens=2 * estimated if plan.walked else 0,
+        walked_backward_tokens=estimated if plan.walked else 0,
         timing=_timing(plan, trials, plan.recipe.workload.repeats),
         float32_flops=estimated * plan.space.shape.layers * estimate_flops_per_token(plan.space, anywhere=True),
         # One to be timed; and one to be scored, anew on each slice of a race.

@@ -86,11 +86,12 @@ def outline_model(
     if dtype == "auto":
         dtype = getattr(torch, stored_dtype(recipe))
     with _readable_errors(recipe.path), quiet_loading(), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=dtype, trust_remote_code=recipe.trust_remote_code
         )
     _check_dtype(model, recipe.path)
-    return model.eval(), source.tokenizer() if with_tokenizer else None
+    model.eval()  # type: ignore[no-untyped-call]
+    return model, source.tokenizer() if with_tokenizer else None
 
 
 @dataclass(frozen=True)

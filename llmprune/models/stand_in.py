@@ -79,7 +79,7 @@ def stand_in(outline: Parent, part: Part, device: torch.device) -> Parent:
     model.tie_weights()
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        model.initialize_weights()
+        model.initialize_weights()  # type: ignore[no-untyped-call]
     return make_parent(model, None, source=outline.source)
 
 

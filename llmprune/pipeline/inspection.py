@@ -48,7 +48,6 @@ from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
 from llmprune.pipeline.searching import estimates_for, study_name, trials_of, walk_path
 from llmprune.search.workers.storage import opened_storage
-from llmprune.tables.estimate import is_walked
 from llmprune.tables.reach import check_reach, measure_reach, reach_to_json
 
 FFN_RUNGS = 16

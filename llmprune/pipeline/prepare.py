@@ -28,8 +28,9 @@ from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.llamacpp_engine import check_engine
 from llmprune.measure.speed.throughput import Workload, check_compiler
 from llmprune.models.licence import stated_licence
-from llmprune.models.loading import dtype_of, outline_model, resolve_device
+from llmprune.models.loading import dtype_of, outline_model
 from llmprune.models.parent import Parent, check_choices, check_lengths, load_parent, outline_parent
+from llmprune.models.placement import resolve_device
 from llmprune.pipeline.resizing import is_asked, parent_of_run, resized_parent, sizes_of
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of
