@@ -74,7 +74,8 @@ def recipe_lines(advice: Mapping[str, Any], model: str) -> Iterator[str]:
     if advice["use"] is None:
         yield "no recipe that comes along can be used here: change a copy of one (llmprune recipes cp), or the machine"
         return
-    command = ["llmprune", "compress", model, "--recipe", advice["use"], *advice["settings"]]
+    (settings,) = (one["settings"] for one in advice["recipes"] if one["recipe"] == advice["use"])
+    command = ["llmprune", "compress", model, "--recipe", advice["use"], *settings]
     yield f"use: {shlex.join(command)}"
 
 

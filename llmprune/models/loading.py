@@ -86,11 +86,11 @@ def outline_model(
     if dtype == "auto":
         dtype = getattr(torch, stored_dtype(recipe))
     with _readable_errors(recipe.path), quiet_loading(), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        made: Any = AutoModelForCausalLM
+        model: PreTrainedModel = made.from_config(
             config, dtype=dtype, trust_remote_code=recipe.trust_remote_code
-        )
+        ).eval()
     _check_dtype(model, recipe.path)
-    model.eval()  # type: ignore[no-untyped-call]
     return model, source.tokenizer() if with_tokenizer else None
 
 

@@ -21,7 +21,7 @@ from llmprune.core.yaml_text import read_yaml_file
 from llmprune.forecast.fit import Fit, Stages, fit_of
 from llmprune.forecast.forecast import Until, forecast
 from llmprune.forecast.plan import Done, Plan
-from llmprune.forecast.rates import Asked, Measured, measure_rates
+from llmprune.forecast.rates import Asked, Measured, Rates, measure_rates
 from llmprune.formats.gguf import tensor_bytes
 from llmprune.formats.limits import check_precision
 from llmprune.measure.room import Room
@@ -124,58 +124,70 @@ def _settings(plan: Plan) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe that comes along, with what it makes of a model, or why it can make nothing of it."""
+    """A recipe that comes along, with what it makes of a model here, or why it can make nothing of it."""
 
     recipe: str
     settings: tuple[str, ...] = ()
     """Without which it could not be used."""
     plan: Plan | None = None
+    fit: Fit | None = None
     problem: str | None = None
 
+    @property
+    def can_be_used(self) -> bool:
+        return self.fit is not None and self.fit.can_fit
 
-def candidates_for(parent: Parent, model: ModelRecipe, device: torch.device) -> list[Candidate]:
+    def to_json(self, rates: Rates | None) -> dict[str, Any]:
+        """Seconds are those of `llmprune compress` with the settings."""
+        settings = (*self.settings, *(self.fit.settings if self.fit else ()))
+        seconds = sum(stage.seconds(rates) for stage in self.fit.stages) if self.fit and rates else None
+        fit = self.fit and self.fit.to_json()
+        return {
+            "recipe": self.recipe,
+            "problem": self.problem,
+            "settings": list(settings),
+            "seconds": seconds,
+            "fit": fit,
+        }
+
+
+def candidates_for(parent: Parent, model: ModelRecipe, device: torch.device, room: Room) -> list[Candidate]:
     """The recipes for any model, as they are or as a model's family asks for."""
-    return [_candidate(name, parent, model, device) for name in GENERAL_RECIPES]
+    return [_candidate(name, parent, model, device, room) for name in GENERAL_RECIPES]
 
 
-def _candidate(name: str, parent: Parent, model: ModelRecipe, device: torch.device) -> Candidate:
+def _candidate(name: str, parent: Parent, model: ModelRecipe, device: torch.device, room: Room) -> Candidate:
     problems: list[str] = []
     for settings in ((), UNIFORM):
         try:
             data = {**read_yaml_file(recipe_path(name)), "model": model.model_dump(mode="json")}
             recipe = parse_recipe(apply_overrides(data, list(settings)), origin=f"the {name} recipe")
-            return Candidate(name, settings, plan_under(parent, recipe, device))
+            plan = plan_under(parent, recipe, device)
         except LlmpruneError as error:
             problems.append(str(error))
+            continue
+        return Candidate(name, settings, plan, fit_plan(plan, parent, device, room))
     return Candidate(name, problem=problems[0])
 
 
 def asked_by(candidates: Sequence[Candidate]) -> dict[str, Asked]:
-    """What they want to know of the parent's speed, by their recipe."""
-    return {one.recipe: asked_of(one.plan) for one in candidates if one.plan is not None}
+    """What those that can be used want to know of the parent's speed, by their recipe."""
+    return {one.recipe: asked_of(one.plan) for one in candidates if one.plan is not None and one.can_be_used}
 
 
-def advise(
-    candidates: Sequence[Candidate],
-    measured: Mapping[str, Measured],
-    parent: Parent,
-    device: torch.device,
-    room: Room,
-) -> dict[str, Any]:
-    """Which recipe to use, as JSON: one that fits, llama.cpp's on a CPU, since that is what serves models there."""
-    rows = []
-    for one in candidates:
-        row: dict[str, Any] = {"recipe": one.recipe, "problem": one.problem}
-        if one.plan is not None:
-            fit = fit_plan(one.plan, parent, device, room)
-            row["settings"] = [*one.settings, *fit.settings]
-            row["seconds"] = sum(stage.seconds(measured[one.recipe].rates) for stage in fit.stages)
-            row["fit"] = fit.to_json()
-        rows.append(row)
+def advise(candidates: Sequence[Candidate], measured: Mapping[str, Measured], device: torch.device) -> dict[str, Any]:
+    """Which recipe to use, as JSON: one that fits, as it is if there is one such; of two, llama.cpp's on a CPU, since
+    that is what serves models there."""
+    rates = {name: one.rates for name, one in measured.items()}
     preferred = LLAMACPP_RECIPE if device.type == "cpu" else DEFAULT_RECIPE
-    usable = [row for row in rows if row["problem"] is None and row["fit"]["fits_with_settings"]]
-    use = min(usable, key=lambda row: row["recipe"] != preferred, default=None)
-    return {"use": use and use["recipe"], "settings": use["settings"] if use else [], "recipes": rows}
+    ranks = [
+        (not one.fit.fits, one.recipe != preferred, one.recipe)
+        for one in candidates
+        if one.fit is not None and one.can_be_used
+    ]
+    use = min(ranks)[-1] if ranks else None
+    rows = [one.to_json(rates.get(one.recipe)) for one in candidates]
+    return {"use": use, "recipes": rows}
 
 
 def advise_on(model: ModelRecipe, out: Path, show: Show) -> dict[str, Any]:
@@ -185,8 +197,7 @@ def advise_on(model: ModelRecipe, out: Path, show: Show) -> dict[str, Any]:
     """
     with show("measuring which recipe fits this machine"):
         parent, device = outline_parent(model), device_of(model)
-        room = Room.of(device, out)
-        candidates = candidates_for(parent, model, device)
+        candidates = candidates_for(parent, model, device, Room.of(device, out))
         asked = asked_by(candidates)
         measured = measure_rates(parent, device, asked) if asked else {}
-        return advise(candidates, measured, parent, device, room)
+        return advise(candidates, measured, device)

@@ -159,7 +159,7 @@ def forecast_run(
     sizes = len(sizes_of(recipe, parent)) if is_asked(recipe) and not directory.resized_facts.is_file() else 0
     plan, room = plan_of(parent, recipe, ground.space, workload, device, sizes), Room.of(device, path)
     # A run that is under way has its recipe.
-    candidates = [] if directory.recipe.is_file() else candidates_for(parent, recipe.model, device)
+    candidates = [] if directory.recipe.is_file() else candidates_for(parent, recipe.model, device, room)
     with show("timing random weights in the parent's shape"):
         # Compiling the children of a space would take longer than a forecast may.
         asked = {_OWN: asked_of(plan, reach=not workload.compile), **asked_by(candidates)}
@@ -181,7 +181,7 @@ def forecast_run(
         "stages": rows,
         "total": total,
         "fit": fit_plan(plan, parent, device, room, until, done, directory).to_json(),
-        "recipes": advise(candidates, measured, parent, device, room) if candidates else None,
+        "recipes": advise(candidates, measured, device) if candidates else None,
     }
 
 
