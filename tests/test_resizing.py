@@ -336,6 +336,16 @@ def test_a_forecast_measures_no_sizes(recipe: Recipe, tmp_path: Path, llmprune: 
     assert sizes["forward_tokens"] == 3 * 64 + 2 * 64 and sizes["timed_tokens"] > 0 and sizes["disk_bytes"] > 0
 
 
+def test_a_forecast_knows_what_a_resized_run_has_done(finished: Finished, tmp_path: Path, llmprune: Llmprune) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished.run.directory.path, run)
+    for weights in (run / "resized").glob("*.safetensors"):
+        weights.unlink()
+    dry = llmprune("search", run, "--dry-run", "--json", "--quiet")
+    assert dry.code == 0, dry.err
+    assert all(stage["done"] for stage in dry.json["stages"]) and dry.json["rates_of"]["of_rows"] < 300
+
+
 def test_inspect_says_what_the_vocabulary_takes(recipe: Recipe, llmprune: Llmprune) -> None:
     quick = ("--prompt-tokens", 4, "--generated-tokens", 2, "--repeats", 1)
     found = llmprune("inspect", recipe.model.path, *quick, "--json").json
