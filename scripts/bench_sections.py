@@ -141,6 +141,12 @@ class Plain:
     def batch_windows(self) -> int:
         return race_batch(self.split)
 
+    def hold(self, architecture: Architecture) -> None:
+        """Nothing is kept."""
+
+    def let_go(self, architecture: Architecture) -> None:
+        """Nothing was kept."""
+
     def score_range(
         self, architecture: Architecture, start: Mapping[str, int], stop: Mapping[str, int]
     ) -> WindowScores:

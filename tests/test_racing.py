@@ -14,11 +14,14 @@ from families import CASES, Slices, tiny_parent, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from transformers import PreTrainedModel
 
 from llmprune.choices.architecture import Architecture
 from llmprune.choices.ffn import FfnChoice
 from llmprune.core.errors import ModelError
 from llmprune.data.tokens import SourceTokens, Split
+from llmprune.measure.quality import prefix
+from llmprune.measure.quality.held_children import HeldChildren, own_bytes
 from llmprune.measure.quality.perplexity import quality_from_windows, score
 from llmprune.measure.quality.prefix import PrefixScorer
 from llmprune.measure.quality.racing import (
@@ -32,7 +35,8 @@ from llmprune.measure.quality.racing import (
     still_racing,
 )
 from llmprune.measure.quality.scores import Counts, WindowScores
-from llmprune.models.surgery import prune
+from llmprune.models.parent import Parent
+from llmprune.models.surgery import Repairs, prune
 
 SEQ_LEN = 8
 FIGURES = st.floats(1, 100)
@@ -59,6 +63,13 @@ class Table:
         self.figures_CN = figures_CN
         self.batch_windows = batch_windows
         self.asked: Counter[tuple[int, str, int]] = Counter()
+        self.held: set[Architecture] = set()
+
+    def hold(self, architecture: Architecture) -> None:
+        self.held.add(architecture)
+
+    def let_go(self, architecture: Architecture) -> None:
+        self.held.discard(architecture)
 
     def all_of(self, number: int) -> WindowScores:
         news, code = np.split(self.figures_CN[number], [ALL["news"]])
@@ -132,6 +143,24 @@ def test_the_incumbent_is_neither_scored_nor_dropped() -> None:
     kept = race(scorer, SPLIT, candidates(scorer)[1:], incumbent=incumbent, survivors=1)
     assert [lane.kept for lane in kept] == [True, False] and kept[0].windows == 32
     assert [lane.kept for lane in race(scorer, SPLIT, candidates(scorer)[:1], incumbent=scorer.all_of(2))] == [True]
+
+
+def test_a_scorer_holds_who_is_asked_for_again_and_nobody_else() -> None:
+    scorer, held = table(0.0, 3.0, 6.0, 0.05), []
+    race(scorer, SPLIT, candidates(scorer), shares=(0.25, 0.5, 1.0), progress=lambda *_: held.append(len(scorer.held)))
+    assert held == [1, 2, 3, 4, 2, 2, 1, 0], "two leave after the first stage; in the last each leaves at once"
+    assert scorer.held == set()
+
+
+def test_a_race_that_is_stopped_holds_nobody() -> None:
+    def interrupted(stage: int, done: int, racing: int) -> None:
+        if (stage, done) == (1, 1):
+            raise KeyboardInterrupt
+
+    scorer = table(0.0, 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        race(scorer, SPLIT, candidates(scorer), progress=interrupted)
+    assert scorer.held == set()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -284,3 +313,54 @@ def test_a_race_of_real_children_repeats_nothing() -> None:
     windows = sum(lane.windows for lane in raced)
     assert scorer.work.plain == 4 * SEQ_LEN * windows
     assert scorer.work.candidates + scorer.work.parent < scorer.work.plain
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_candidate_is_cut_once_if_there_is_room(room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = tiny_parent(CASES[0])
+    library, whole = Slices(parent), parent.shape.architecture
+    racing = [whole.with_choice(layer, FfnChoice(7)) for layer in range(4)]
+    cut: Counter[Architecture] = Counter()
+    most = 0
+
+    def counted(parent: Parent, architecture: Architecture, library: Repairs) -> PreTrainedModel:
+        cut[architecture] += 1
+        return prune(parent, architecture, library)
+
+    def watched(stage: int, done: int, racing: int) -> None:
+        nonlocal most
+        most = max(most, scorer.children_bytes)
+
+    monkeypatch.setattr(prefix, "prune", counted)
+    limit = sum(own_bytes(prune(parent, architecture, library), parent) for architecture in racing)
+    scorer = PrefixScorer(parent, library, SPLIT, children_bytes=limit if room else 0, batch_tokens=SEQ_LEN)
+    raced = race(scorer, SPLIT, racing, survivors=4, progress=watched)
+    stages = len(stages_of(SPLIT))
+    assert [lane.stage for lane in raced] == [stages - 1] * 4
+    assert list(cut.values()) == [1 if room else stages] * 4
+    assert scorer.children_bytes == 0 and (0 < most <= limit if room else most == 0)
+    plain = PrefixScorer(parent, library, SPLIT, children_bytes=0, batch_tokens=SEQ_LEN)
+    for lane in raced:
+        assert lane.scores is not None
+        for name, nats in plain.score(lane.architecture).nats.items():
+            assert torch.equal(lane.scores.nats[name], nats)
+
+
+def test_a_child_takes_what_is_not_its_parents() -> None:
+    parent = tiny_parent(CASES[0])
+    library, whole, hidden = Slices(parent), parent.shape.architecture, parent.shape.hidden_size
+    assert own_bytes(prune(parent, whole, library), parent) == 0
+    narrow = whole.with_choice(1, FfnChoice(7)).with_choice(2, FfnChoice(0))
+    assert own_bytes(prune(parent, narrow, library), parent) == 3 * 7 * hidden * 4
+
+
+def test_a_held_child_is_of_use_from_its_own_first_layer_on() -> None:
+    parent = tiny_parent(CASES[0])
+    architecture, children = parent.shape.architecture.with_choice(3, FfnChoice(7)), HeldChildren(parent, 10**6)
+    children.hold(architecture)
+    cuts = [prune(parent, architecture, Slices(parent)) for _ in range(2)]
+    given = iter(cuts)
+    assert children.child(architecture, 2, lambda: next(given)) is children.child(architecture, 2, lambda: next(given))
+    assert children.child(architecture, 0, lambda: next(given)) is cuts[1]
+    children.let_go(architecture)
+    assert children.nbytes == 0

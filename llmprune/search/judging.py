@@ -84,6 +84,16 @@ class Judge:
         """The figures of a child on all of the split."""
         return quality_from_windows(self.split, self.score(architecture))
 
+    def _quality_and_child(self, architecture: Architecture) -> tuple[Quality, PreTrainedModel]:
+        """The figures of a child and the child itself, which is made once if all of it is what is scored."""
+        with scoring(self.workload.device):
+            if self.finish is None:
+                nats, child = self._scored(architecture), self.child(architecture)
+            else:
+                child = self.child(architecture)
+                nats = score_windows(child, self.split)
+        return quality_from_windows(self.split, nats), child
+
     def quoted(self, architecture: Architecture) -> Quoted:
         """A child's figures on the split beside the parent's, with what they must not be quoted without.
 
@@ -92,17 +102,15 @@ class Judge:
         parent = self.parent_quality
         if architecture == self.parent.shape.architecture:
             return Quoted.beside(parent, parent)
-        quality = self.quality(architecture)
         if self.parents_logits is None:
-            return Quoted.beside(quality, parent)
+            return Quoted.beside(self.quality(architecture), parent)
+        quality, child = self._quality_and_child(architecture)
         with scoring(self.workload.device):
-            return Quoted.beside(quality, parent, self.parents_logits.beside(self.child(architecture)))
+            return Quoted.beside(quality, parent, self.parents_logits.beside(child))
 
     def judge(self, architecture: Architecture, name: str) -> Record:
         """The whole record of a child: quality, speed paired with the parent, size."""
-        quality = self.quality(architecture)
-        with scoring(self.workload.device):
-            child = self.child(architecture)
+        quality, child = self._quality_and_child(architecture)
         with timing(self.workload.device):
             _, (speed,) = measure_paired(self.parent.model, [child], self.workload, self.repeats)
         return self._record(name, architecture, quality, speed, self._size(child, architecture))

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from llmprune.choices.architecture import Architecture
 from llmprune.data.tokens import Split
+from llmprune.measure.quality.held_children import HeldChildren
 from llmprune.measure.quality.perplexity import batch_windows, nats_of_logits
 from llmprune.measure.quality.prefix_states import (
     PrefixStates,
@@ -47,6 +48,9 @@ from llmprune.models.surgery import Repairs, prune
 
 STATES_BYTES = 2**30
 """What the parent's hidden states may take by default; those of remembered candidates may take as much again."""
+
+CHILDREN_BYTES = 2**30
+"""What children that are held may take by default, beside the parent's storage that they share."""
 
 
 @dataclass
@@ -110,6 +114,7 @@ class PrefixScorer:
 
     `parent_bytes` and `candidate_bytes` limit the hidden states that are kept, on the device that computed them: of
     the parent at all layers, or at as many as fit, evenly spread; and of the architectures that `remember` names.
+    `children_bytes` limits the children that are kept of those that `hold` names.
     With `top_k`, KL to the parent over its `top_k` likeliest tokens comes out of the same passes; `top_k_bytes` limits
     what is kept for it. `batch_tokens` is that of `quality.window_nats`. A parent that is spread over several devices
     is scored by full passes. Raises ValueError if `top_k` does not fit into `top_k_bytes`.
@@ -123,6 +128,7 @@ class PrefixScorer:
         *,
         parent_bytes: int = STATES_BYTES,
         candidate_bytes: int = STATES_BYTES,
+        children_bytes: int = CHILDREN_BYTES,
         top_k: int | None = None,
         top_k_bytes: int = STATES_BYTES,
         batch_tokens: int | None = None,
@@ -149,6 +155,7 @@ class PrefixScorer:
         self._parent_batches: dict[int, _ParentBatch] = {}
         self._states = PrefixStates(0 if spread_out else candidate_bytes // one_layer)
         self._remembered: set[Architecture] = set()
+        self._children = HeldChildren(parent, children_bytes)
 
     def remember(self, architecture: Architecture) -> None:
         """Keep this candidate's states whenever it is scored from now on, for candidates that begin like it.
@@ -160,6 +167,19 @@ class PrefixScorer:
     def forget(self, architecture: Architecture) -> None:
         """Keep no more of its states; those that are there go when others need the room."""
         self._remembered.discard(architecture)
+
+    def hold(self, architecture: Architecture) -> None:
+        """Cut its child once, if there is room to keep it, until `let_go`: it will be asked for again."""
+        self._children.hold(architecture)
+
+    def let_go(self, architecture: Architecture) -> None:
+        """Keep its child no longer."""
+        self._children.let_go(architecture)
+
+    @property
+    def children_bytes(self) -> int:
+        """What the children that are held take now."""
+        return self._children.nbytes
 
     @property
     def states_bytes(self) -> int:
@@ -197,7 +217,10 @@ class PrefixScorer:
     def _run(self, architecture: Architecture, steps: Steps, numbers: Sequence[int]) -> list[_Figures]:
         start = self._start_of(steps, numbers)
         captures = self._captures(architecture, steps, start)
-        child = prune(self.parent, without_first_layers(architecture, steps[start.step].layer), self.library)
+        first = steps[start.step].layer
+        child = self._children.child(
+            architecture, first, lambda: prune(self.parent, without_first_layers(architecture, first), self.library)
+        )
         layers = list(child.get_submodule(self.parent.family.layers).children())
         figures = []
         for i in numbers:

@@ -25,7 +25,7 @@ from scipy.stats import wilcoxon
 from llmprune.choices.architecture import Architecture
 from llmprune.core.errors import ModelError
 from llmprune.data.tokens import Split
-from llmprune.measure.quality.scores import WindowScorer, WindowScores
+from llmprune.measure.quality.scores import Counts, WindowScorer, WindowScores
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -142,26 +142,38 @@ def race(
 ) -> list[Raced]:
     """Score candidates in stages; after each, those leave that `still_racing` drops. In the order of `candidates`.
 
-    No window is scored twice for a candidate. `incumbent` holds the scores, on all windows of `shares`, of an
-    architecture to beat: it is never scored here, nor dropped. `figure` is what decides. A candidate whose logits are
-    no numbers loses at once. `progress(stage, done, racing)` counts candidates within a stage.
+    No window is scored twice for a candidate, and the scorer holds it until it leaves, so that it is cut once.
+    `incumbent` holds the scores, on all windows of `shares`, of an architecture to beat: it is never scored here, nor
+    dropped. `figure` is what decides. A candidate whose logits are no numbers loses at once.
+    `progress(stage, done, racing)` counts candidates within a stage.
     """
     lanes = [_Lane(architecture) for architecture in candidates]
-    before = dict.fromkeys(split.sources, 0)
-    for stage, counts in enumerate(stages_of(split, shares, scorer.batch_windows)):
-        racing = [lane for lane in lanes if lane.kept]
-        for done, lane in enumerate(racing, 1):
-            lane.run(scorer, before, counts, stage)
-            if progress is not None:
-                progress(stage, done, len(racing))
-        racing = [lane for lane in racing if lane.kept]
-        if racing:
-            samples_CN = np.stack([_samples(lane.scores, figure, split) for lane in racing])
-            reference_N = None if incumbent is None else _samples(incumbent.head(counts), figure, split)
-            decided_C = still_racing(samples_CN, reference_N, alpha=alpha, survivors=survivors)
-            for lane, kept in zip(racing, decided_C, strict=True):
-                lane.kept = bool(kept)
-        before = counts
+    before, stages = dict.fromkeys(split.sources, 0), stages_of(split, shares, scorer.batch_windows)
+    try:
+        for stage, counts in enumerate(stages):
+            is_last = stage + 1 == len(stages)
+            racing = [lane for lane in lanes if lane.kept]
+            for done, lane in enumerate(racing, 1):
+                if not is_last:
+                    scorer.hold(lane.architecture)
+                lane.run(scorer, before, counts, stage)
+                if is_last or not lane.kept:
+                    scorer.let_go(lane.architecture)
+                if progress is not None:
+                    progress(stage, done, len(racing))
+            racing = [lane for lane in racing if lane.kept]
+            if racing:
+                samples_CN = np.stack([_samples(lane.scores, figure, split) for lane in racing])
+                reference_N = None if incumbent is None else _samples(incumbent.head(counts), figure, split)
+                decided_C = still_racing(samples_CN, reference_N, alpha=alpha, survivors=survivors)
+                for lane, kept in zip(racing, decided_C, strict=True):
+                    lane.kept = bool(kept)
+                    if not kept:
+                        scorer.let_go(lane.architecture)
+            before = counts
+    finally:
+        for lane in lanes:
+            scorer.let_go(lane.architecture)
     return [Raced(lane.architecture, lane.scores, lane.kept, lane.stage) for lane in lanes]
 
 
@@ -174,7 +186,7 @@ class _Lane:
     kept: bool = True
     stage: int = field(default=0)
 
-    def run(self, scorer: WindowScorer, start: Mapping[str, int], stop: Mapping[str, int], stage: int) -> None:
+    def run(self, scorer: WindowScorer, start: Counts, stop: Counts, stage: int) -> None:
         self.stage = stage
         try:
             new = scorer.score_range(self.architecture, start, stop)

@@ -125,6 +125,12 @@ class StoredScorer:
         self.scorer.score(architecture)
         self._remembered = architecture
 
+    def hold(self, architecture: Architecture) -> None:
+        self.scorer.hold(architecture)
+
+    def let_go(self, architecture: Architecture) -> None:
+        self.scorer.let_go(architecture)
+
     def score(self, architecture: Architecture) -> WindowScores:
         """All windows of the split. Raises as `score_range` does."""
         counts = {name: len(source.windows) for name, source in self.store.split.sources.items()}

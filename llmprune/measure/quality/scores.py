@@ -62,12 +62,18 @@ class SplitScorer(Protocol):
 
 
 class WindowScorer(Protocol):
-    """Scores architectures on the windows of one split."""
+    """Scores architectures on the windows of one split, some of them now and others later."""
 
     @property
     def batch_windows(self) -> int:
         """Windows of one forward pass: ranges that end on a multiple of it cost nothing extra."""
         ...
+
+    def hold(self, architecture: Architecture) -> None:
+        """It will be asked for again: what was made to score it may be kept, until `let_go`."""
+        ...
+
+    def let_go(self, architecture: Architecture) -> None: ...
 
     def score_range(self, architecture: Architecture, start: Counts, stop: Counts) -> WindowScores:
         """The windows from `start[name]` up to `stop[name]` of each source. Raises ModelError if a logit is NaN."""
