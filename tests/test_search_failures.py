@@ -134,8 +134,10 @@ def test_a_sampler_that_proposes_a_failure_again_is_not_heard(journal: Path) -> 
 )
 def test_a_search_that_judges_nothing_ends_with_the_reason(error: Exception, reason: str, journal: Path) -> None:
     judge = Raising(raises=lambda *_: error)
-    with pytest.raises(SearchError, match=rf"{FAILURES_IN_A_ROW} trials in a row .* because of: {reason}; mend that"):
+    told = rf"{FAILURES_IN_A_ROW} trials in a row .* because of: {reason}; mend that"
+    with pytest.raises(SearchError, match=told) as caught:
         run(journal, judge, trials=50, starts=STARTS)
+    assert ("a lower data.seq_len or workload.batch" in str(caught.value)) == (reason == OUT_OF_MEMORY)
     assert judge.tries.total() == FAILURES_IN_A_ROW
 
 

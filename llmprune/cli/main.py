@@ -33,6 +33,7 @@ from llmprune.cli.options import (
 from llmprune.cli.recipes import app as of_recipes
 from llmprune.cli.terminal import error_console, shown
 from llmprune.core.errors import LlmpruneError, RecipeError, StorageError
+from llmprune.core.memory import out_of_memory
 from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_text import parse_section
 
@@ -322,8 +323,11 @@ def main() -> None:
     """Entry point: turns errors into one line and an exit code."""
     try:
         app()
-    except LlmpruneError as error:
-        error_console().print("[red]error:[/red]", escape(_one_line(error)), soft_wrap=True)
+    except Exception as error:
+        told = error if isinstance(error, LlmpruneError) else out_of_memory(error)
+        if told is None:
+            raise
+        error_console().print("[red]error:[/red]", escape(_one_line(told)), soft_wrap=True)
         sys.exit(2)
     except SystemExit as ended:
         # typer catches Ctrl-C itself.

@@ -15,7 +15,7 @@ from rich.progress import TimeRemainingColumn as TimeLeft
 from rich.table import Table
 from rich.text import Text
 
-from llmprune.core.progress import SEARCHING, Advance, Show, silent
+from llmprune.core.progress import SEARCHING, Advance, Show, naming_steps, silent
 from llmprune.measure.record import Record, engine_of
 from llmprune.measure.speed.throughput import Spread
 
@@ -48,9 +48,9 @@ def shown(*, quiet: bool, searching: RenderableType | None = None) -> Show:
     """How stages tell their progress: bars on stderr, lines where stderr is no terminal, nothing if quiet. `searching`
     is drawn beneath the bar of a search."""
     if quiet:
-        return silent
+        return naming_steps(silent)
     target = error_console()
-    return _bars(target, searching) if target.is_terminal else _lines(target)
+    return naming_steps(_bars(target, searching) if target.is_terminal else _lines(target))
 
 
 class _Bars(Progress):

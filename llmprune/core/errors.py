@@ -58,6 +58,10 @@ class SearchError(LlmpruneError):
     """A search that cannot go on: no child at all can be judged."""
 
 
+class OutOfMemoryError(LlmpruneError):
+    """What a machine or device has no room for, with settings that take less."""
+
+
 class ExportError(LlmpruneError):
     """A checkpoint that cannot be written, or that failed its proof."""
 

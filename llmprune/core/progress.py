@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
+_NOTE = "step: "
+
 Advance = Callable[[int, int], None]
 """Called with (done, total)."""
 
@@ -23,6 +25,27 @@ SEARCHING = "searching"
 def silent(description: str) -> Iterator[Advance]:
     """A step that nobody watches."""
     yield lambda done, total: None
+
+
+def naming_steps(show: Show) -> Show:
+    """Notes on an error that ends a step which step it was: `step_of` reads it."""
+
+    @contextmanager
+    def step(description: str) -> Iterator[Advance]:
+        with show(description) as advance:
+            try:
+                yield advance
+            except Exception as error:
+                error.add_note(_NOTE + description)
+                raise
+
+    return step
+
+
+def step_of(error: BaseException) -> str:
+    """The innermost step that an error ended; "" if it was in none."""
+    notes = [note for note in getattr(error, "__notes__", []) if note.startswith(_NOTE)]
+    return notes[0].removeprefix(_NOTE) if notes else ""
 
 
 class Steps:

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmprune.core.errors import ModelError, UnsupportedModelError, quoted, shortened
 from llmprune.core.files import exists, expanded
+from llmprune.core.memory import tells_of_memory
 from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.data.bos import opening_with_bos
 from llmprune.models.placement import check_spread, gpus_to_spread_over, resolve_device, room_on
@@ -237,7 +238,7 @@ def _readable_errors(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        if isinstance(error, ModelError):
+        if isinstance(error, ModelError) or tells_of_memory(f"{type(error).__name__}: {error}"):
             raise
         cause = " ".join(str(error).split()).rstrip(".")
         if "trust_remote_code" in cause:

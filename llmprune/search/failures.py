@@ -12,6 +12,8 @@ from optuna.trial import FrozenTrial
 
 from llmprune.choices.architecture import Architecture
 from llmprune.core.errors import ArchitectureError, ModelError, SearchError, shortened
+from llmprune.core.memory import tells_of_memory, what_takes_less
+from llmprune.core.progress import SEARCHING
 from llmprune.measure.record import Record
 from llmprune.search.judging import Judge
 from llmprune.search.workers.claims import failed_trials
@@ -76,9 +78,11 @@ class Streak:
         if len(self._reasons) < FAILURES_IN_A_ROW:
             return
         self._queue_starting_points()
+        less = f"; {what_takes_less(failure.reason, SEARCHING)}" if tells_of_memory(failure.reason) else ""
         raise SearchError(
             f"{FAILURES_IN_A_ROW} trials in a row came to nothing here, the last because of: {failure.reason}; mend "
-            "that, and start the same command again: it goes on with the trials and starting points that are there"
+            f"that{less}, and start the same command again: it goes on with the trials and starting points that are "
+            "there"
         )
 
     def _queue_starting_points(self) -> None:
