@@ -29,7 +29,7 @@ from llmprune.formats.gguf import write_gguf
 from llmprune.measure.quality import perplexity
 from llmprune.measure.speed.llamacpp import GgufModel, greedy, window_nats
 from llmprune.measure.speed.throughput import Speed, Workload, measure_paired
-from llmprune.models.checkpoint import PROOF_TEXT
+from llmprune.models.expected import PROOF_TEXT
 from llmprune.models.loading import load_model
 from llmprune.models.surgery import register_pruned_classes
 

@@ -35,7 +35,8 @@ from llmprune.cli.main import main
 from llmprune.core.budgets import parse_pick
 from llmprune.core.recipe import Recipe
 from llmprune.forecast import rates
-from llmprune.models import checkpoint
+from llmprune.models import checkpoint, fresh_process
+from llmprune.models.expected import Proof
 from llmprune.pipeline.commands import export, front, search
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory
@@ -53,7 +54,7 @@ def quick_forecasts() -> Iterator[None]:
         yield
 
 
-_started = checkpoint.run_script
+_started = fresh_process.run_script
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def started() -> Callable[..., Any]:
 def forked_proofs() -> Iterator[None]:
     """Proofs in forks of an interpreter that has imported torch and transformers."""
     interpreters = Interpreters()
-    with patch.object(checkpoint, "run_script", interpreters.run_script):
+    with patch.object(fresh_process, "run_script", interpreters.run_script):
         yield
     interpreters.stop()
 
@@ -103,7 +104,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         run = Run.start(finished.path, finished.recipe)
         search(run)
         front(run)
-        with patch.object(checkpoint, "prove", return_value=checkpoint.Proof(0.0, 0.0, 1, False)):
+        with patch.object(checkpoint, "prove", return_value=Proof(0.0, 0.0, 1, False)):
             write_front(run)
         export(run, parse_pick(finished.recipe.export.pick), finished.export)
     return finished

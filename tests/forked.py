@@ -29,7 +29,7 @@ class Interpreters:
     def run_script(
         self, script: str, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> subprocess.CompletedProcess[str]:
-        """As llmprune.models.checkpoint.run_script does it."""
+        """As llmprune.models.fresh_process.run_script does it."""
         if self._server is None:
             command = [sys.executable, "-P", __file__]
             self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

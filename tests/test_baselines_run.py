@@ -18,7 +18,7 @@ from llmprune.core.budgets import parse_pick
 from llmprune.core.errors import ExportError
 from llmprune.core.recipe import BASELINE_NAMES
 from llmprune.measure.quality.perplexity import score
-from llmprune.models.checkpoint import Proof
+from llmprune.models.expected import Proof
 from llmprune.pipeline import exports
 from llmprune.pipeline.commands import export, front
 from llmprune.pipeline.prepare import stock_up

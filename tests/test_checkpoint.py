@@ -11,11 +11,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from closeness import assert_close, tolerance
 from families import CASES, IDS, Slices, merging, tiny_model, tiny_parent, tokens
 from safetensors import SafetensorError
@@ -25,10 +27,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from llmprune.choices.architecture import Architecture, ParentShape
 from llmprune.choices.kv_groups import AttentionChoice
-from llmprune.core.errors import ExportError, LlmpruneError, PushError
+from llmprune.core.errors import ExportError, LlmpruneError, OutOfMemoryError, PushError
 from llmprune.measure.value import SCHEMA
-from llmprune.models import checkpoint
-from llmprune.models.checkpoint import METADATA_FILE, Proof, write_checkpoint
+from llmprune.models import checkpoint, expected, fresh_process
+from llmprune.models.checkpoint import METADATA_FILE, write_checkpoint
+from llmprune.models.expected import Expected, Proof, prove
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.proof import digests
 from llmprune.models.surgery import is_stock, prune, register_pruned_classes
@@ -301,13 +304,55 @@ def test_a_proof_starts_an_interpreter_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: Callable[..., Any]
 ) -> None:
     """As every proof does outside of this suite, which forks them (see forked.py)."""
-    monkeypatch.setattr(checkpoint, "run_script", started)
+    monkeypatch.setattr(fresh_process, "run_script", started)
     child, architecture, _ = child_of("llama-gqa")
     proof = write_checkpoint(child, tiny_tokenizer(), architecture, {}, tmp_path / "child")
     assert proof.max_logit_difference <= 1e-5 and not proof.stock_class
     (tmp_path / "script.py").write_text("import os, sys; print(os.getppid(), 'torch' in sys.modules, *sys.argv[1:])")
     finished = started(str(tmp_path / "script.py"), ["here"], dict(os.environ))
     assert finished.stdout.split() == [str(os.getpid()), "False", "here"] and finished.returncode == 0
+
+
+def mapped_from(place: int) -> str:
+    """The file that a place in this process's memory is mapped from; "" if it is mapped from none."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, _, _, *path = line.split(maxsplit=5)
+        start, stop = (int(end, 16) for end in span.split("-"))
+        if start <= place < stop:
+            return path[0] if path else ""
+    raise AssertionError(f"{place:x} is no place in memory")
+
+
+@pytest.mark.parametrize("case_id", ["llama-gqa", "gemma3_text-gqa", "gpt2-mha"])
+def test_a_child_has_no_tensors_of_its_own_while_it_is_proven(
+    case_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child, architecture, parent = child_of(case_id)
+    with torch.inference_mode():
+        before, logits = digests(child.state_dict()), child(tokens()).logits
+    places = {name: tensor.data_ptr() for name, tensor in parent.model.state_dict().items()}
+    seen: list[set[str]] = []
+
+    def looking(held_to: Expected, staging: Path) -> Proof:
+        seen.append({mapped_from(tensor.data_ptr()) for tensor in child.state_dict().values()})
+        assert seen[-1] == {str(staging / "model.safetensors")}
+        return prove(held_to, staging)
+
+    monkeypatch.setattr(checkpoint, "prove", looking)
+    proof = write_checkpoint(child, None, architecture, {}, tmp_path / "child")
+    assert len(seen) == 1 and proof.max_logit_difference <= 1e-5
+    assert {name: tensor.data_ptr() for name, tensor in parent.model.state_dict().items()} == places
+    with torch.inference_mode():
+        assert digests(child.state_dict()) == before
+        assert_close(child(tokens()).logits, logits)
+
+
+def test_a_child_with_hooks_of_several_devices_is_written_without_them(tmp_path: Path) -> None:
+    child, architecture, _ = child_of("llama-gqa")
+    dispatch_model(child, {"": "cpu"}, force_hooks=True)
+    proof = write_checkpoint(child, None, architecture, {}, tmp_path / "child")
+    assert proof.max_logit_difference <= 1e-5
+    assert not hasattr(child, "_hf_hook") and not hasattr(child, "hf_device_map")
 
 
 def stub_proof(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,13 +482,15 @@ def test_whatever_differs_fails_the_proof(
         "llmprune_imported": False,
     }
     for answer in (good, {**good, **found}):
-        finished = subprocess.CompletedProcess([], 0, stdout=f"a line of someone else's\n{json.dumps(answer)}\n")
-        monkeypatch.setattr(checkpoint, "run_script", lambda *_, finished=finished: finished)
+        finished = subprocess.CompletedProcess(
+            [], 0, stdout=f"a line of someone else's\n{json.dumps(answer)}\n", stderr=""
+        )
+        monkeypatch.setattr(fresh_process, "run_script", lambda *_, finished=finished: finished)
         if answer is good:
-            checkpoint.prove(child, None, tmp_path)
+            prove(Expected.of(child, None), tmp_path)
             continue
         with pytest.raises(ExportError, match=message):
-            checkpoint.prove(child, None, tmp_path)
+            prove(Expected.of(child, None), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -457,19 +504,41 @@ def test_the_limit_follows_the_largest_logit(dtype: torch.dtype, monkeypatch: py
         **{"finite": True, "llmprune_imported": False, "weights": digests(child.state_dict()), "params": params},
     }
     step = torch.finfo(dtype).eps * 64
+
+    def held_to(largest_logit: float) -> Expected:
+        return replace(Expected.of(child, None), inputs={"logits": torch.tensor([-largest_logit, 1.0])})
+
     for figure in ("max_logit_difference", "generation_gap"):
         off = {**found, "max_logit_difference": 0.0, "generation_gap": 0.0, figure: step}
-        assert checkpoint._judge(off, child, largest_logit=100.0).params == params
+        assert expected._judge(off, held_to(100.0)).params == params
         with pytest.raises(ExportError, match=f"{figure} .* 4 steps of {dtype}"):
-            checkpoint._judge(off, child, largest_logit=2.0)
+            expected._judge(off, held_to(2.0))
 
 
 def test_a_checkpoint_that_does_not_load_fails_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child, _, _ = child_of("llama-gqa")
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback ...\nOSError: no weights\n")
-    monkeypatch.setattr(checkpoint, "run_script", lambda *_: failed)
+    monkeypatch.setattr(fresh_process, "run_script", lambda *_: failed)
     with pytest.raises(ExportError, match="does not load in a fresh process: OSError: no weights"):
-        checkpoint.prove(child, None, tmp_path)
+        prove(Expected.of(child, None), tmp_path)
+
+
+KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+TOO_LARGE = "import torch; torch.empty(2**60, dtype=torch.uint8)"
+
+
+@pytest.mark.parametrize(
+    ("script", "what"), [(KILLED, r"its 0\.00 GiB of weights was killed"), (TOO_LARGE, "1,073,741,824.0 GiB more")]
+)
+def test_a_proof_without_room_says_so_and_leaves_nothing(
+    script: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "script.py").write_text(script)
+    monkeypatch.setattr("llmprune.models.proof.__file__", str(tmp_path / "script.py"))
+    child, architecture, _ = child_of("llama-gqa")
+    with pytest.raises(OutOfMemoryError, match=rf"\(proving .*{what}.* are free on this machine now.*model\.dtype"):
+        write_checkpoint(child, None, architecture, {}, tmp_path / "child")
+    assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from llmprune.formats.gguf_limits import gguf_child_problem, gguf_choice_problem
 from llmprune.formats.gguf_tokenizer import _LLAMA3, _QWEN2, tokenizer_problem
 from llmprune.formats.limits import check_parent
 from llmprune.measure.speed.llamacpp import GgufModel, logits_of
-from llmprune.models.checkpoint import PROOF_TEXT
+from llmprune.models.expected import PROOF_TEXT
 from llmprune.models.surgery import prune
 
 LLAMA_SHAPED = [name for name, family in GGUF_FAMILIES.items() if family.layers_differ]

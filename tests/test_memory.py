@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import Finished, Llmprune
+from tiny import contents
 
 from llmprune.core import memory
 from llmprune.core.errors import LlmpruneError, ModelError
 from llmprune.core.memory import exhausted, out_of_memory, what_takes_less
 from llmprune.core.progress import SEARCHING, naming_steps, silent, step_of
 from llmprune.core.recipe_inputs import ModelRecipe
+from llmprune.models import fresh_process
 from llmprune.models.loading import load_model
 
 ON_A_GPU = (
@@ -113,3 +116,16 @@ def test_in_a_container_its_own_limit_counts(tmp_path: Path, monkeypatch: pytest
     assert "0.1 GiB of 2.0 GiB are free on this machine now" in str(exhausted("killed", ""))
     (tmp_path / "memory.max").write_text("max\n")
     assert "of 2.0 GiB are free" not in str(exhausted("killed", ""))
+
+
+def test_an_export_whose_proof_is_killed_leaves_the_run_as_it_was(
+    llmprune: Llmprune, finished_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = subprocess.CompletedProcess([], -9, stdout="", stderr="")
+    monkeypatch.setattr(fresh_process, "run_script", lambda *_: killed)
+    before = contents(finished_run.path)
+    pick = ("--pick", "ppl_ratio<=1000", "--to", tmp_path / "child", "--quiet")
+    result = llmprune("export", finished_run.path, *pick)
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert "out of memory (proving a checkpoint in a fresh process): the process that loads its 0.00 GiB" in result.err
+    assert contents(finished_run.path) == before and list(tmp_path.iterdir()) == []

@@ -38,6 +38,7 @@ from llmprune.measure.quality.perplexity import score
 from llmprune.measure.record import Front, Quoted, child_id
 from llmprune.measure.value import SCHEMA
 from llmprune.models import checkpoint
+from llmprune.models.expected import Proof
 from llmprune.models.licence import Licence
 from llmprune.models.parent import load_parent
 from llmprune.models.surgery import prune
@@ -74,9 +75,9 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return wrapper
 
-    def prove(child: Any, tokenizer: Any, directory: Path) -> checkpoint.Proof:
+    def prove(expected: Any, directory: Path) -> Proof:
         calls.append("prove")
-        return checkpoint.Proof(0.0, 0.0, 1, False)
+        return Proof(0.0, 0.0, 1, False)
 
     for name in ("judge", "score"):
         monkeypatch.setattr(Judge, name, counted(name, getattr(Judge, name)))

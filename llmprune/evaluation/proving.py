@@ -20,7 +20,8 @@ from llmprune.measure.record import QUOTED, Quoted, Record, child_id, figures_of
 from llmprune.measure.value import schema_problem
 from llmprune.models import modeling_pruned
 from llmprune.models.checkpoint import METADATA_FILE, proof_facts
-from llmprune.models.checkpoint import prove as prove_files
+from llmprune.models.expected import Expected
+from llmprune.models.expected import prove as prove_files
 from llmprune.models.loading import load_model, stored_dtype
 from llmprune.models.samples import continuations
 from llmprune.models.sizes import parameter_count
@@ -44,7 +45,7 @@ def prove_anew(directory: Path, data: Path | None, show: Show, *, trust_remote_c
     if not trust_remote_code:
         _check_code(directory)
     with show("loading the checkpoint"):
-        # In the dtype of its files: a proof is about those.
+        # In the dtype of its files, since a proof is about those, and mapped from them: it takes no memory of its own.
         model, tokenizer = load_model(_as_stored(directory))
     if (found := parameter_count(model)) != before.params:
         raise ExportError(
@@ -52,7 +53,7 @@ def prove_anew(directory: Path, data: Path | None, show: Show, *, trust_remote_c
             "shape is another child"
         )
     with show("proving it in a fresh process"):
-        proof = prove_files(model, tokenizer, directory)
+        proof = prove_files(Expected.of(model, tokenizer), directory)
     files = {file.relative_to(directory).as_posix(): sha256_file(file) for file in _files(directory)}
     after = before
     if _weights(files) != _weights(metadata["files"]):

@@ -21,11 +21,10 @@ from llmprune.models.checkpoint import (
     file_hashes,
     move_into_place,
     proof_facts,
-    proof_tokens,
-    prove,
     save_files,
     staging_beside,
 )
+from llmprune.models.expected import Expected, proof_tokens, prove
 from llmprune.models.loading import quiet_loading
 from llmprune.numerics.divergence import kl_nats
 
@@ -48,21 +47,29 @@ def write_torchao(
     """Write the child in int8 to `directory`: whole and proven in a fresh process, or not at all; what rounding costs,
     KL in nats a token on random tokens.
 
-    The child stays as it is; it lies on disk a second time meanwhile, and in memory in int8. Raises ExportError if the
-    directory is taken, or the files are not what was quantised.
+    The child stays as it is; it lies on disk a second time meanwhile, and in memory in int8 until that is written.
+    Raises ExportError if the directory is taken, or the files are not what was quantised.
     """
     check_destination(directory, force=force)
     with staging_beside(directory) as plain, staging_beside(directory) as staging:
         save_files(child, None, plain)
-        quantised = _quantised(child, plain)
-        save_files(quantised, tokenizer, staging)
-        proof = prove(quantised, tokenizer, staging)
+        expected = _write_quantised(child, plain, tokenizer, staging)
+        proof = prove(expected, staging)
         facts = {"format": 1, "proof": proof_facts(proof), "files": file_hashes(staging)}
         write_json(staging / METADATA_FILE, facts)
         move_into_place(staging, directory)
-    tokens = proof_tokens(child)
     with torch.inference_mode():
-        return kl_nats(child(tokens.to(child.device)).logits.cpu(), quantised(tokens).logits)
+        logits = child(proof_tokens(child).to(child.device)).logits.cpu()
+    return kl_nats(logits, expected.inputs["logits"])
+
+
+def _write_quantised(
+    child: PreTrainedModel, plain: Path, tokenizer: PreTrainedTokenizerBase | None, directory: Path
+) -> Expected:
+    """Write the child with int8 weights, unproven; what its files are to hold is all that stays of it in memory."""
+    quantised = _quantised(child, plain)
+    save_files(quantised, tokenizer, directory)
+    return Expected.of(quantised, tokenizer)
 
 
 def _quantised(child: PreTrainedModel, plain: Path) -> PreTrainedModel:

@@ -24,10 +24,10 @@ from llmprune.models.checkpoint import (
     METADATA_FILE,
     check_destination,
     file_hashes,
-    in_fresh_process,
     move_into_place,
     staging_beside,
 )
+from llmprune.models.fresh_process import in_fresh_process
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "configuration_decilm.py"

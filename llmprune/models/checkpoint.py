@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from accelerate.hooks import remove_hook_from_module
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-import llmprune.models.proof
 from llmprune.choices.architecture import Architecture
 from llmprune.core.errors import ExportError
 from llmprune.core.files import sha256_file, write_json
-from llmprune.models.placement import is_spread
-from llmprune.models.proof import digests
-from llmprune.models.sizes import parameter_count
-from llmprune.models.surgery import is_stock
+from llmprune.core.memory import return_freed, tells_of_memory
+from llmprune.models.expected import Expected, Proof, prove
 
 METADATA_FILE = "llmprune.json"
-PROOF_TEXT = "The quick brown fox, 3.14 — naïve façade; 漢字.\n\tdef f(x): return x ** 2"
-PROOF_SHAPE = (2, 24)
-ROUNDING_STEPS = {torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
-"""How far the largest logit may be off, in its own steps: half precision rounds once after each sum, which is itself
-taken in float32; in float32 the order of the sums counts. Weights are held to the bit, so this is about all else."""
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What a fresh process found: see `models/proof.py`."""
-
-    max_logit_difference: float
-    generation_gap: float
-    params: int
-    stock_class: bool
 
 
 def check_destination(directory: Path, *, force: bool) -> None:
@@ -72,13 +50,14 @@ def write_checkpoint(
     """Save `child`, prove the files, then move them to `directory`: it appears whole and proven, or not at all.
 
     `metadata` joins the architecture, the proof and the SHA-256 of each file that was proven in `llmprune.json`;
-    `further` may add files to the directory before it is moved.
-    Raises ExportError if the directory is taken, the disk is full, or the proof fails.
+    `further` may add files to the directory before it is moved. Afterwards the child is on the CPU, and its tensors are
+    those of the files (see `save_proven`).
+    Raises ExportError if the directory is taken, the disk is full, or the proof fails; OutOfMemoryError if there is no
+    room for it.
     """
     check_destination(directory, force=force)
     with staging_beside(directory) as staging:
-        save_files(child, tokenizer, staging)
-        proof = prove(child, tokenizer, staging)
+        proof = save_proven(child, tokenizer, staging)
         write_json(
             staging / METADATA_FILE,
             {
@@ -104,102 +83,38 @@ def proof_facts(proof: Proof) -> dict[str, Any]:
     }
 
 
-def prove(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, checkpoint: Path) -> Proof:
-    """Load `checkpoint` in a fresh process and hold it to `child`: keys, weights, logits, cached generation.
+def save_proven(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> Proof:
+    """Save `child` to a directory that is there, and prove the files in a fresh process.
 
-    Raises ExportError on any difference.
+    By the time that process starts, the child has given up its own tensors: it is on the CPU and its tensors are those
+    of the files, mapped into memory, as if it had been loaded from there. Raises ExportError if the proof fails,
+    OutOfMemoryError if there is no room for it.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        inputs = Path(scratch) / "inputs.safetensors"
-        given = _proof_inputs(child, tokenizer)
-        save_file(given, inputs)
-        # What one device did not hold here, it does not hold there.
-        device = "auto" if is_spread(child) else child.device
-        found = in_fresh_process(llmprune.models.proof.__file__, checkpoint, inputs, device)
-    return _judge(found, child, largest_logit=float(given["logits"].abs().max()))
+    _to_cpu(child)
+    expected = Expected.of(child, tokenizer)
+    save_files(child, tokenizer, directory)
+    _map_files(child, directory)
+    return_freed()
+    return prove(expected, directory)
 
 
-def in_fresh_process(script: str, checkpoint: Path, *arguments: object) -> dict[str, Any]:
-    """What a script of ours, run as a stranger's interpreter would, prints of a checkpoint as its last line: JSON.
-
-    Raises ExportError if it fails.
-    """
-    with tempfile.TemporaryDirectory() as modules:
-        environment = {
-            **os.environ,
-            # A module cache of its own: neither reads nor leaves code in the user's.
-            "HF_MODULES_CACHE": modules,
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONWARNINGS": "ignore",
-        }
-        finished = run_script(script, [str(checkpoint), *map(str, arguments)], environment)
-    if finished.returncode != 0:
-        last = (finished.stderr.strip().splitlines() or ["no output"])[-1]
-        raise ExportError(f"the checkpoint does not load in a fresh process: {last}")
-    found: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
-    return found
+def _to_cpu(child: PreTrainedModel) -> None:
+    # A child spread over several devices has hooks that would move activations, and a `to` that only warns.
+    remove_hook_from_module(child, recurse=True)
+    child.__dict__.pop("hf_device_map", None)
+    nn.Module.to(child, "cpu")
 
 
-def run_script(
-    script: str, arguments: Sequence[str], environment: Mapping[str, str]
-) -> subprocess.CompletedProcess[str]:
-    """Run a script in an interpreter of its own, which finds no module beside it."""
-    return subprocess.run(
-        [sys.executable, "-P", script, *arguments],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def proof_tokens(child: PreTrainedModel) -> torch.Tensor:
-    """PROOF_SHAPE random token ids, the same for every child of a vocabulary."""
-    return torch.randint(child.config.vocab_size, PROOF_SHAPE, generator=torch.Generator().manual_seed(0))
-
-
-def _proof_inputs(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, torch.Tensor]:
-    tokens = proof_tokens(child)
-    with torch.inference_mode():
-        logits = child(tokens.to(child.device)).logits.float().cpu()
-    inputs = {"tokens": tokens, "logits": logits}
-    if tokenizer is not None:
-        ids = tokenizer(PROOF_TEXT, add_special_tokens=False)["input_ids"]
-        inputs["text"] = torch.tensor(list(PROOF_TEXT.encode()), dtype=torch.uint8)
-        inputs["text_ids"] = torch.tensor(ids, dtype=torch.int64)
-    return inputs
-
-
-def _judge(found: Mapping[str, Any], child: PreTrainedModel, *, largest_logit: float) -> Proof:
-    for rule in ("missing", "unexpected", "mismatched"):
-        if found[rule]:
-            raise ExportError(f"the reloaded checkpoint has {rule} keys: {', '.join(found[rule][:5])}")
-    if found["llmprune_imported"]:
-        raise ExportError("the reloaded checkpoint imported llmprune, so it would not load elsewhere")
-    if not found["finite"]:
-        raise ExportError("the reloaded checkpoint gives NaN or infinite logits; export another child")
-    params = parameter_count(child)
-    if found["params"] != params:
-        raise ExportError(f"the reloaded checkpoint has {found['params']:,} parameters, the scored child {params:,}")
-    expected = digests(child.state_dict())
-    if other := sorted(name for name, digest in found["weights"].items() if digest != expected.get(name)):
-        raise ExportError(f"the reloaded checkpoint has other weights than the scored child: {', '.join(other[:5])}")
-    limit = ROUNDING_STEPS[child.dtype] * torch.finfo(child.dtype).eps * largest_logit
-    for figure in ("max_logit_difference", "generation_gap"):
-        if not found[figure] <= limit:
-            raise ExportError(
-                f"the reloaded checkpoint differs from the scored child: {figure} {found[figure]:.3g} > {limit:.3g}, "
-                f"{ROUNDING_STEPS[child.dtype]} steps of {child.dtype} at its largest logit"
-            )
-    if not found.get("tokenizer_equal", True):
-        raise ExportError("the reloaded tokenizer gives other token ids than the parent's")
-    return Proof(
-        max_logit_difference=found["max_logit_difference"],
-        generation_gap=found["generation_gap"],
-        params=params,
-        stock_class=is_stock(child.config),
-    )
+def _map_files(child: PreTrainedModel, checkpoint: Path) -> None:
+    """Put the tensors of a child's files in place of its own: the same numbers, in pages that every process which maps
+    the files has in common, and that the kernel takes back when it needs them."""
+    places = child.state_dict()
+    for file in checkpoint.glob("*.safetensors"):
+        # What does not fit stays as it is, and fails the proof.
+        fits = {name: t for name, t in load_file(file).items() if name in places and t.shape == places[name].shape}
+        child.load_state_dict(fits, strict=False, assign=True)
+    # An output head may be the embedding.
+    child.tie_weights()
 
 
 def save_files(child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
@@ -241,6 +156,8 @@ def staging_beside(directory: Path) -> Iterator[Path]:
         staging.chmod(0o755)
         yield staging
     except OSError as error:
+        if tells_of_memory(str(error)):
+            raise
         raise ExportError(f"writing {directory} failed: {error.strerror or error}; nothing was changed") from error
     except SafetensorError as error:
         # safetensors writes from Rust, and a full disk is not an OSError there.

@@ -25,7 +25,7 @@ from llmprune.measure.record import QUOTED
 from llmprune.measure.resized import Resized, Rung, described, fastest
 from llmprune.measure.speed.throughput import Spread, Workload, measure_paired
 from llmprune.measure.speed.turns import scoring, timing
-from llmprune.models.checkpoint import move_into_place, prove, save_files, staging_beside
+from llmprune.models.checkpoint import move_into_place, save_proven, staging_beside
 from llmprune.models.loading import dtype_of, load_model
 from llmprune.models.parent import Parent, make_parent
 from llmprune.pipeline.run import Run
@@ -176,17 +176,17 @@ class _Sizes:
         found = Resized(whole=whole, rungs=rungs, taken=own, shares=shares, workload=self.workload.to_json())
         objective, most = self.run.recipe.search.objective, self.run.recipe.vocabulary.most_loss
         found = found.model_copy(update={"taken": fastest(found, objective, most).size})
+        quoted = {size: self._quoted(rung) for size, rung in {own: whole, found.taken: found.chosen}.items()}
+        # Last: what is written gives up its place on the device.
         if not found.is_whole:
             self._write(found.taken)
-        quoted = {size: self._quoted(rung) for size, rung in {own: whole, found.taken: found.chosen}.items()}
         rungs = tuple(quoted.get(rung.size, rung) for rung in rungs)
         return found.model_copy(update={"whole": quoted[own], "rungs": rungs})
 
     def _write(self, size: Size) -> None:
         parent, where = self._parent(size), self.run.directory.resized
         with self.run.show("writing the resized parent and proving it"), staging_beside(where) as staging:
-            save_files(parent.model, parent.tokenizer, staging)
-            prove(parent.model, parent.tokenizer, staging)
+            save_proven(parent.model, parent.tokenizer, staging)
             move_into_place(staging, where)
 
     def _parent(self, size: Size) -> Parent:

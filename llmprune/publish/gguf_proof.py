@@ -30,7 +30,7 @@ from llmprune.core.recipe import GgufType
 from llmprune.formats.gguf import type_of
 from llmprune.formats.gguf_expanded import write_expanded
 from llmprune.measure.speed.llamacpp import GgufModel, logits_of
-from llmprune.models.checkpoint import proof_tokens
+from llmprune.models.expected import proof_tokens
 from llmprune.models.modeling_pruned import input_axis
 from llmprune.models.stored import stored_weights
 from llmprune.numerics.divergence import kl_nats
@@ -65,15 +65,17 @@ def prove_gguf(child: PreTrainedModel, path: Path, weights: GgufType) -> GgufPro
     Raises ExportError if llama.cpp computes something else from it.
     """
     ids_BT = proof_tokens(child)
-    # One pass for both halves, since rounding the weights is the work.
+    # All that is asked of the child, before llama.cpp loads the file. One pass for both halves, since rounding the
+    # weights is the work.
     exact_BTV, rounded_BTV = _rounded_like(child, weights)(torch.cat([ids_BT, ids_BT])).logits.chunk(2)
+    child_BTV = child(ids_BT.to(child.device)).logits.cpu()
     served_BTV = _logits(path, ids_BT)
     contents_kl = kl_nats(exact_BTV, served_BTV if weights == "f32" else _expanded_logits(path, ids_BT))
     _check(path, "its numbers are not the child's", contents_kl, MAX_CONTENTS_KL)
     served_kl = kl_nats(exact_BTV, served_BTV)
     limit = MAX_CONTENTS_KL + ROUNDING_MARGIN * kl_nats(exact_BTV, rounded_BTV)
     _check(path, "rounding does not explain it", served_kl, limit)
-    return GgufProof(contents_kl, served_kl, kl_nats(child(ids_BT.to(child.device)).logits.cpu(), served_BTV))
+    return GgufProof(contents_kl, served_kl, kl_nats(child_BTV, served_BTV))
 
 
 def _check(path: Path, reason: str, kl: float, limit: float) -> None:
