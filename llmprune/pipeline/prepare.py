@@ -30,7 +30,7 @@ from llmprune.measure.speed.throughput import Workload, check_compiler
 from llmprune.models.licence import stated_licence
 from llmprune.models.loading import dtype_of, outline_model
 from llmprune.models.parent import Parent, check_choices, check_lengths, load_parent, outline_parent
-from llmprune.models.placement import resolve_device
+from llmprune.models.placement import is_spread, resolve_device
 from llmprune.pipeline.resizing import is_asked, parent_of_run, resized_parent, sizes_of
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of
@@ -143,7 +143,11 @@ def device_of(recipe: ModelRecipe) -> torch.device:
 
 
 def _workload(recipe: Recipe, parent: Parent, device: torch.device) -> Workload:
-    return Workload.from_recipe(recipe.workload, dtype_of(parent.model), str(device), recipe.deploy.gguf_type)
+    rules = recipe.workload
+    if rules.graphs == "auto" and is_spread(parent.model):
+        # Between the parts of a spread model accelerate's hooks move activations, which no graph holds.
+        rules = rules.model_copy(update={"graphs": False})
+    return Workload.from_recipe(rules, dtype_of(parent.model), str(device), recipe.deploy.gguf_type)
 
 
 def _settled(recipe: ModelRecipe, known: Mapping[str, Any]) -> ModelRecipe:
