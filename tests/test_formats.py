@@ -13,6 +13,7 @@ from closeness import assert_close
 from decilm import decilm_logits
 from families import CASES, IDS, Slices, tiny_model, tiny_parent, tokens
 from tiny import contents, tiny_tokenizer
+from transformers import LlamaConfig
 
 from llmprune.choices.architecture import Architecture, LayerChoice
 from llmprune.choices.ffn import FfnChoice
@@ -200,6 +201,14 @@ def test_an_impossible_export_names_layer_value_and_fix() -> None:
     check_child(child.config, "hf", rules("hf"))
     alike = prune(parent, Architecture((LayerChoice(AttentionChoice(3), FfnChoice(8)),) * 4), Slices(parent))
     check_child(alike.config, "hf-uniform", rules("hf"))
+
+
+def test_vllm_wants_a_hidden_size_that_is_a_multiple_of_the_query_heads() -> None:
+    config = LlamaConfig(hidden_size=48, num_attention_heads=6, num_key_value_heads=3, head_dim=8)
+    check_child(config, "vllm", rules("hf"))
+    config.num_attention_heads, config.num_key_value_heads = 10, 5
+    with pytest.raises(ExportError, match="multiple of its query heads; this child has 10 and 48"):
+        check_child(config, "vllm", rules("hf"))
 
 
 def test_every_format_of_a_recipe_is_described() -> None:

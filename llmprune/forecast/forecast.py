@@ -44,8 +44,8 @@ from llmprune.forecast.work import (
     solving_bytes,
 )
 from llmprune.measure.quality.perplexity import LOGITS_BYTES
+from llmprune.measure.quality.prefix import CHILDREN_BYTES
 from llmprune.measure.quality.prefix_states import common_steps, last_start, spread, steps_of
-from llmprune.measure.quality.racing import SHARES
 from llmprune.measure.record import QUOTED
 from llmprune.measure.speed.throughput import passes_of
 from llmprune.search.samplers import evopress, slp
@@ -265,9 +265,10 @@ def _search(plan: Plan, done: Done) -> StageCost:
         walked_backward_tokens=estimated if plan.walked else 0,
         timing=_timing(plan, trials, plan.recipe.workload.repeats),
         float32_flops=estimated * plan.space.shape.layers * estimate_flops_per_token(plan.space, anywhere=True),
-        # One to be timed; and one to be scored, anew on each slice of a race.
-        children=trials + proposals * (raced * len(SHARES) if raced > 1 else 1),
+        # One to be timed; and one to be scored, once for all slices of a race.
+        children=trials + proposals * raced,
         peak_memory_bytes=states
+        + (CHILDREN_BYTES if raced > 1 else 0)
         + max(plan.timed_file_bytes + max(_judged_bytes(plan, "search"), estimating), _timing_bytes(plan)),
         most_seconds=None if rules.minutes is None else 60 * rules.minutes,
     )
@@ -338,7 +339,7 @@ def _checkpoints(plan: Plan, done: Done) -> StageCost:
         "checkpoints",
         children=count,
         processes=count,
-        # The proof is a process beside this one, of a parent, a child and, in llama.cpp, its file.
-        peak_memory_bytes=3 * plan.parent_bytes + plan.timed_file_bytes + exported,
+        # The process of the proof maps the child's files, as this one does by then; llama.cpp maps its own.
+        peak_memory_bytes=2 * plan.parent_bytes + plan.timed_file_bytes + exported,
         disk_bytes=count * plan.parent_bytes + exported,
     )

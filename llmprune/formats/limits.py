@@ -217,6 +217,11 @@ def _mixed_heads(config: Any, rules: DeployRecipe) -> Problem:
                 f"it wants the same number of query heads in every layer; layer {i} has {layer.heads}, others {heads}; "
                 "search with deploy.formats=[vllm], or export to hf or gguf"
             )
+    if config.hidden_size % heads:
+        return (
+            f"a DeciLM config wants a hidden size that is a multiple of its query heads; this child has {heads} and "
+            f"{config.hidden_size}; search with deploy.formats=[vllm], or export to hf or gguf"
+        )
     return None
 
 
