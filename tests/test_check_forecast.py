@@ -37,7 +37,7 @@ def test_time_goes_to_the_stage_that_was_at_work() -> None:
 def test_a_whole_run_stands_beside_its_forecast(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = {"workload.engine": "llamacpp", "deploy.formats": "[hf, gguf]", "front.checkpoints": "none"}
+    changes = {"front.checkpoints": "none"}
     changes |= {"search.trials": "2", "front.size": "1", "front.baselines": "[]"}
     recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
     recipe.write_text(to_yaml(tiny_recipe(tmp_path)))

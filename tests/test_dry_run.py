@@ -116,7 +116,7 @@ def dry_run(*arguments: object, home: Path) -> tuple[Any, int]:
 
 
 def test_a_large_model_of_the_hub_is_forecast_from_its_config(tmp_path: Path) -> None:
-    """Eight milliards of parameters, of which the cache has config.json alone: no tokenizer, no weight."""
+    """Eight billion parameters, of which the cache has config.json alone: no tokenizer, no weight."""
     commit, repo = "0" * 40, tmp_path / "hub" / "models--someone--large"
     (repo / "snapshots" / commit).mkdir(parents=True)
     (repo / "snapshots" / commit / "config.json").write_text(json.dumps(QWEN3_8B))

@@ -169,14 +169,14 @@ def files_counted() -> Iterator[list[Path]]:
 
 
 def test_a_workload_of_torch_is_written_as_it_was() -> None:
-    plain = Workload.from_recipe(WorkloadRecipe(threads=2), "float32", "cuda:1", "q8_0").to_json()
+    plain = Workload.from_recipe(WorkloadRecipe(threads=2), "float32", "xpu:1", "q8_0").to_json()
     assert plain == {
         "batch": 1,
         "prompt_tokens": 128,
         "generated_tokens": 32,
         "dtype": "float32",
         "threads": 2,
-        "device": "cuda:1",
+        "device": "xpu:1",
     }
     named = in_llamacpp().to_json()
     assert (named["engine"], named["gguf_type"], named["device"]) == ("llamacpp", "f32", "cpu")

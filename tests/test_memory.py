@@ -57,6 +57,7 @@ def raising(error: Exception) -> Callable[..., Any]:
 def test_memory_that_ran_out_is_an_error_of_the_users(
     raises: Callable[..., Any], told: str, llmprune: Llmprune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("llmprune.pipeline.fitting.advise_on", lambda *_: {})
     monkeypatch.setattr("llmprune.models.parent.load_parent", raises)
     result = llmprune("inspect", "a/model", "--quiet")
     assert (result.code, result.out) == (2, "")
@@ -67,6 +68,7 @@ def test_memory_that_ran_out_is_an_error_of_the_users(
 
 @pytest.mark.parametrize("error", [RuntimeError("size mismatch for lm_head.weight"), IndexError("out of range")])
 def test_other_faults_are_not_dressed_up(error: Exception, llmprune: Llmprune, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.pipeline.fitting.advise_on", lambda *_: {})
     monkeypatch.setattr("llmprune.models.parent.load_parent", raising(error))
     with pytest.raises(type(error), match=str(error)):
         llmprune("inspect", "a/model", "--quiet")
@@ -96,7 +98,7 @@ def test_the_innermost_step_is_named() -> None:
 @pytest.mark.parametrize(
     ("step", "setting"),
     [
-        ("ordering and refitting blocks", "importance.memory_gb"),
+        ("ordering and refitting blocks", "data.calibration_tokens, importance.method=flap"),
         ("estimating what each choice loses", "tables.tokens"),
         ("measuring what each choice saves", "workload.batch"),
         (SEARCHING, "data.seq_len or workload.batch"),

@@ -328,7 +328,8 @@ def test_the_best_of_some_children_goes_on(copied: Path, llmprune: Llmprune, mon
     assert [bool(one.done) for one in after.children].count(True) == 2, "and became better by it"
     best = pick_record(after.children, pick)
     # What it has become since is left out if it is no better by then.
-    assert best.done and (trained - cut == {best.id} or len(best.done) == 2)
+    # And one that trying made no better goes on from what it was when cut, under that id.
+    assert best.done and (trained - cut <= {best.id} or len(best.done) == 2)
     assert not directory.teacher.exists(), "nobody learns any more"
     assert "tried" in result.err and "goes on" in result.err
     again = llmprune(*asked)

@@ -265,7 +265,7 @@ def test_a_trained_model_is_a_checkpoint_and_is_not_trained_again(
     assert "gemma2" in drawn(zoo.table([facts]))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["gemma2"])
 def test_a_whole_search_is_benched(small_zoo: Path, tmp_path: Path, family: str) -> None:
     found = bench_families.bench(
         family, small_zoo, tmp_path / family, ["scores", "times", "search", "repair"], SMALL, silent

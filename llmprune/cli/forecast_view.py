@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from rich.table import Table
+
+from llmprune.cli.options import emit
+from llmprune.cli.terminal import shown
+from llmprune.core.errors import RecipeError
+from llmprune.core.recipe import Recipe
+
+Until = Literal["search", "export"]
 
 
 def forecast_table(result: Mapping[str, Any]) -> Table:
@@ -111,3 +119,32 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def print_forecast(
+    path: Path,
+    recipe: Recipe,
+    until: Until,
+    workers: str | None,
+    storage: str | None,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Of the command that would search, or compress, in the directory. Raises as that would before its first stage."""
+    if workers is not None:
+        raise RecipeError("a forecast is of one process; give --dry-run without --workers")
+    from llmprune.pipeline.inspection import forecast_run
+    from llmprune.tables.reach import described, reach_from_json
+
+    result = forecast_run(path, recipe, until, shown(quiet=quiet), storage=storage)
+
+    def lines() -> Iterator[Any]:
+        yield forecast_table(result)
+        if result["reach"]:
+            yield described(reach_from_json(result["reach"]))
+        yield from result["warnings"]
+        yield from fit_lines(result["fit"])
+        if result["recipes"]:
+            yield from recipe_lines(result["recipes"], recipe.model.path)
+
+    emit(result, json, lines)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from llmprune.cli.checkpoints import app as of_checkpoints
 from llmprune.cli.doctor import app as of_doctor
+from llmprune.cli.forecast_view import print_forecast
 from llmprune.cli.leash import end_with_stdin
 from llmprune.cli.options import (
     DryRun,
@@ -32,9 +33,8 @@ from llmprune.cli.options import (
 )
 from llmprune.cli.recipes import app as of_recipes
 from llmprune.cli.terminal import error_console, shown
-from llmprune.core.errors import LlmpruneError, RecipeError, StorageError
+from llmprune.core.errors import LlmpruneError, StorageError
 from llmprune.core.memory import out_of_memory
-from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_text import parse_section
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def compress(
 
     recipe = recipe_from(model_or_recipe, overrides, recipe_name)
     if dry_run:
-        return _print_forecast(out, recipe, "export", workers, storage, json, quiet)
+        return print_forecast(out, recipe, "export", workers, storage, json, quiet)
     with opened_run(out, recipe, quiet, storage, workers) as (run, report):
         to = Path(recipe.export.to) if recipe.export.to else run.directory.export
         result = commands.compress(run, to, report=report)
@@ -122,7 +122,7 @@ def search(
 
     of_run = recipe_of_run(run_path, recipe, overrides)
     if dry_run:
-        return _print_forecast(run_path, of_run, "search", workers, storage, json, quiet)
+        return print_forecast(run_path, of_run, "search", workers, storage, json, quiet)
     with opened_run(run_path, of_run, quiet, storage, workers) as (run, report):
         outcome = commands.search(run, report)
     _print_outcome(outcome, json)
@@ -338,32 +338,3 @@ def main() -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines())
-
-
-def _print_forecast(
-    path: Path,
-    recipe: Recipe,
-    until: Literal["search", "export"],
-    workers: str | None,
-    storage: str | None,
-    json: bool,
-    quiet: bool,
-) -> None:
-    if workers is not None:
-        raise RecipeError("a forecast is of one process; give --dry-run without --workers")
-    from llmprune.cli.forecast_view import fit_lines, forecast_table, recipe_lines
-    from llmprune.pipeline.inspection import forecast_run
-    from llmprune.tables.reach import described, reach_from_json
-
-    result = forecast_run(path, recipe, until, shown(quiet=quiet), storage=storage)
-
-    def lines() -> Iterator[Any]:
-        yield forecast_table(result)
-        if result["reach"]:
-            yield described(reach_from_json(result["reach"]))
-        yield from result["warnings"]
-        yield from fit_lines(result["fit"])
-        if result["recipes"]:
-            yield from recipe_lines(result["recipes"], recipe.model.path)
-
-    emit(result, json, lines)

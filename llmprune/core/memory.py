@@ -26,7 +26,7 @@ _CONTAINER = Path("/sys/fs/cgroup")
 
 _LESS: Mapping[str, str] = {
     "load|prov|writ|export": "",
-    "order": "a lower importance.memory_gb or data.seq_len, ",
+    "order": "a lower data.calibration_tokens, importance.method=flap, ",
     "estimat|walk|scoring (choices|what)": "a lower tables.tokens or data.seq_len, ",
     "saves|tim|a second": "a lower workload.batch or workload.prompt_tokens, ",
     "solv|how far": "a lower recover.memory_gb or data.seq_len, ",

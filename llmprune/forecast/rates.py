@@ -16,8 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llmprune.blocks.importance import eliminate
-from llmprune.blocks.library import BlockLibrary
-from llmprune.choices.architecture import DROPPED, ParentShape
+from llmprune.choices.architecture import ParentShape
 from llmprune.choices.space import Space
 from llmprune.core.errors import ModelError
 from llmprune.measure.quality.perplexity import batch_windows, window_nats
@@ -29,7 +28,7 @@ from llmprune.models.parent import Parent
 from llmprune.models.stand_in import drawn_to_whole, part_bytes, parts_of
 from llmprune.models.surgery import prune
 from llmprune.models.walk import Walk
-from llmprune.tables.reach import PHASES, REPEATS, PhaseReach, Reach, time_ends
+from llmprune.tables.reach import PHASES, REPEATS, FirstUnits, PhaseReach, Reach, nearly_whole, time_ends
 
 BUDGET_S = 0.5
 """A measurement that took longer than this is not taken again, nor with more tokens."""
@@ -64,7 +63,7 @@ class Rates:
     """A rank-32 update of such a matrix with its copies: bound by memory, not by arithmetic."""
     float32_flops_per_s: float
     child_s: float
-    """Making a child that differs from the parent in one block."""
+    """Making a child that differs from the parent in one decision."""
     comparison_s: float
     """What a comparison takes besides its passes: garbage is collected first, which outweighs a tiny model, and
     llama.cpp reads the child from a file that is written for it."""
@@ -169,9 +168,8 @@ def time_parent(parent: Parent, asked: Mapping[str, Asked], windows: dict[Batch,
 def _passes_s(parent: Parent, space: Space, workload: Workload) -> dict[str, float]:
     """Seconds of what a comparison of a child takes."""
     prefill_s, decode_step_s = _workload_s(parent, workload)
-    one_less = parent.shape.architecture.with_choice(0, DROPPED["ffn"])
-    # A dropped block asks the library for nothing.
-    make = partial(prune, parent, one_less, BlockLibrary(space, ()))
+    # One of the space, which its engine can run.
+    make = partial(prune, parent, nearly_whole(space), FirstUnits(parent))
     child_s = _seconds(parent.device, make)
     comparison_s = _seconds(parent.device, partial(_prepare, parent, make(), workload))
     return {"prefill_s": prefill_s, "decode_step_s": decode_step_s, "child_s": child_s, "comparison_s": comparison_s}

@@ -64,7 +64,7 @@ def measure_reach(parent: Parent, space: Space, workload: Workload) -> Reach:
 def time_ends(parent: Parent, space: Space, workload: Workload, repeats: int) -> tuple[Speed, list[Speed]]:
     """Speed of the parent, and of the space's smallest and half-sized children beside it; the caller has the device to
     itself."""
-    repairs = _FirstUnits(parent)
+    repairs = FirstUnits(parent)
     children = [prune(parent, architecture, repairs) for architecture in (smallest(space), halved(space))]
     return measure_paired(parent.model, children, workload, repeats)
 
@@ -136,6 +136,14 @@ def smallest(space: Space) -> Architecture:
     return space.architecture(indices)
 
 
+def nearly_whole(space: Space) -> Architecture:
+    """The child of the space that has one decision a step below the parent's."""
+    indices = [len(decision.options) - 1 for decision in space.decisions]
+    changed = next(i for i, last in enumerate(indices) if last)
+    indices[changed] -= 1
+    return space.architecture(indices)
+
+
 def halved(space: Space) -> Architecture:
     """The child of the space whose every block keeps about half of its rows, but something; or every other layer."""
     if space.size == "layer":
@@ -157,7 +165,7 @@ def _median(speed: Speed, phase: str) -> float:
     return (speed.decode_speedup if phase == "decode" else speed.prefill_speedup).median
 
 
-class _FirstUnits:
+class FirstUnits:
     """Repairs of a child that is only timed: the first units stay, the output projection is cut to them."""
 
     def __init__(self, parent: Parent) -> None:
