@@ -18,6 +18,7 @@ from llmprune.choices.choice import Choice, Kept
 from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.choices.merged import MergedChoice
 from llmprune.choices.rows import unit_rows
+from llmprune.data.tokens import SourceTokens, Split
 from llmprune.models.modeling_pruned import FAMILIES
 from llmprune.models.parent import Parent, make_parent
 
@@ -131,6 +132,15 @@ def tiny_parent(case: Case, seed: int = 0) -> Parent:
 def tokens(rows: int = 2, length: int = 20, seed: int = 0) -> torch.Tensor:
     """Random token ids (rows, length) that avoid the special ones."""
     return torch.randint(5, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def two_sources(length: int) -> Split:
+    """Random text of two sources, of unequal size and weight."""
+    sources = {
+        "news": SourceTokens(tokens(3, length, seed=1), torch.ones(3)),
+        "code": SourceTokens(tokens(2, length, seed=2), torch.ones(2)),
+    }
+    return Split("calibration", sources, {"news": 0.25, "code": 0.75}, length, bos=False)
 
 
 @dataclass(frozen=True)

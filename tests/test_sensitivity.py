@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close, tolerance
-from families import CASES, IDS, VOCAB, Slices, masked, merging, overwritten, tiny_model, tiny_parent, tokens
+from families import (
+    CASES,
+    IDS,
+    VOCAB,
+    Slices,
+    masked,
+    merging,
+    overwritten,
+    tiny_model,
+    tiny_parent,
+    tokens,
+    two_sources,
+)
 from torch import Tensor, nn
 
 from llmprune.blocks.library import build_library
@@ -46,12 +58,7 @@ BEHIND_NORMS = ("gemma2-gqa", "gemma3_text-full", "olmo2-gqa")
 
 @pytest.fixture(scope="module")
 def split() -> Split:
-    """Two sources of unequal size and weight."""
-    sources = {
-        "news": SourceTokens(tokens(3, SEQ_LEN, seed=1), torch.ones(3)),
-        "code": SourceTokens(tokens(2, SEQ_LEN, seed=2), torch.ones(2)),
-    }
-    return Split("calibration", sources, {"news": 0.25, "code": 0.75}, SEQ_LEN, bos=False)
+    return two_sources(SEQ_LEN)
 
 
 def double_parent(case_id: str) -> Parent:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import disk_offload
 from closeness import tolerance
-from families import CASES, IDS, Case, tiny_parent, tokens
+from families import CASES, IDS, Case, tiny_parent, tokens, two_sources
 
 from llmprune.blocks.library import BlockLibrary, build_library
 from llmprune.choices.choice import Choice
@@ -18,7 +18,7 @@ from llmprune.choices.ffn import FfnChoice
 from llmprune.choices.merged import MergedChoice
 from llmprune.choices.space import Space
 from llmprune.core.recipe import ImportanceRecipe
-from llmprune.data.tokens import SourceTokens, Split
+from llmprune.data.tokens import Split
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.placement import is_spread
 from llmprune.models.walk import Walk, with_room
@@ -35,11 +35,7 @@ def case_of(name: str) -> Case:
 
 @pytest.fixture(scope="module")
 def split() -> Split:
-    sources = {
-        "news": SourceTokens(tokens(3, SEQ_LEN, seed=1), torch.ones(3)),
-        "code": SourceTokens(tokens(2, SEQ_LEN, seed=2), torch.ones(2)),
-    }
-    return Split("calibration", sources, {"news": 0.25, "code": 0.75}, SEQ_LEN, bos=False)
+    return two_sources(SEQ_LEN)
 
 
 def walked_logits(parent: Parent, ids_BT: torch.Tensor) -> torch.Tensor:
