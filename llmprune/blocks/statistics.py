@@ -17,7 +17,6 @@ from llmprune.choices.architecture import ParentShape
 from llmprune.choices.choice import Choice, OwnMoments
 from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
 from llmprune.core.errors import ModelError
-from llmprune.core.progress import Advance, Steps
 from llmprune.data.tokens import Split
 from llmprune.models.beside import OwnBlocks, own_inputs
 from llmprune.models.modeling_pruned import input_axis
@@ -66,7 +65,6 @@ def layer_statistics(
     own: Sequence[Choice] = (),
     entries: bool = False,
     device: torch.device | None = None,
-    progress: Advance | None = None,
 ) -> Iterator[tuple[int, dict[BlockKind, BlockStatistics]]]:
     """Walk the split through the parent once and give, layer by layer, for both blocks of each of `layers` (all by
     default) what enters their output projections; while a layer's are in hand its weights are where they are computed,
@@ -77,7 +75,7 @@ def layer_statistics(
     A batch is multiplied out in float32 and summed in float64: summing in float32 would halve the memory, but then the
     error grows with the number of batches, and the float64 inverses of `damped_gram` start from it.
     Memory beside the parent: the residual stream of all tokens on the CPU, `statistics_bytes` of one layer, and while a
-    batch runs its activations and one float32 matrix (I, I). `progress` counts windows times layers.
+    batch runs its activations and one float32 matrix (I, I).
 
     Raises ModelError if an activation is not finite, or too large to be squared in float32.
     """
@@ -94,18 +92,14 @@ def layer_statistics(
     beside = {choice: OwnBlocks(parent, choice) for choice in own}
     with torch.inference_mode():
         states = [walk.embedded(ids_BT).cpu() for _, ids_BT in batches]
-    windows = sum(len(ids_BT) for _, ids_BT in batches)
-    steps = Steps(windows * (wanted[-1] + 1), progress)
     for layer in range(wanted[-1] + 1):
         with walk.layer(layer) as run:
             watched = _watched(parent, layer, beside, entries) if layer in wanted else _Watched({}, ExitStack())
             with watched.hooks, torch.inference_mode():
-                for number, (share, ids_BT) in enumerate(batches):
+                for number, (share, _) in enumerate(batches):
                     for block in watched.blocks.values():
                         block.token_share = share
                     states[number] = run(states[number]).cpu()
-                    steps.report(len(ids_BT))
-                    steps.finish(len(ids_BT))
             last = watched.blocks.get("ffn")
             if entries and last is not None and layer == parent.shape.layers - 1:
                 _look_behind(walk, last, zip([share for share, _ in batches], states, strict=True))
