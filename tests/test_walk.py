@@ -21,7 +21,8 @@ from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import Split
 from llmprune.models.parent import Parent, make_parent
 from llmprune.models.placement import is_spread
-from llmprune.models.walk import Walk, with_room
+from llmprune.models.waiting import with_room
+from llmprune.models.walk import Walk
 from llmprune.tables.estimate import estimate, is_walked
 
 SEQ_LEN = 16
@@ -174,10 +175,10 @@ def test_where_there_is_no_room_for_both_the_parent_waits_in_cpu_memory() -> Non
             raise torch.OutOfMemoryError("no room")
         return "done"
 
-    assert with_room(parent, work) == "done"
+    assert with_room(parent.model, work) == "done"
     assert asked == [None, parent.device], "first where it lies, then brought there layer by layer"
     with pytest.raises(torch.OutOfMemoryError, match="even so"):
-        with_room(parent, raising(torch.OutOfMemoryError("even so")))
+        with_room(parent.model, raising(torch.OutOfMemoryError("even so")))
 
 
 def raising(error: Exception) -> Any:

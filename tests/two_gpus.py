@@ -1,13 +1,16 @@
 """Two GPUs where there is none: tensors that say that they lie on "cuda:0" or "cuda:1", while the CPU computes.
 
 An operation on tensors of two devices is an error, as on GPUs; only copies, and indices from the CPU, cross. What this
-cannot show: streams, memory, speed, and a GPU's rounding. Forward passes only: autograd looks behind the names.
+cannot show: streams, speed, and a GPU's rounding. Forward passes only: autograd looks behind the names. Their memory
+is that of the tensors which are alive, and may be limited.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -25,21 +28,67 @@ _CROSSING = {_aten._to_copy, _aten.to, _aten.copy_}
 _INDEXING = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}
 
 
+@dataclass
+class Memory:
+    """Of both together, in bytes."""
+
+    limit: int | None = None
+    peak: int = 0
+    _tensors: Counter[int] = field(default_factory=Counter)
+    """How many there are, by the storage that they share."""
+    _nbytes: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def used(self) -> int:
+        return sum(self._nbytes.values())
+
+    def claim(self, held: torch.Tensor) -> Claim:
+        storage = held.untyped_storage()
+        place, nbytes = storage.data_ptr(), storage.nbytes()
+        if self.limit is not None and place not in self._nbytes and self.used + nbytes > self.limit:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes.")
+        self._tensors[place] += 1
+        self._nbytes[place] = nbytes
+        self.peak = max(self.peak, self.used)
+        return Claim(self, place)
+
+    def release(self, place: int) -> None:
+        self._tensors[place] -= 1
+        if not self._tensors[place]:
+            del self._nbytes[place]
+
+
+class Claim:
+    """Of one tensor, as long as it lives."""
+
+    def __init__(self, memory: Memory, place: int) -> None:
+        self._memory, self._place = memory, place
+
+    def __del__(self) -> None:
+        self._memory.release(self._place)
+
+
+_memory: list[Memory] = []
+"""Of the stand-ins that are there now."""
+
+
 class OnGpu(torch.Tensor):
     """A tensor of the CPU under another name. To torch's own code it has no memory ("meta"), so that every operation
     on it comes by here."""
 
     held: torch.Tensor
     place: torch.device
+    claim: Claim | None
 
     @staticmethod
     def __new__(cls, held: torch.Tensor, place: torch.device) -> OnGpu:
+        claim = _memory[-1].claim(held) if _memory else None
         # Never an inference tensor: within that mode too, a view of a normal one has to be normal.
         with torch.inference_mode(False):
             made: OnGpu = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
                 cls, held.size(), held.stride(), held.storage_offset(), dtype=held.dtype, device="meta"
             )
-        made.held, made.place = held, place
+        made.held, made.place, made.claim = held, place, claim
         return made
 
     def __init__(self, held: torch.Tensor, place: torch.device) -> None:
@@ -116,8 +165,8 @@ def _held(value: Any) -> Any:
 
 
 @contextmanager
-def two_gpus() -> Iterator[None]:
-    """Within it, tensors can be on cuda:0 and cuda:1."""
+def two_gpus(limit_bytes: int | None = None) -> Iterator[Memory]:
+    """Within it, tensors can be on cuda:0 and cuda:1, as many as fit into the limit."""
     # `torch.tensor` makes its tensor on the CPU, and moves it in a second step.
     torch._C._set_only_lift_cpu_tensors(True)
     try:
@@ -126,8 +175,10 @@ def two_gpus() -> Iterator[None]:
             patch.object(torch.accelerator, "synchronize", lambda device: None),
             _Factories(),
         ):
-            yield
+            _memory.append(Memory(limit_bytes))
+            yield _memory[-1]
     finally:
+        _memory.clear()
         torch._C._set_only_lift_cpu_tensors(False)
 
 

@@ -19,6 +19,7 @@ from llmprune.choices.choice import Choice
 from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
 from llmprune.choices.space import Space
 from llmprune.models.parent import Parent
+from llmprune.models.waiting import brought_home
 from llmprune.numerics.refit import flap_bias
 from llmprune.search.judging import Finish
 
@@ -92,7 +93,7 @@ def compensate(parent: Parent, library: BlockLibrary, child: PreTrainedModel, ar
         columns_S = choice.columns(library.kept(layer, choice), parent.shape).to(weight_DI.device)
         mean_I = library.fluctuation(layer, choice.kind)[1].to(weight_DI.device)
         bias_D = flap_bias(weight_DI, mean_I, columns_S)
-        child.get_submodule(path).bias = nn.Parameter(bias_D, requires_grad=False)
+        child.get_submodule(path).bias = nn.Parameter(brought_home(parent.model, bias_D), requires_grad=False)
 
 
 def compensation(parent: Parent, library: BlockLibrary) -> Finish:

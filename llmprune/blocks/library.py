@@ -25,7 +25,7 @@ from llmprune.core.recipe import ImportanceRecipe
 from llmprune.data.tokens import Split
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import InputSquares
-from llmprune.models.walk import with_room
+from llmprune.models.waiting import with_room
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +146,7 @@ def build_libraries(
     built = [_Built(spec, layer_keys(input_hash, spec.recipe, space)) for spec in specs]
     for library in built:
         library.load(input_hash)
-    with_room(parent, lambda device: _complete(built, parent, split, space, device, progress))
+    with_room(parent.model, lambda device: _complete(built, parent, split, space, device, progress))
     return [library.whole(space) for library in built]
 
 

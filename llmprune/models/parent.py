@@ -23,7 +23,7 @@ from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.models.loading import load_model, outline_model
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, BlockNames, Family, input_axis
 from llmprune.models.stored import StoredWeight
-from llmprune.models.streams import input_device
+from llmprune.models.waiting import home_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +40,17 @@ class Parent:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the embeddings ("meta" of an outline)."""
-        return input_device(self.model)
+        """Where inputs go, and children are: the device of the embeddings ("meta" of an outline), or that at which a
+        parent that waits computes."""
+        return home_of(self.model)
 
     def layer(self, index: int) -> nn.Module:
         return self.model.get_submodule(f"{self.family.layers}.{index}")
+
+    def outside_layers(self) -> list[nn.Module]:
+        """The modules that are in no layer."""
+        within = {part for index in range(self.shape.layers) for part in self.layer(index).modules()}
+        return [module for module in self.model.modules() if module not in within]
 
     def names(self, kind: BlockKind) -> BlockNames:
         return self.family.attention if kind == "attention" else self.family.ffn

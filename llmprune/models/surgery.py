@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -21,6 +21,7 @@ from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, Family, inp
 from llmprune.models.parent import Parent, check_choices, config_words, is_norm
 from llmprune.models.placement import device_map_of, is_spread
 from llmprune.models.stored import StoredWeight, remember
+from llmprune.models.waiting import brought_home, part_at_home
 
 
 class InputSquares(NamedTuple):
@@ -93,7 +94,8 @@ def prune(parent: Parent, architecture: Architecture, library: Repairs) -> PreTr
     """The child that `architecture` describes, in eval mode; the parent is untouched.
 
     Tensors of unchanged blocks are the parent's own storage (do not train such a child in place: load an exported
-    one); those of changed blocks are contiguous copies. The child is an instance of the class that its checkpoint
+    one); those of changed blocks are contiguous copies. A child of a parent that waits lies where that computes, all of
+    it its own. The child is an instance of the class that its checkpoint
     will load as, filled strictly: a missing, unexpected or misshapen tensor is an error.
 
     Raises ArchitectureError if the architecture is not a sub-network of the parent, and UnsupportedModelError if a
@@ -206,26 +208,45 @@ def _child_tensors(
     parent: Parent, architecture: Architecture, library: Repairs, child: PreTrainedModel
 ) -> tuple[dict[str, torch.Tensor], dict[str, StoredWeight]]:
     """Every tensor of the child, and those of them that are stored in a type of their own, by the child's names."""
-    parent_tensors = parent.model.state_dict()
-    changed = {
-        layer: _changed_tensors(parent, layer, architecture.layers[layer], library)
-        for layer in architecture.kept_layers
-    }
-    tensors, stored = {}, {}
-    of_vocabulary = parent.vocabulary_names() if architecture.vocabulary.stored else []
-    for name in child.state_dict():
-        parent_name, layer, rest = _parent_name(parent, architecture, name)
+    tensors, stored = dict[str, torch.Tensor](), dict[str, StoredWeight]()
+    layer_of = {name: _parent_name(parent, architecture, name)[1:] for name in child.state_dict()}
+    # Of a parent that waits one part at a time is beside its child.
+    for layer in (None, *architecture.kept_layers):
+        names = {name: rest for name, (own, rest) in layer_of.items() if own == layer}
         if layer is None:
-            tensors[name] = parent_tensors[parent_name]
-            if name in of_vocabulary and architecture.vocabulary.stored:
-                squares = library.head_squares() if name == of_vocabulary[-1] else None
-                stored[name], tensors[name] = parent.rounded_to(name, architecture.vocabulary.stored, squares)
-            continue
-        values, weights = changed[layer]
-        tensors[name] = values.get(rest, parent_tensors[parent_name])
-        if rest in weights:
-            stored[name] = weights[rest]
+            values, weights = _outer_tensors(parent, architecture, library, names)
+        else:
+            values, weights = _layer_tensors(parent, architecture, library, layer, names)
+        tensors |= values
+        stored |= weights
     return tensors, stored
+
+
+def _outer_tensors(
+    parent: Parent, architecture: Architecture, library: Repairs, names: Iterable[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, StoredWeight]]:
+    """The child's tensors that are in no layer; their names are the parent's."""
+    type_, tensors, stored = architecture.vocabulary.stored, dict[str, torch.Tensor](), dict[str, StoredWeight]()
+    of_vocabulary = parent.vocabulary_names() if type_ else []
+    with part_at_home(parent.model, parent.outside_layers()):
+        whole = parent.model.state_dict()
+        for name in names:
+            tensors[name] = whole[name]
+            if type_ and name in of_vocabulary:
+                squares = library.head_squares() if name == of_vocabulary[-1] else None
+                stored[name], tensors[name] = parent.rounded_to(name, type_, squares)
+    return tensors, stored
+
+
+def _layer_tensors(
+    parent: Parent, architecture: Architecture, library: Repairs, layer: int, names: Mapping[str, str]
+) -> tuple[dict[str, torch.Tensor], dict[str, StoredWeight]]:
+    """The child's tensors of one of the parent's layers, whose names within the layer are given by the child's."""
+    with part_at_home(parent.model, parent.layer(layer).modules()):
+        whole = parent.layer(layer).state_dict()
+        changed, weights = _changed_tensors(parent, layer, architecture.layers[layer], library)
+        tensors = {name: changed[rest] if rest in changed else whole[rest] for name, rest in names.items()}
+        return tensors, {name: weights[rest] for name, rest in names.items() if rest in weights}
 
 
 def _changed_tensors(
@@ -300,7 +321,9 @@ def _copy_buffers(parent: Parent, architecture: Architecture, child: PreTrainedM
         if buffer.is_meta:
             path, _, leaf = name.rpartition(".")
             parent_name = _parent_name(parent, architecture, name)[0]
-            child.get_submodule(path)._buffers[leaf] = parent.model.get_buffer(parent_name).clone()
+            child.get_submodule(path)._buffers[leaf] = brought_home(
+                parent.model, parent.model.get_buffer(parent_name)
+            ).clone()
 
 
 def _dispatch_like(parent: Parent, architecture: Architecture, child: PreTrainedModel) -> None:

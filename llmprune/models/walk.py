@@ -8,21 +8,17 @@ Shapes: B windows of a batch, T tokens of a window, D the hidden size, V the voc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmprune.models.at_hand import Place, at_hand
 from llmprune.models.parent import Parent
-from llmprune.models.placement import is_spread
 from llmprune.models.streams import embedded, layer_calls, no_embeddings, passed_by
-
-Result = TypeVar("Result")
 
 Run = Callable[[Tensor], Tensor]
 """From hidden states (B, T, D), wherever they lie, to what comes of them."""
@@ -54,7 +50,7 @@ class Walk:
         layer = self.layers[index]
         place = self._place(layer)
         call = self._calls[index].moved(place)
-        with self._at_hand([layer], place):
+        with self._at_hand(layer.modules(), place):
             yield lambda hidden_BTD: call(layer, place(hidden_BTD))
 
     @contextmanager
@@ -84,56 +80,15 @@ class Walk:
         with self._at_hand(_outside(self._parent.model, self.layers), place):
             yield run
 
-    def _place(self, module: nn.Module) -> _Place:
+    def _place(self, module: nn.Module) -> Place:
         device = _home(module) if self._device is None else self._device
-        return _Place(device, walking_dtype(self._parent.model.dtype, device))
+        return Place(device, walking_dtype(self._parent.model.dtype, device))
 
     @contextmanager
-    def _at_hand(self, modules: Iterable[nn.Module], place: _Place) -> Iterator[None]:
-        """Within it, weights of these modules are where and how they are computed; afterwards the same tensors as
-        before stand in their places."""
-        before: list[tuple[dict[str, Any], str, Tensor]] = []
-        forwards: list[tuple[nn.Module, Any]] = []
-        try:
-            # Normal tensors, although the caller may be in inference mode: gradients flow past them.
-            with torch.inference_mode(False), torch.no_grad():
-                for module in (part for owner in modules for part in owner.modules()):
-                    if offloaded := _offloaded(module):
-                        # accelerate's own forward would bring the weights with every batch, and take them away.
-                        forwards.append((module, module.forward))
-                        module.forward = vars(module)["_old_forward"]
-                    places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-                    for tensors in places:
-                        for name, tensor in tensors.items():
-                            if tensor is not None and not place.holds(tensor):
-                                before.append((tensors, name, tensor))
-                                tensors[name] = self._brought(offloaded.get(name, tensor), tensor, place)
+    def _at_hand(self, modules: Iterable[nn.Module], place: Place) -> Iterator[None]:
+        with at_hand(modules, place) as brought_bytes:
+            self.brought_bytes += brought_bytes
             yield
-        finally:
-            for tensors, name, tensor in before:
-                tensors[name] = tensor
-            for module, forward in forwards:
-                module.forward = forward
-
-    def _brought(self, tensor: Tensor, like: Tensor, place: _Place) -> Any:
-        if tensor.device != place.device or like.is_meta:
-            self.brought_bytes += tensor.nbytes
-        here = place(tensor.detach())
-        return nn.Parameter(here, requires_grad=False) if isinstance(like, nn.Parameter) else here
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where and how weights and states are computed."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
-
-    def holds(self, tensor: Tensor) -> bool:
-        return tensor.device == self.device and (tensor.dtype == self.dtype or not tensor.is_floating_point())
 
 
 def walking_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -161,31 +116,3 @@ def _home(module: nn.Module) -> torch.device:
     device = next(first.parameters(recurse=False)).device
     hook = getattr(first, "_hf_hook", None)
     return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
-
-
-def _offloaded(module: nn.Module) -> Mapping[str, Tensor]:
-    """Weights of a module that accelerate keeps elsewhere, by their name in it."""
-    hook = getattr(module, "_hf_hook", None)
-    if not isinstance(hook, AlignDevicesHook) or not hook.offload or hook.weights_map is None:
-        return {}
-    names = [name for name, tensor in module.named_parameters(recurse=False) if tensor.is_meta]
-    return {name: hook.weights_map[name] for name in names}
-
-
-def with_room(parent: Parent, work: Callable[[torch.device | None], Result]) -> Result:
-    """What is done layer by layer: `work`, told where layers are to be computed (None: where they lie). If the parent's
-    accelerator has no room for both, the parent waits in CPU memory, and its layers come one at a time.
-
-    Raises torch.OutOfMemoryError if there is no room even so.
-    """
-    try:
-        return work(None)
-    except torch.OutOfMemoryError:
-        if is_spread(parent.model):
-            raise
-    device = parent.device
-    parent.model.to("cpu")  # type: ignore[arg-type]
-    try:
-        return work(device)
-    finally:
-        parent.model.to(device)  # type: ignore[arg-type]

@@ -37,6 +37,7 @@ from llmprune.models.streams import (
     layer_calls,
     until,
 )
+from llmprune.models.waiting import part_at_home
 from llmprune.recover.held_out import windows_of
 from llmprune.recover.least_squares import LeastSquares
 
@@ -87,7 +88,8 @@ def refit_sequentially(
     are solved together.
 
     Memory beside the models: four streams (W, T, D) and the inputs (W, T, I) of one stop, in files below `scratch`
-    where they exceed `memory_bytes`; two float64 matrices (I, I). `progress` counts stops.
+    where they exceed `memory_bytes`; two float64 matrices (I, I). Of a parent that waits (see `models/waiting.py`) one
+    layer at a time is beside the child. `progress` counts stops.
     """
     stops = stops_of(parent, architecture)
     with torch.inference_mode(), Shelf(memory_bytes, scratch) as shelf:
@@ -140,11 +142,12 @@ class _ParentStream:
     def __init__(self, parent: Parent, windows_WT: Tensor, batches: Sequence[slice], shelf: Shelf) -> None:
         self._parent, self._batches, self._at, self._has_run = parent, batches, 0, False
         self._layers = [parent.layer(index) for index in range(parent.shape.layers)]
-        self._calls = layer_calls(parent.model, self._layers, windows_WT.shape[1])
         shape = (*windows_WT.shape, parent.shape.hidden_size)
         self._before, self._middle, self._after = (shelf.place(shape, parent.model.dtype) for _ in range(3))
-        for rows in batches:
-            self._before[rows] = embedded(parent.model, self._layers[0], windows_WT[rows]).to("cpu")
+        with part_at_home(parent.model, parent.outside_layers()):
+            self._calls = layer_calls(parent.model, self._layers, windows_WT.shape[1])
+            for rows in batches:
+                self._before[rows] = embedded(parent.model, self._layers[0], windows_WT[rows]).to("cpu")
 
     def behind_all(self) -> Tensor:
         """What the last layer gives."""
@@ -169,11 +172,12 @@ class _ParentStream:
         seen: list[Tensor] = []
         handle = adds.register_forward_hook(lambda module, args, output: seen.append(output))
         try:
-            for rows in self._batches:
-                before_BTD = self._before[rows].to(self._parent.device)
-                after_BTD = self._calls[self._at](layer, before_BTD)
-                self._after[rows] = after_BTD.to("cpu")
-                self._middle[rows] = (before_BTD + scale * seen.pop().view_as(before_BTD)).to("cpu")
+            with part_at_home(self._parent.model, layer.modules()):
+                for rows in self._batches:
+                    before_BTD = self._before[rows].to(self._parent.device)
+                    after_BTD = self._calls[self._at](layer, before_BTD)
+                    self._after[rows] = after_BTD.to("cpu")
+                    self._middle[rows] = (before_BTD + scale * seen.pop().view_as(before_BTD)).to("cpu")
         finally:
             handle.remove()
         self._has_run = True

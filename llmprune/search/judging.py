@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -24,6 +24,9 @@ from llmprune.measure.speed.turns import scoring, timing
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import Size
 from llmprune.models.surgery import prune
+from llmprune.models.waiting import with_children
+
+Result = TypeVar("Result")
 
 
 class Scorer(SplitScorer, Protocol):
@@ -74,8 +77,10 @@ class Judge:
     def score(self, architecture: Architecture) -> Mapping[str, torch.Tensor]:
         """Each source's (N,) nats a window: quality alone, for methods that score many children."""
         with scoring(self.workload.device):
+            if self.finish is None:
+                return self._scored(architecture)
             # A child that no checkpoint holds is no slice of the parent, so nothing of the parent's can be reused.
-            return score_windows(self.child(architecture), self.split) if self.finish else self._scored(architecture)
+            return self._with_children(lambda: score_windows(self.child(architecture), self.split))
 
     def _scored(self, architecture: Architecture) -> Mapping[str, torch.Tensor]:
         return self.scorer.score(architecture).nats
@@ -83,6 +88,10 @@ class Judge:
     def quality(self, architecture: Architecture) -> Quality:
         """The figures of a child on all of the split."""
         return quality_from_windows(self.split, self.score(architecture))
+
+    def _with_children(self, work: Callable[[], Result]) -> Result:
+        """Work with children, for which the parent waits if it has to."""
+        return with_children(self.parent.model, work)
 
     def _quality_and_child(self, architecture: Architecture) -> tuple[Quality, PreTrainedModel]:
         """The figures of a child and the child itself, which is made once if all of it is what is scored."""
@@ -102,18 +111,28 @@ class Judge:
         parent = self.parent_quality
         if architecture == self.parent.shape.architecture:
             return Quoted.beside(parent, parent)
-        if self.parents_logits is None:
+        if (logits := self.parents_logits) is None:
             return Quoted.beside(self.quality(architecture), parent)
-        quality, child = self._quality_and_child(architecture)
         with scoring(self.workload.device):
-            return Quoted.beside(quality, parent, self.parents_logits.beside(child))
+            logits.read()
+
+        def beside() -> Quoted:
+            quality, child = self._quality_and_child(architecture)
+            with scoring(self.workload.device):
+                return Quoted.beside(quality, parent, logits.beside(child))
+
+        return self._with_children(beside)
 
     def judge(self, architecture: Architecture, name: str) -> Record:
         """The whole record of a child: quality, speed paired with the parent, size."""
-        quality, child = self._quality_and_child(architecture)
-        with timing(self.workload.device):
-            _, (speed,) = measure_paired(self.parent.model, [child], self.workload, self.repeats)
-        return self._record(name, architecture, quality, speed, self._size(child, architecture))
+
+        def judged() -> tuple[Quality, Speed, Size]:
+            quality, child = self._quality_and_child(architecture)
+            with timing(self.workload.device):
+                _, (speed,) = measure_paired(self.parent.model, [child], self.workload, self.repeats)
+            return quality, speed, self._size(child, architecture)
+
+        return self._record(name, architecture, *self._with_children(judged))
 
     def again(self, record: Record) -> Record:
         """The record of a judged child that is finished since: size and speed are those of its shape, and stay."""
@@ -132,8 +151,9 @@ class Judge:
     def parent_record(self) -> Record:
         """The parent's own record; its speed-ups are 1 by definition, its tokens per second measured."""
         architecture = self.parent.shape.architecture
+        parent = self.parent.model
         with timing(self.workload.device):
-            speed, _ = measure_paired(self.parent.model, [self.parent.model], self.workload, self.repeats)
+            speed, _ = self._with_children(lambda: measure_paired(parent, [parent], self.workload, self.repeats))
         size = self._size(self.parent.model, architecture)
         return self._record("parent", architecture, self.parent_quality, speed, size)
 

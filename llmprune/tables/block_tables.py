@@ -22,10 +22,11 @@ from llmprune.formats.gguf_limits import gguf_mixes
 from llmprune.formats.served_size import served_size
 from llmprune.measure.quality.perplexity import score
 from llmprune.measure.quality.prefix import PrefixScorer
-from llmprune.measure.speed.throughput import Workload, measure_paired, standard_errors
+from llmprune.measure.speed.throughput import Speed, Workload, measure_paired, standard_errors
 from llmprune.measure.speed.turns import timing
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import prune, skeleton
+from llmprune.models.waiting import with_children
 from llmprune.tables.allocate import Allocator, Scores
 from llmprune.tables.costs import CostTable, cost_table, probe_architectures
 from llmprune.tables.estimate import estimate
@@ -169,7 +170,8 @@ def build_tables(
 
 def _nats(parent: Parent, library: BlockLibrary, split: Split, architecture: Architecture) -> float:
     """Nats a token of a child. Raises ModelError if it computes no numbers."""
-    return score(prune(parent, architecture, library), split).nats_per_token
+    quality = with_children(parent.model, lambda: score(prune(parent, architecture, library), split))
+    return quality.nats_per_token
 
 
 def count_savings(parent: Parent, space: Space, gguf_type: GgufType | None = None) -> dict[str, dict[AnyChoice, float]]:
@@ -210,8 +212,12 @@ def _timed(
     parent: Parent, architecture: Architecture, library: BlockLibrary, workload: Workload, repeats: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Measured speed-ups of a child, by phase, and their standard errors."""
-    child = prune(parent, architecture, library)
-    with timing(workload.device):
-        _, (speed,) = measure_paired(parent.model, [child], workload, repeats)
+
+    def timed() -> Speed:
+        child = prune(parent, architecture, library)
+        with timing(workload.device):
+            return measure_paired(parent.model, [child], workload, repeats)[1][0]
+
+    speed = with_children(parent.model, timed)
     found = {"decode": speed.decode_speedup.median, "prefill": speed.prefill_speedup.median}
     return found, standard_errors(speed, workload, repeats)

@@ -21,7 +21,8 @@ from llmprune.core.progress import Advance, Steps
 from llmprune.data.tokens import Split
 from llmprune.models.parent import Parent
 from llmprune.models.placement import is_spread
-from llmprune.models.walk import Walk, is_brought, with_room
+from llmprune.models.waiting import with_room
+from llmprune.models.walk import Walk, is_brought
 from llmprune.tables.watched import Batch, Watched
 
 WINDOWS_A_BATCH = 2
@@ -104,7 +105,7 @@ def estimate(
                 _pass_all(watched, batches, influence_L, shares, progress)
         return watched.totals(), influence_L.tolist()
 
-    sums, influence = with_room(parent, computed)
+    sums, influence = with_room(parent.model, computed)
     return Estimate(_every_choice(library.space, own, sums, split.weights, caution), influence)
 
 

@@ -22,6 +22,7 @@ from llmprune.measure.speed.throughput import Speed, Workload, measure_paired
 from llmprune.measure.speed.turns import timing
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import prune
+from llmprune.models.waiting import with_children
 
 PHASES = ("decode", "prefill")
 REFUSED_BEYOND = 1.1
@@ -65,8 +66,12 @@ def time_ends(parent: Parent, space: Space, workload: Workload, repeats: int) ->
     """Speed of the parent, and of the space's smallest and half-sized children beside it; the caller has the device to
     itself."""
     repairs = FirstUnits(parent)
-    children = [prune(parent, architecture, repairs) for architecture in (smallest(space), halved(space))]
-    return measure_paired(parent.model, children, workload, repeats)
+
+    def timed() -> tuple[Speed, list[Speed]]:
+        children = [prune(parent, architecture, repairs) for architecture in (smallest(space), halved(space))]
+        return measure_paired(parent.model, children, workload, repeats)
+
+    return with_children(parent.model, timed)
 
 
 def reach_to_json(reach: Reach) -> dict[str, Any]:

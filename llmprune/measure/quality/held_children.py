@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from llmprune.choices.architecture import Architecture
 from llmprune.models.parent import Parent
 from llmprune.models.stored import stored_weights
+from llmprune.models.waiting import waits
 
 
 class _Held(NamedTuple):
@@ -21,7 +22,8 @@ class _Held(NamedTuple):
 class HeldChildren:
     """The children of architectures that somebody holds, within a limit of bytes that they take beside the parent.
 
-    A child may lack the layers before some `first` one; it is of use only to who wants it from there on.
+    A child may lack the layers before some `first` one; it is of use only to who wants it from there on. While the
+    parent waits none is held: there is no room to spare, and what a child shares with its parent would stay at home.
     """
 
     def __init__(self, parent: Parent, limit: int) -> None:
@@ -48,9 +50,15 @@ class HeldChildren:
             return held.child
         self._held.pop(architecture, None)
         child = cut()
-        if architecture in self._wanted and self.nbytes + (size := own_bytes(child, self._parent)) <= self._limit:
+        wanted = architecture in self._wanted and not waits(self._parent.model)
+        if wanted and self.nbytes + (size := own_bytes(child, self._parent)) <= self._limit:
             self._held[architecture] = _Held(first, child, size)
         return child
+
+    def make_room(self) -> None:
+        """Keep none that was held before the parent had to wait."""
+        if waits(self._parent.model):
+            self._held.clear()
 
 
 def own_bytes(child: PreTrainedModel, parent: Parent) -> int:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from llmprune.data.tokens import Split
 from llmprune.measure.quality.perplexity import Figure
 from llmprune.measure.quality.top_logits import TopLogits, kl_windows
+from llmprune.models.waiting import at_home
 
 TOP_K = 512
 """Tokens of a position that stand for the parent's whole distribution."""
@@ -36,7 +37,10 @@ class Likeness(BaseModel):
 
 
 class ParentsLogits:
-    """A parent's likeliest tokens everywhere in a split: read when they are first asked for, and kept."""
+    """A parent's likeliest tokens everywhere in a split: read when they are first asked for, and kept.
+
+    A parent that waits has to come home for it: `read` before there is a child.
+    """
 
     def __init__(self, parent: PreTrainedModel, split: Split) -> None:
         self._parent, self._split = parent, split
@@ -44,10 +48,15 @@ class ParentsLogits:
     @cached_property
     def _tops(self) -> Mapping[str, list[TopLogits]]:
         k = min(TOP_K, self._parent.config.get_text_config().vocab_size)
-        return {
-            name: [TopLogits.of(_logits(self._parent, ids_S), k) for ids_S in source.windows]
-            for name, source in self._split.sources.items()
-        }
+        with at_home(self._parent):
+            return {
+                name: [TopLogits.of(_logits(self._parent, ids_S), k) for ids_S in source.windows]
+                for name, source in self._split.sources.items()
+            }
+
+    def read(self) -> None:
+        """Run the parent, unless it was."""
+        _ = self._tops
 
     def beside(self, child: PreTrainedModel) -> Likeness:
         """How alike a child is."""

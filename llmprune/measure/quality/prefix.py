@@ -45,6 +45,7 @@ from llmprune.measure.quality.top_logits import TopLogits, check_top_logits_fit,
 from llmprune.models.parent import Parent
 from llmprune.models.placement import is_spread
 from llmprune.models.surgery import Repairs, prune
+from llmprune.models.waiting import at_home, with_children
 
 STATES_BYTES = 2**30
 """What the parent's hidden states may take by default; those of remembered candidates may take as much again."""
@@ -117,7 +118,8 @@ class PrefixScorer:
     `children_bytes` limits the children that are kept of those that `hold` names.
     With `top_k`, KL to the parent over its `top_k` likeliest tokens comes out of the same passes; `top_k_bytes` limits
     what is kept for it. `batch_tokens` is that of `quality.window_nats`. A parent that is spread over several devices
-    is scored by full passes. Raises ValueError if `top_k` does not fit into `top_k_bytes`.
+    is scored by full passes; one that has no room beside its children waits (see `models/waiting.py`). Raises
+    ValueError if `top_k` does not fit into `top_k_bytes`.
     """
 
     def __init__(
@@ -208,24 +210,24 @@ class PrefixScorer:
         steps = steps_of(architecture)
         windows = sum(max(0, stop[name] - start[name]) for name in stop)
         self.work.plain += len(steps) * windows * self.split.seq_len
-        if steps == self._parent_steps:
-            figures = [self._parents_own(i) for i in numbers]
-        else:
-            figures = self._run(architecture, steps, numbers) if numbers else []
+        figures = with_children(self.parent.model, lambda: self._run(architecture, steps, numbers)) if numbers else []
         return self._assembled(dict(zip(numbers, figures, strict=True)), start, stop)
 
     def _run(self, architecture: Architecture, steps: Steps, numbers: Sequence[int]) -> list[_Figures]:
+        self._children.make_room()
+        if steps == self._parent_steps:
+            return [self._parents_own(batch) for batch in self._parents(numbers)]
         start = self._start_of(steps, numbers)
         captures = self._captures(architecture, steps, start)
+        # Before there is a child: the parent may have to come home for it.
+        tops = [None] * len(numbers) if self._top_k is None else [batch.top for batch in self._parents(numbers)]
         first = steps[start.step].layer
         child = self._children.child(
             architecture, first, lambda: prune(self.parent, without_first_layers(architecture, first), self.library)
         )
         layers = list(child.get_submodule(self.parent.family.layers).children())
         figures = []
-        for i in numbers:
-            # First, so that the logits of parent and child are never in memory together.
-            top = None if self._top_k is None else self._parent_batch(i).top
+        for i, top in zip(numbers, tops, strict=True):
             with states_at(layers, start.states.get(i), [step - start.step for step in captures]) as seen:
                 figures.append(self._figures(child, i, top))
             for step, states in captures.items():
@@ -247,7 +249,8 @@ class PrefixScorer:
         if from_candidate > from_parent:
             return _Start(from_candidate, False, self._states.use(steps[:from_candidate]))
         if from_parent:
-            return _Start(from_parent, True, {i: self._parent_batch(i).states[from_parent] for i in numbers})
+            states = [batch.states[from_parent] for batch in self._parents(numbers)]
+            return _Start(from_parent, True, dict(zip(numbers, states, strict=True)))
         return _Start()
 
     def _captures(self, architecture: Architecture, steps: Steps, start: _Start) -> dict[int, dict[int, torch.Tensor]]:
@@ -259,21 +262,25 @@ class PrefixScorer:
         self._states.make_room([*(steps[:step] for step in captured), *in_use])
         return {step: self._states.use(steps[:step]) for step in captured}
 
-    def _parents_own(self, number: int) -> _Figures:
-        batch = self._parent_batch(number)
+    def _parents_own(self, batch: _ParentBatch) -> _Figures:
         return _Figures(batch.nats, None if self._top_k is None else torch.zeros_like(batch.nats))
 
+    def _parents(self, numbers: Sequence[int]) -> list[_ParentBatch]:
+        """What the parent computes of these batches: once, when they are first needed, and no child is there yet."""
+        if missing := [number for number in numbers if number not in self._parent_batches]:
+            with at_home(self.parent.model):
+                for number in missing:
+                    self._parent_batches[number] = self._parent_batch(number)
+        return [self._parent_batches[number] for number in numbers]
+
     def _parent_batch(self, number: int) -> _ParentBatch:
-        """What the parent computes of a batch: once, when it is first needed."""
-        if number not in self._parent_batches:
-            model = self.parent.model
-            layers = list(model.get_submodule(self.parent.family.layers).children())
-            with states_at(layers, None, self._parent_layers) as seen:
-                logits_BSV = self._logits(model, number)
-            top = None if self._top_k is None else TopLogits.of(logits_BSV, self._top_k)
-            self._parent_batches[number] = _ParentBatch(seen, self._nats(model, logits_BSV, number), top)
-            self.work.parent += len(layers) * self._batches[number].windows_BS.numel()
-        return self._parent_batches[number]
+        model = self.parent.model
+        layers = list(model.get_submodule(self.parent.family.layers).children())
+        with states_at(layers, None, self._parent_layers) as seen:
+            logits_BSV = self._logits(model, number)
+        top = None if self._top_k is None else TopLogits.of(logits_BSV, self._top_k)
+        self.work.parent += len(layers) * self._batches[number].windows_BS.numel()
+        return _ParentBatch(seen, self._nats(model, logits_BSV, number), top)
 
     def _logits(self, model: PreTrainedModel, number: int) -> torch.Tensor:
         windows_BS = self._batches[number].windows_BS.to(model.device)

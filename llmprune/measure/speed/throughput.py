@@ -8,6 +8,9 @@ take turns pass by pass - decode token by token, each with a live cache of its o
 the ratios of such pairs: both halves of a pair meet the same load, and a burst that hits one half spoils one ratio
 of many. Turns of several tokens gave the same median within 0.3%, and two to three times the scatter; sums and means
 of times are at the mercy of single bursts.
+
+Where a GPU has room for one of them at a time, whole models take turns (see `visits`), and each pass is paired with the
+same pass of the other one, seconds apart.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from transformers import DynamicCache, PreTrainedModel
 from llmprune.core.errors import RecipeError
 from llmprune.core.recipe import CacheType, EngineName, GgufType, WorkloadRecipe
 from llmprune.measure.speed.graphs import WARM_UPS, StaticGeneration, as_it_is, cuda_graphs
+from llmprune.measure.speed.visits import Seconds, in_visits
+from llmprune.models.waiting import home_of, waits
 
 PREFILL_PAIRS = 2
 """Prompts that each model reads in one repeat; the last one's cache is what decode continues."""
@@ -119,6 +124,9 @@ class Speed:
 
 Pair = tuple[float, float]
 """Seconds of one pass of the reference, and of the same pass of a candidate."""
+Pairs = tuple[list[list[Pair]], list[list[Pair]]]
+"""Of prefill and of decode, by candidate."""
+Progress = Callable[[int, int], None]
 
 
 def measure_paired(
@@ -126,7 +134,7 @@ def measure_paired(
     candidates: Sequence[PreTrainedModel],
     workload: Workload,
     repeats: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Speed, list[Speed]]:
     """Time the reference against each candidate in turn, `repeats` times: the reference's speed and the candidates'.
 
@@ -135,11 +143,29 @@ def measure_paired(
     `progress(done, total)` counts repeats of a candidate. Models must have the workload's dtype and device. A
     compiled workload compiles them here: their graphs are dropped with the next call, or torch would run out of its
     limit of graphs for one function and time the later ones uncompiled.
+
+    Where one of the models waits (see `models/waiting.py`) there is no room for two, and they are timed in `visits`; in
+    llama.cpp, which has its own memory, as ever.
     """
     assert candidates and repeats >= 1, "there is something to time"
     for model in (reference, *candidates):
         _check(model, workload)
     ids_BT = token_ids(min((reference, *candidates), key=_rows), workload)
+    alone = workload.engine == "torch" and any(map(waits, (reference, *candidates)))
+    paired = _whole_by_whole if alone else _pass_by_pass
+    prefill, decode = paired(reference, candidates, ids_BT, workload, repeats, progress)
+    speeds = [_speed(*pairs, workload) for pairs in zip(prefill, decode, strict=True)]
+    return _speed(_of_reference(prefill), _of_reference(decode), workload), speeds
+
+
+def _pass_by_pass(
+    reference: PreTrainedModel,
+    candidates: Sequence[PreTrainedModel],
+    ids_BT: torch.Tensor,
+    workload: Workload,
+    repeats: int,
+    progress: Progress | None,
+) -> Pairs:
     prefill: list[list[Pair]] = [[] for _ in candidates]
     decode: list[list[Pair]] = [[] for _ in candidates]
     compiled = _compiled(1 + len(candidates)) if workload.compile else nullcontext()
@@ -158,8 +184,31 @@ def measure_paired(
                 decode[i] += _in_turns(*(run.decode_step for run in runs), pairs=workload.generated_tokens)
                 if progress is not None:
                     progress(repeat * len(candidates) + i + 1, repeats * len(candidates))
-    speeds = [_speed(*pairs, workload) for pairs in zip(prefill, decode, strict=True)]
-    return _speed(_of_reference(prefill), _of_reference(decode), workload), speeds
+    return prefill, decode
+
+
+def _whole_by_whole(
+    reference: PreTrainedModel,
+    candidates: Sequence[PreTrainedModel],
+    ids_BT: torch.Tensor,
+    workload: Workload,
+    repeats: int,
+    progress: Progress | None,
+) -> Pairs:
+    def visit(model: PreTrainedModel, repeats: int) -> Seconds:
+        # What was compiled or captured of an earlier visit was of weights at other addresses.
+        with _compiled(1) if workload.compile else nullcontext(), running([model], ids_BT, workload) as (run,):
+            _warm_up(run, workload)
+            seconds = Seconds([], [])
+            for _ in range(repeats):
+                seconds.prefill.extend(run.prefill() for _ in range(PREFILL_PAIRS))
+                seconds.decode.extend(run.decode_step() for _ in range(workload.generated_tokens))
+            return seconds
+
+    with torch.inference_mode(), steady_process(workload.threads):
+        found = in_visits(reference, candidates, repeats, visit, progress)
+    prefill, decode = ([list(zip(one[phase], other[phase], strict=True)) for one, other in found] for phase in range(2))
+    return prefill, decode
 
 
 def standard_errors(speed: Speed, workload: Workload, repeats: int) -> dict[str, float]:
@@ -297,7 +346,8 @@ def _check(model: PreTrainedModel, workload: Workload) -> None:
     if workload.engine != "torch":
         return
     assert str(model.dtype) == f"torch.{workload.dtype}", f"a model in {model.dtype} for a workload in {workload.dtype}"
-    assert model.device.type == torch.device(workload.device).type, f"a model on {model.device} for {workload.device}"
+    home = home_of(model)
+    assert home.type == torch.device(workload.device).type, f"a model on {home} for {workload.device}"
 
 
 def check_compiler(device: torch.device) -> None:
