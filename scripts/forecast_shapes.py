@@ -20,7 +20,7 @@ from llmprune.choices.space import Space
 from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_files import DEFAULT_RECIPE, recipe_path
 from llmprune.core.recipe_text import parse_recipe
-from llmprune.forecast.forecast import estimating_peak_bytes, forecast, solving_peak_bytes
+from llmprune.forecast.forecast import forecast
 from llmprune.forecast.plan import Plan
 from llmprune.forecast.work import (
     estimate_flops_per_token,
@@ -38,6 +38,14 @@ SHAPES = {
     "Llama-3.1-70B": (ParentShape(80, 8192, 8, 8, 128, 28_672), 128_256, 2, False),
 }
 """Shape, vocabulary, bytes a parameter, whether the output is the embedding."""
+
+WHILE_IT_WAITS = {
+    "the library": "library",
+    "an estimate": "estimate",
+    "the search": "search",
+    "the front": "front",
+    "a repair": "repair",
+}
 
 
 def layer_parameters(shape: ParentShape) -> int:
@@ -62,6 +70,7 @@ def figures(name: str, recipe: Recipe) -> dict[str, Any]:
         dtype_bytes,
         walked=dtype_bytes < 4,
         walking_bytes=dtype_bytes,
+        can_wait=True,
     )
     stages = {stage.stage: stage for stage in forecast(plan)}
     unguided = recipe.model_copy(update={"search": recipe.search.model_copy(update={"sampler": "nsga2"})})
@@ -83,8 +92,11 @@ def figures(name: str, recipe: Recipe) -> dict[str, Any]:
         "library bytes on disk": stages["library"].disk_bytes,
         "library / parent": stages["library"].disk_bytes / plan.parent_bytes,
         "bytes moved to the device in an estimate / parent": moved_bytes(plan) / plan.parent_bytes,
-        "device bytes of the library, parent waiting": device_bytes(plan)["library"],
-        "device bytes of an estimate, parent waiting": device_bytes(plan)["estimate"],
+        **{
+            f"device bytes of {what}, parent waiting": stages[stage].waiting_memory_bytes
+            for what, stage in WHILE_IT_WAITS.items()
+        },
+        "device bytes of the search, parent at home": stages["search"].peak_memory_bytes,
         "estimate forward tokens": stages["estimate"].forward_tokens,
         "estimate backward tokens": stages["estimate"].backward_tokens,
         "estimate local / layer forward": estimate_flops_per_token(space) / layer_flops,
@@ -112,14 +124,6 @@ def moved_bytes(plan: Plan) -> int:
     stream = plan.estimated_tokens(plan.recipe.tables.tokens) * plan.space.shape.hidden_size * plan.walking_bytes
     library = plan.space.shape.layers * layer_library_bytes(plan.space, plan.dtype_bytes)
     return library + (3 * plan.space.shape.layers + 2) * stream
-
-
-def device_bytes(plan: Plan) -> dict[str, int]:
-    """The most that lies on the device while the parent waits in CPU memory: one layer, and what is done with it."""
-    tokens = plan.estimated_tokens(plan.recipe.tables.tokens)
-    stream = plan.tokens("calibration") * plan.space.shape.hidden_size * plan.walking_bytes
-    borders = (plan.space.shape.layers + 2) * tokens * plan.space.shape.hidden_size * plan.walking_bytes
-    return {"library": solving_peak_bytes(plan) - stream, "estimate": estimating_peak_bytes(plan, tokens) - borders}
 
 
 def shown(name: str, value: float) -> str:

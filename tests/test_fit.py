@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,22 @@ import torch
 from conftest import Finished, Llmprune
 from transformers import LlamaConfig, Qwen3Config
 
+from llmprune.choices.architecture import ParentShape
+from llmprune.choices.space import Space
+from llmprune.cli.forecast_view import fit_lines
 from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.core.recipe_text import parse_recipe
 from llmprune.forecast.fit import Stages, fit_of, lacks_of
 from llmprune.forecast.forecast import forecast
-from llmprune.forecast.plan import StageCost
+from llmprune.forecast.plan import Plan, StageCost
 from llmprune.forecast.rates import Measured, Rates
 from llmprune.measure import room as rooms
 from llmprune.measure.room import Room, free_disk, host_memory, processors
+from llmprune.measure.speed.throughput import Workload
 from llmprune.models.parent import Parent, outline_parent
 from llmprune.numerics import llamacpp_library
-from llmprune.pipeline.fitting import _with, advise, asked_by, candidates_for, fit_plan, plan_under
+from llmprune.pipeline.fitting import _with, advise, asked_by, candidates_for, fit_plan, forecast_within, plan_under
 from llmprune.pipeline.run_directory import RunDirectory
 
 CPU, GB = torch.device("cpu"), 10**9
@@ -262,3 +266,51 @@ def test_a_dry_run_and_inspect_say_what_fits(
     assert "no recipe that comes along can be used here" in told.out
     found = llmprune("inspect", model, *quick, "--json").json["recipes"]
     assert found["use"] is None and [row["recipe"] for row in found["recipes"]] == ["default", "llamacpp"]
+
+
+def test_a_parent_that_can_wait_does_so_where_it_has_to_and_nowhere_else() -> None:
+    """Eight billion parameters in bfloat16: 16.4 GB, on cards of 24 and 80 GiB, and on a CPU."""
+    space = Space.of(ParentShape(36, 4096, 8, 4, 128, 12_288), 1, 1536)
+    recipe = parse_recipe(
+        {"model": {"path": "x"}, "data": {"sources": [{"name": "x", "path": "x"}], "recovery_tokens": 65_536}},
+        origin="x",
+    )
+    workload = Workload(1, 256, 64, "bfloat16", 1, "cuda:0")
+    plan = Plan(recipe, space, workload, 151_936, 16_381_452_288, 2, walked=True, walking_bytes=2, can_wait=True)
+
+    def within(gib: int, plan: Plan = plan) -> dict[str, StageCost]:
+        room = Room(gib << 30, "cuda:0", 500 * GB, "x")
+        return {stage.stage: stage for stage in forecast_within(room, plan)}
+
+    at_home, waiting = within(80), within(24)
+    assert list(at_home.values()) == forecast(plan), "the figures of before"
+    assert not any(stage.parent_waits for stage in at_home.values())
+    who_waits = {name for name, stage in waiting.items() if stage.parent_waits}
+    assert who_waits == {name for name, stage in at_home.items() if stage.peak_memory_bytes > 24 << 30}
+    assert who_waits >= {"estimate", "together", "probes", "search", "front", "repair", "checkpoints"}
+    assert lacks_of(list(waiting.values()), Room(24 << 30, "cuda:0", 500 * GB, "x")) == []
+    for name, stage in waiting.items():
+        whole = at_home[name]
+        assert replace(stage, peak_memory_bytes=whole.peak_memory_bytes, parent_waits=False) == whole
+        if name == "estimate":
+            assert stage.peak_memory_bytes < plan.parent_bytes, "one layer at a time"
+        elif stage.parent_waits:
+            # One whole model, and no longer two.
+            assert plan.parent_bytes <= stage.peak_memory_bytes <= whole.peak_memory_bytes - plan.parent_bytes
+    on_cpu = within(24, replace(plan, can_wait=False))
+    assert not any(stage.parent_waits for stage in on_cpu.values())
+    assert on_cpu["search"].peak_memory_bytes == at_home["search"].peak_memory_bytes
+    said = fit_of(Room(24 << 30, "cuda:0", 500 * GB, "x"), [], lambda settings: list(waiting.values())).to_json()
+    assert said["fits"] and "search" in said["parent_waits"]
+    assert "  meanwhile the parent waits in CPU memory, in: estimate, " in "\n".join(fit_lines(said))
+
+
+def test_who_can_wait(outline: Parent) -> None:
+    def can_wait(device: str, named: str) -> bool:
+        recipe = recipe_for(outline)
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": named})})
+        return plan_under(outline, recipe, torch.device(device)).can_wait
+
+    assert can_wait("cuda:0", "auto") and can_wait("cuda:1", "cuda:1")
+    assert not can_wait("cpu", "auto"), "it is in CPU memory"
+    assert not can_wait("cuda:0", "cuda:0,cuda:1"), "what is spread has no home"

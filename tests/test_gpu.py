@@ -27,6 +27,7 @@ from llmprune.measure.speed.throughput import Workload, measure_paired, running,
 from llmprune.models.loading import dtype_of, load_model
 from llmprune.models.parent import make_parent
 from llmprune.models.surgery import prune
+from llmprune.models.waiting import at_home, wait, waits
 from llmprune.tables.estimate import estimate_delta_nats
 
 pytestmark = [
@@ -143,3 +144,23 @@ def test_every_family_is_timed_in_graphs() -> None:
         workload = Workload.from_recipe(WorkloadRecipe(prompt_tokens=8, generated_tokens=4), "float32", DEVICE)
         _, (speed,) = measure_paired(parent.model, [child_of(case).to(DEVICE)], workload, repeats=1)
         assert speed.prefill_speedup.median > 0 and speed.decode_speedup.median > 0
+
+
+@pytest.mark.parametrize("case_id", ["llama-gqa", "gemma2-gqa", "phi3-longrope"])
+def test_a_parent_that_waits_is_scored_cut_and_timed_at_home(case_id: str) -> None:
+    """As it is beside its child, to the last bit; and its graphs are of weights that are there."""
+    parent = tiny_parent(CASES[IDS.index(case_id)])
+    parent.model.to(DEVICE)
+    split = Split("search", {"a": SourceTokens(tokens(8, 16), torch.ones(8))}, {"a": 1.0}, 16, bos=False)
+    layers = [(parent.shape.kv_groups, 20), (1, 30), (0, 40), (parent.shape.kv_groups, 0)]
+    expected, child = score(parent.model, split), prune(parent, Architecture.of(layers), Slices(parent))
+    of_child = score(child, split)
+    wait(parent.model)
+    with at_home(parent.model):
+        assert parent.model.device.type == DEVICE and score(parent.model, split) == expected
+    child = prune(parent, Architecture.of(layers), Slices(parent))
+    assert parent.model.device.type == "cpu" and child.device.type == DEVICE and score(child, split) == of_child
+    workload = Workload.from_recipe(WorkloadRecipe(prompt_tokens=8, generated_tokens=4), "float32", DEVICE)
+    assert workload.graphs
+    _, (speed,) = measure_paired(parent.model, [child], workload, repeats=3)
+    assert speed.decode_speedup.median > 0 and waits(child)

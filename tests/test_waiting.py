@@ -14,6 +14,7 @@ from baselines_tiny import WORKLOAD, judge_of, library_of, random_parent, space_
 from families import CASES, COMMON, GROUPED, IDS, Case, Slices, tiny_model, tiny_parent, tokens
 from test_prefix import BATCH_TOKENS, SPLIT
 from test_spread import GPUS, spread_parent
+from tiny import tiny_tokenizer
 from transformers import PreTrainedModel
 from two_gpus import Memory, two_gpus
 
@@ -27,6 +28,7 @@ from llmprune.measure.quality.scores import WindowScores
 from llmprune.measure.speed import throughput
 from llmprune.measure.speed.throughput import PREFILL_PAIRS, Generation, Workload, measure_paired
 from llmprune.measure.speed.visits import Seconds, in_visits
+from llmprune.models import samples as module_of_samples
 from llmprune.models import waiting
 from llmprune.models.at_hand import Place, bring
 from llmprune.models.parent import Parent
@@ -335,6 +337,24 @@ def test_graphs_are_captured_anew_for_every_visit(monkeypatch: pytest.MonkeyPatc
     assert speed.decode_speedup.median > 0
     own, _ = measure_paired(reference, [reference], workload, repeats=1)
     assert own.decode_speedup.median == 1
+
+
+@pytest.mark.parametrize("parent_waits", [True, False])
+def test_samples_are_of_one_model_at_a_time(parent_waits: bool, gpu: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = gpu_parent()
+    if parent_waits:
+        wait(parent.model)
+    child, seen = prune(parent, CUT, Slices(parent)), list[tuple[set[str], bool]]()
+
+    def continuations(model: PreTrainedModel, *_: Any) -> list[str]:
+        seen.append((devices_of(model), gpu.used == weight_bytes(model)))
+        return ["so"]
+
+    monkeypatch.setattr(module_of_samples, "continuations", continuations)
+    found = module_of_samples.samples(parent.model, child, tiny_tokenizer(), ["And"])
+    assert found == [{"prompt": "And", "parent": "so", "child": "so"}]
+    assert seen == [({"cuda:0"}, parent_waits)] * 2
+    assert waits(child) == parent_waits
 
 
 def raising(times: int) -> Callable[[], int]:

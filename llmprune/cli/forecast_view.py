@@ -59,6 +59,8 @@ def fit_lines(fit: Mapping[str, Any]) -> Iterator[str]:
     )
     if fit["fits"]:
         yield f"fits: {_size(fit['peak_memory_bytes'])} of memory and {_size(fit['disk_bytes'])} of disk; {free}"
+        if fit["parent_waits"]:
+            yield f"  meanwhile the parent waits in CPU memory, in: {', '.join(fit['parent_waits'])}"
         return
     yield f"does not fit: {free}"
     for lack in fit["lacks"]:

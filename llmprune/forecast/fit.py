@@ -58,6 +58,7 @@ class Fit:
             "disk_bytes": self.disk_bytes,
             "room": asdict(self.room),
             "lacks": [asdict(lack) for lack in self.lacks],
+            "parent_waits": [stage.stage for stage in self.stages if stage.parent_waits],
             "settings": list(self.settings),
             "fits_with_settings": self.can_fit,
             "peak_memory_bytes_with_settings": peak_memory_bytes(self.stages),

@@ -5,6 +5,8 @@ can be where the search does, so totals err high:
 
 * Children are as large and as slow as the parent, and each is scored by a whole pass. Really a scorer starts at the
   first layer that it has no states for, and what is in the store is not scored again.
+* Where a device is too small, the parent waits in CPU memory. How long it takes to bring models home is not counted,
+  nor is the CPU memory that the parent waits in, and the child while both are timed.
 * The path reaches every target. slp races a full pool in every trial but the parent's, and each time around a new
   incumbent, which takes an estimate; evopress races all its children. No race drops anybody before its end: with 16
   windows, a quarter of them is scored before it could, so a race of many costs a quarter of this at the least.
@@ -120,25 +122,43 @@ def _library(plan: Plan, done: Done) -> StageCost:
         solver=layer_solver_flops(plan.space, rules).times(missing),
         float32_flops=missing * tokens * gram_flops_per_token(shape, gathered_choices(plan.space, rules)),
         peak_memory_bytes=plan.parent_bytes + solving_peak_bytes(plan),
+        waiting_memory_bytes=_if_it_waits(plan, solving_device_bytes(plan)),
         disk_bytes=missing * layer_library_bytes(plan.space, plan.dtype_bytes, plan.biased, rules.method),
     )
 
 
+def _if_it_waits(plan: Plan, device_bytes: int) -> int | None:
+    """What a stage takes of the device while the parent waits, if it can."""
+    return device_bytes if plan.can_wait else None
+
+
 def solving_peak_bytes(plan: Plan) -> int:
-    """The stream of all tokens, the statistics of a layer, and beside them what a batch, or solving it, takes."""
-    shape, tokens = plan.space.shape, plan.tokens("calibration")
-    stream = tokens * shape.hidden_size * plan.walking_bytes
+    """The stream of all tokens, which lies on the CPU, and what is on the device."""
+    stream = plan.tokens("calibration") * plan.space.shape.hidden_size * plan.walking_bytes
+    return stream + solving_device_bytes(plan)
+
+
+def solving_device_bytes(plan: Plan) -> int:
+    """The statistics of a layer, and beside them what a batch, or solving it, takes."""
+    shape = plan.space.shape
     statistics = statistics_bytes(shape, gathered_choices(plan.space, plan.recipe.importance))
     batch = max(BATCH_TOKENS, plan.recipe.data.seq_len)
     activations = batch * (3 * shape.ffn_width + 4 * shape.hidden_size) * max(4, plan.walking_bytes)
     gram = 4 * max(shape.ffn_width, shape.inputs(shape.full("attention"))) ** 2
     solving = solving_bytes(plan.space, plan.recipe.importance, plan.walking_bytes)
-    return stream + plan.brought_bytes + statistics + max(activations + gram, solving)
+    return plan.brought_bytes + statistics + max(activations + gram, solving)
 
 
 def estimating_peak_bytes(plan: Plan, tokens: int) -> int:
+    """What is on the device, and where layers are walked the stream of all tokens at every border, on the CPU."""
+    shape = plan.space.shape
+    borders = (shape.layers + 2) * tokens * shape.hidden_size * plan.walking_bytes if plan.walked else 0
+    return borders + estimating_device_bytes(plan)
+
+
+def estimating_device_bytes(plan: Plan) -> int:
     """Graph and logits of a batch, and every block as each type of weights has it. Where layers are walked, the graph
-    and the blocks of one; its weights and its choices, or the head's; and the stream of all tokens at every border."""
+    and the blocks of one; its weights and its choices, or the head's."""
     batch = WINDOWS_A_BATCH * plan.recipe.data.seq_len
     # The logits, then in float32 their copy, the log-softmax and its gradient, and the gradient of the logits.
     logits = batch * plan.vocabulary * (2 * plan.walking_bytes + 3 * 4)
@@ -147,13 +167,12 @@ def estimating_peak_bytes(plan: Plan, tokens: int) -> int:
     rounded = shape.layers * rounded_numbers(plan.space) * plan.walking_bytes
     if not plan.walked:
         return logits + graph + rounded
-    borders = (shape.layers + 2) * tokens * shape.hidden_size * plan.walking_bytes
     head = plan.vocabulary * shape.hidden_size * plan.walking_bytes
     # Of the widest choice two copies more while it is made, and one that is promoted.
     widest = 3 * 4 * shape.hidden_size * max(shape.ffn_width, shape.inputs(shape.full("attention")))
     choices = choices_numbers(plan.space) * plan.walking_bytes
     a_layer = (graph + rounded) // shape.layers + plan.brought_bytes + choices + widest
-    return borders + max(head + logits, a_layer)
+    return max(head + logits, a_layer)
 
 
 def _estimate(plan: Plan) -> StageCost:
@@ -167,6 +186,7 @@ def _estimate(plan: Plan) -> StageCost:
         walked_backward_tokens=tokens if plan.walked else 0,
         float32_flops=tokens * plan.space.shape.layers * estimate_flops_per_token(plan.space),
         peak_memory_bytes=plan.parent_bytes + estimating_peak_bytes(plan, tokens),
+        waiting_memory_bytes=_if_it_waits(plan, estimating_device_bytes(plan)),
     )
 
 
@@ -179,11 +199,13 @@ def _exact(plan: Plan) -> StageCost:
         steps = steps_of(whole.with_choice(layer, choice))
         shared = min(last_start(steps), common_steps(steps, steps_of(whole)))
         ran += len(steps) - max((start for start in kept if start <= shared), default=0)
+    states = len(kept) * plan.state_bytes(tokens)
     return StageCost(
         "exact",
         forward_tokens=-(-ran * tokens // layers),
         children=len(plan.exact_choices),
-        peak_memory_bytes=_judged_bytes(plan, "estimate") + len(kept) * plan.state_bytes(tokens),
+        peak_memory_bytes=_judged_bytes(plan, "estimate") + states,
+        waiting_memory_bytes=_if_it_waits(plan, _judged_bytes(plan, "estimate", models=1) + states),
     )
 
 
@@ -195,6 +217,7 @@ def _together(plan: Plan) -> StageCost:
         forward_tokens=(1 + children) * plan.exact_tokens if children else 0,
         children=children,
         peak_memory_bytes=_judged_bytes(plan, "estimate"),
+        waiting_memory_bytes=_if_it_waits(plan, _judged_bytes(plan, "estimate", models=1)),
     )
 
 
@@ -212,6 +235,7 @@ def _path(plan: Plan) -> StageCost:
         walked_backward_tokens=tokens if plan.walked else 0,
         float32_flops=tokens * plan.space.shape.layers * estimate_flops_per_token(plan.space, anywhere=True),
         peak_memory_bytes=plan.parent_bytes + plan.timed_file_bytes + estimating_peak_bytes(plan, of_one),
+        waiting_memory_bytes=_if_it_waits(plan, plan.timed_file_bytes + estimating_device_bytes(plan)),
     )
 
 
@@ -225,19 +249,26 @@ def _timing(plan: Plan, comparisons: int, repeats: int) -> Timing:
 def _probes(plan: Plan) -> StageCost:
     children = len(probe_architectures(plan.space)) + len(CALIBRATE_AT)
     timing = _timing(plan, children, plan.recipe.workload.repeats)
-    return StageCost("probes", timing=timing, children=children, peak_memory_bytes=_timing_bytes(plan))
+    return StageCost(
+        "probes",
+        timing=timing,
+        children=children,
+        peak_memory_bytes=_timing_bytes(plan),
+        waiting_memory_bytes=_if_it_waits(plan, _timing_bytes(plan, models=1)),
+    )
 
 
-def _timing_bytes(plan: Plan) -> int:
-    """Parent and child, and what llama.cpp maps of both."""
-    return 2 * (plan.parent_bytes + plan.timed_file_bytes)
+def _timing_bytes(plan: Plan, models: int = 2) -> int:
+    """Parent and child, or the one of them that is there, and what llama.cpp maps of both."""
+    return models * plan.parent_bytes + 2 * plan.timed_file_bytes
 
 
-def _judged_bytes(plan: Plan, split: SplitName) -> int:
-    """Parent and child, and the logits of as many windows as go through a pass together."""
+def _judged_bytes(plan: Plan, split: SplitName, models: int = 2) -> int:
+    """Parent and child, or the one of them that is there, and the logits of as many windows as go through a pass
+    together."""
     together = max(1, LOGITS_BYTES // (4 * plan.vocabulary) // plan.recipe.data.seq_len)
     return (
-        2 * plan.parent_bytes
+        models * plan.parent_bytes
         + plan.rounded_vocabulary_bytes
         + plan.logits_bytes(min(together, max(plan.windows(split).values())))
     )
@@ -270,6 +301,15 @@ def _search(plan: Plan, done: Done) -> StageCost:
         peak_memory_bytes=states
         + (CHILDREN_BYTES if raced > 1 else 0)
         + max(plan.timed_file_bytes + max(_judged_bytes(plan, "search"), estimating), _timing_bytes(plan)),
+        # No child of a race is kept then.
+        waiting_memory_bytes=_if_it_waits(
+            plan,
+            states
+            + max(
+                plan.timed_file_bytes + max(_judged_bytes(plan, "search", models=1), estimating - plan.parent_bytes),
+                _timing_bytes(plan, models=1),
+            ),
+        ),
         most_seconds=None if rules.minutes is None else 60 * rules.minutes,
     )
 
@@ -299,6 +339,14 @@ def _front(plan: Plan, done: Done) -> StageCost:
     calibration = plan.tokens("calibration")
     parents = len(own) + 1
     quoted = [name for name in QUOTED if name in plan.recipe.data.splits]
+    states = kept * plan.state_bytes(search)
+    solving, solving_at_home = (solving_peak_bytes(plan), solving_device_bytes(plan)) if most else (0, 0)
+
+    def measuring(models: int) -> int:
+        # llama.cpp keeps the parent's file mapped, whatever else is done.
+        judged = max(_judged_bytes(plan, "validation", models), _judged_bytes(plan, "search", models) + states)
+        return max(plan.timed_file_bytes + judged, _timing_bytes(plan, models) + states)
+
     return StageCost(
         "front",
         walked_forward_tokens=calibration if most else 0,
@@ -312,14 +360,8 @@ def _front(plan: Plan, done: Done) -> StageCost:
         solver=sum((layer_solver_flops(space, own[m]).times(missing[m]) for m in own), SolverFlops()),
         float32_flops=most * calibration * gram_flops_per_token(space.shape),
         children=sum(scored.values()) + (3 + len(quoted)) * measured,
-        # llama.cpp keeps the parent's file mapped, whatever else is done.
-        peak_memory_bytes=plan.timed_file_bytes
-        + max(
-            _judged_bytes(plan, "validation"),
-            _judged_bytes(plan, "search") + kept * plan.state_bytes(search),
-            plan.parent_bytes + (solving_peak_bytes(plan) if most else 0),
-            _timing_bytes(plan) - plan.timed_file_bytes + kept * plan.state_bytes(search),
-        ),
+        peak_memory_bytes=max(measuring(2), plan.timed_file_bytes + plan.parent_bytes + solving),
+        waiting_memory_bytes=_if_it_waits(plan, max(measuring(1), plan.timed_file_bytes + solving_at_home)),
         disk_bytes=sum(
             missing[m] * layer_library_bytes(space, plan.dtype_bytes, plan.biased, own[m].method) for m in own
         ),
@@ -341,5 +383,6 @@ def _checkpoints(plan: Plan, done: Done) -> StageCost:
         processes=count,
         # The process of the proof maps the child's files, as this one does by then; llama.cpp maps its own.
         peak_memory_bytes=2 * plan.parent_bytes + plan.timed_file_bytes + exported,
+        waiting_memory_bytes=_if_it_waits(plan, plan.parent_bytes + plan.timed_file_bytes + exported),
         disk_bytes=count * plan.parent_bytes + exported,
     )

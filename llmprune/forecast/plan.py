@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +46,8 @@ class Plan:
     """Whether estimates go through the parent layer by layer (see `tables.estimate.is_walked`)."""
     walking_bytes: int = 4
     """Of a number where layers are walked."""
+    can_wait: bool = False
+    """Whether the parent can wait in CPU memory, out of the way of what is done with it on its device."""
 
     @property
     def rounded_vocabulary_bytes(self) -> int:
@@ -154,11 +156,20 @@ class StageCost:
     children: int = 0
     processes: int = 0
     peak_memory_bytes: int = 0
+    waiting_memory_bytes: int | None = None
+    """The peak on the device while the parent waits in CPU memory, where it can."""
+    parent_waits: bool = False
     disk_bytes: int = 0
     done: bool = False
     most_seconds: float | None = None
     fixed_seconds: float = 0.0
     """What a recipe gives a stage, whatever it gets done."""
+
+    def within(self, memory_bytes: int) -> StageCost:
+        """The stage on a device with so much memory: where that is too little, the parent waits if it can."""
+        if self.waiting_memory_bytes is None or self.peak_memory_bytes <= memory_bytes:
+            return self
+        return replace(self, peak_memory_bytes=self.waiting_memory_bytes, parent_waits=True)
 
     @property
     def forward_equivalents(self) -> float:
@@ -196,5 +207,6 @@ class StageCost:
             "float32_flops": self.float32_flops,
             "seconds": self.seconds(rates),
             "peak_memory_bytes": self.peak_memory_bytes,
+            "parent_waits": self.parent_waits,
             "disk_bytes": self.disk_bytes,
         }

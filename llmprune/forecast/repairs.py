@@ -34,6 +34,12 @@ def refits(plan: Plan, done: Done) -> StageCost:
         float32_flops=children * shape.layers * tokens * sum(2 * w * (w + 2 * shape.hidden_size) for w in inputs),
         children=children * (3 + len(scored)),
         peak_memory_bytes=2 * plan.parent_bytes + plan.timed_file_bytes + min(states, rules.memory_bytes) + solving,
+        # The states are on the CPU; of the parent what is outside of its layers comes home, and then a layer at a time.
+        waiting_memory_bytes=plan.parent_bytes
+        + plan.timed_file_bytes
+        + max(2 * plan.vocabulary * shape.hidden_size * plan.dtype_bytes, plan.brought_bytes + solving)
+        if plan.can_wait
+        else None,
         disk_bytes=children * plan.dtype_bytes * shape.layers * shape.hidden_size * sum(inputs)
         + max(0, states - rules.memory_bytes),
     )

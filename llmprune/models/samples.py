@@ -8,14 +8,22 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmprune.models.waiting import at_home, wait, waits
+
 NEW_TOKENS = 32
 
 
 def samples(
     parent: PreTrainedModel, child: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
 ) -> list[dict[str, str]]:
-    """Each prompt with the likeliest continuation of either, NEW_TOKENS long or to an end of text."""
-    found = [continuations(model, tokenizer, prompts) for model in (parent, child)]
+    """Each prompt with the likeliest continuation of either, NEW_TOKENS long or to an end of text. If the parent waits,
+    for want of room for both, so does the child from now on."""
+    if waits(parent):
+        wait(child)
+    found = []
+    for model in (parent, child):
+        with at_home(model):
+            found.append(continuations(model, tokenizer, prompts))
     return [
         {"prompt": prompt, "parent": parents, "child": childs}
         for prompt, parents, childs in zip(prompts, *found, strict=True)

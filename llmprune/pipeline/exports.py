@@ -17,6 +17,7 @@ from llmprune.models.checkpoint import METADATA_FILE, write_checkpoint
 from llmprune.models.loading import dtype_of
 from llmprune.models.samples import samples
 from llmprune.models.surgery import prune
+from llmprune.models.waiting import with_children
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.repairs import repairs_of
 from llmprune.pipeline.run import Run
@@ -65,7 +66,8 @@ def _write(
     run: Run, judges: Judges, front: Front, record: Record, to: Path, *, force: bool, formats: bool = False
 ) -> dict[str, Any]:
     parent = judges.stock.parent
-    child = prune(parent, record.architecture, library := _library_of(run, judges, record))
+    library = _library_of(run, judges, record)
+    child = with_children(parent.model, lambda: prune(parent, record.architecture, library))
     for repair in repairs_of(run, record, library):
         repair.apply(child)
     written: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ from llmprune.core.recipe_text import apply_overrides, parse_recipe
 from llmprune.core.yaml_text import read_yaml_file
 from llmprune.forecast.fit import Fit, Stages, fit_of
 from llmprune.forecast.forecast import Until, forecast
-from llmprune.forecast.plan import Done, Plan
+from llmprune.forecast.plan import Done, Plan, StageCost
 from llmprune.forecast.rates import Asked, Measured, Rates, measure_rates
 from llmprune.formats.gguf import tensor_bytes
 from llmprune.formats.limits import check_precision
@@ -58,6 +58,8 @@ def plan_of(
         whole_sizes=sizes,
         walked=is_brought(dtype, device),
         walking_bytes=walking_dtype(dtype, device).itemsize,
+        # One that is spread over several GPUs has no home to come back to.
+        can_wait=device.type != "cpu" and "," not in recipe.model.device,
     )
 
 
@@ -76,6 +78,11 @@ def asked_of(plan: Plan, *, reach: bool = False) -> Asked:
     return Asked(plan.space, plan.workload, windows, plan.recipe.data.seq_len, reach)
 
 
+def forecast_within(room: Room, plan: Plan, done: Done | None = None, until: Until = "export") -> list[StageCost]:
+    """The stages of a plan where there is so much room: a parent waits where it has to."""
+    return [stage.within(room.memory_bytes) for stage in forecast(plan, done, until=until)]
+
+
 def fit_plan(
     plan: Plan,
     parent: Parent,
@@ -86,7 +93,7 @@ def fit_plan(
     directory: RunDirectory | None = None,
 ) -> Fit:
     """Hold a plan to what there is; settings that the run `directory` would refuse are not among what helps."""
-    known: dict[tuple[str, ...], Stages | None] = {(): forecast(plan, done, until=until)}
+    known: dict[tuple[str, ...], Stages | None] = {(): forecast_within(room, plan, done, until)}
 
     def changed(settings: Sequence[str]) -> Stages | None:
         key = tuple(settings)
@@ -96,7 +103,7 @@ def fit_plan(
                 if directory is not None:
                     directory.check_recipe(recipe)
                 other = plan_under(parent, recipe, device, plan.whole_sizes)
-                known[key] = forecast(other, done, until=until)
+                known[key] = forecast_within(room, other, done, until)
             except LlmpruneError:
                 known[key] = None
         return known[key]

@@ -17,7 +17,7 @@ from llmprune.core.budgets import parse_budget, parse_pick, pick_record
 from llmprune.core.errors import LlmpruneError, RunDirectoryError
 from llmprune.core.progress import Show, silent
 from llmprune.core.recipe import Recipe
-from llmprune.forecast.forecast import Until, forecast
+from llmprune.forecast.forecast import Until
 from llmprune.forecast.plan import Done
 from llmprune.forecast.rates import measure_rates
 from llmprune.formats.served_size import served_size
@@ -31,7 +31,7 @@ from llmprune.models.parent import Parent
 from llmprune.models.sizes import size_of
 from llmprune.models.stand_in import parts_of, whole_of
 from llmprune.pipeline.exports import exported_id
-from llmprune.pipeline.fitting import advise, asked_by, asked_of, candidates_for, fit_plan, plan_of
+from llmprune.pipeline.fitting import advise, asked_by, asked_of, candidates_for, fit_plan, forecast_within, plan_of
 from llmprune.pipeline.fronts import make_front
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import (
@@ -166,7 +166,7 @@ def forecast_run(
         measured = measure_rates(parent, device, asked)
     rates, reach = measured[_OWN]
     done = _done(run, ground)
-    rows = [stage.to_json(rates) for stage in forecast(plan, done, until=until)]
+    rows = [stage.to_json(rates) for stage in forecast_within(room, plan, done, until)]
     total = {name: sum(row[name] for row in rows) for name in ("forward_equivalents", "seconds", "disk_bytes")}
     total["peak_memory_bytes"] = max(row["peak_memory_bytes"] for row in rows)
     whole = parent.shape.architecture

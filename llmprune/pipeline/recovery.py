@@ -15,6 +15,7 @@ from llmprune.core.recipe_recover import RecoverRecipe
 from llmprune.data.tokens import Split
 from llmprune.measure.record import QUOTED, Front, Record, child_id
 from llmprune.models.surgery import prune
+from llmprune.models.waiting import at_home, with_children
 from llmprune.pipeline.distilling import Lesson, check_recovery, distil_child, distilled
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.repairs import SCHEMA, finishing, judging_text, refit_tokens, repairs_of
@@ -53,6 +54,12 @@ def refit_child(run: Run, judges: Judges, architecture: Architecture, library: B
 
 
 def _refitted(run: Run, judges: Judges, architecture: Architecture, library: BlockLibrary, split: Split) -> Repair:
+    return with_children(judges.stock.parent.model, lambda: _refitted_beside(run, judges, architecture, library, split))
+
+
+def _refitted_beside(
+    run: Run, judges: Judges, architecture: Architecture, library: BlockLibrary, split: Split
+) -> Repair:
     parent = judges.stock.parent
     child, judged_by = prune(parent, architecture, library), judging_text(run, judges)
     with run.show("solving output projections on the child's own inputs") as advance:
@@ -139,7 +146,9 @@ def _recovered(
     library = judges.libraries([method])[method] if method else judges.stock.library
     if (done := team.agreed(lambda: distilled(run, judges, record, library, rules))) is not None:
         return front, done
-    repair = distil_child(Lesson(run, judges, record, library, rules, team))
+    # Teacher and student step together.
+    with at_home(judges.stock.parent.model):
+        repair = distil_child(Lesson(run, judges, record, library, rules, team))
     found = team.agreed(lambda: _in_its_place(run, judges, front, record, library, repair))
     return found, repair.facts["settings"]["tokens"]
 
