@@ -1,0 +1,134 @@
+"""What a draft saves its parent, counted on the parent's own text.
+
+Greedy speculative decoding (Stern et al., arXiv 1811.03115; Leviathan et al., arXiv 2211.17192) goes in rounds. In each
+the draft writes k tokens; the parent reads them in one pass behind the last token it has not read, keeps those that it
+would have written itself, up to the first that it would not, and adds its own next token. A round so advances by one
+token more than it accepts, and the text is the parent's own, whoever drafts.
+
+So rounds can be counted without any generation: until its first miss a draft has written what the parent would have,
+and reads the parent's own text. Where it would be right behind that text ("hits", one pass of the draft over the text
+that the parent wrote) is all there is to know, for every k at once, and the count is exact.
+
+A text here is the tokens that rounds produce, all that the parent wrote behind the prompt: the first round starts with
+the prompt's last token unread. The last round may draft beyond the text's end, as it does when a text ends by itself.
+
+Legend: N texts, T tokens of a text, K+1 draft lengths k = 0..K (`most` is K); k = 0 is the parent alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Counts = npt.NDArray[np.int64]
+
+
+class DraftSpeedup(NamedTuple):
+    """How much faster the parent writes with a draft, estimated from counted rounds and measured passes."""
+
+    drafted: int
+    """The best k; 0 where drafting does not pay."""
+    speedups_K: npt.NDArray[np.float64]
+    """Of k = 0..K; the first is 1."""
+
+
+def rounds_of(hits_NT: npt.NDArray[np.bool_], most: int, lengths_N: Counts | None = None) -> Counts:
+    """(N, K+1) rounds in which each text is written, for each draft length.
+
+    `hits_NT` says where the draft's likeliest token behind the text so far is the text's next one. `lengths_N` are
+    the tokens of each text where some end before T; what stands behind them is not looked at.
+    """
+    texts, tokens = hits_NT.shape
+    lengths_N = np.full(texts, tokens) if lengths_N is None else lengths_N
+    # A run reaches to the next miss: the smallest index from here on at which there is one.
+    misses_NT = np.where(hits_NT, tokens, np.arange(tokens))
+    next_miss_NT: Counts = np.minimum.accumulate(misses_NT[:, ::-1], axis=1)[:, ::-1]
+    return _rounds(next_miss_NT - np.arange(tokens), lengths_N, most)
+
+
+def lookup_rounds(ids: Sequence[int], prompt_length: int, most: int, ngram: int) -> Counts:
+    """(K+1,) rounds in which the tokens of `ids` behind the prompt are written if `PromptLookup` drafts them.
+
+    A round in which nothing is found drafts nothing, so its pass is shorter than the others.
+    """
+    lookup, runs = PromptLookup(ids[:prompt_length], ngram), []
+    for position in range(prompt_length, len(ids)):
+        drafted = lookup.draft(most)
+        runs.append(leading_matches(drafted, ids[position:]))
+        lookup.read(ids[position : position + 1])
+    rounds_K: Counts = _rounds(np.array([runs], dtype=np.int64), np.array([len(runs)]), most)[0]
+    return rounds_K
+
+
+def draft_speedup(
+    rounds_K: Counts, tokens: int, draft_s_over_parent_s: float, verify_ratios: Sequence[float]
+) -> DraftSpeedup:
+    """How much faster `tokens` tokens are written in so many rounds (K+1,) than by the parent alone.
+
+    The unit of time is the parent's decode step. A round of k takes k of the draft's, each `draft_s_over_parent_s`,
+    and one pass of the parent over k + 1 tokens, `verify_ratios[k]`, whose first is 1. Where a draft has all of its
+    tokens accepted, its next round starts with a pass over two, which counts as one over one.
+    """
+    assert len(rounds_K) == len(verify_ratios), f"{len(rounds_K)} draft lengths, {len(verify_ratios)} passes"
+    assert rounds_K[0] == tokens > 0, f"{rounds_K[0]} rounds of one token each write {tokens} tokens"
+    assert verify_ratios[0] == 1, "the parent's decode step is the unit"
+    round_K = np.arange(len(rounds_K)) * draft_s_over_parent_s + np.asarray(verify_ratios, dtype=np.float64)
+    speedups_K = tokens / (rounds_K * round_K)
+    return DraftSpeedup(int(speedups_K.argmax()), speedups_K)
+
+
+class PromptLookup:
+    """A draft without a model: what followed when the last few tokens stood in the text for the first time.
+
+    Saxena's prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding), token for token as transformers
+    has it (`prompt_lookup_num_tokens`): the longest n-gram that is found counts, its first occurrence, and what
+    follows as far as the text goes.
+    """
+
+    def __init__(self, ids: Iterable[int], ngram: int) -> None:
+        assert ngram >= 1, f"an n-gram has tokens, got {ngram}"
+        self._ngram, self._ids = ngram, list[int]()
+        self._followed_at: dict[tuple[int, ...], int] = {}
+        """Where what follows an n-gram begins."""
+        self.read(ids)
+
+    def read(self, ids: Iterable[int]) -> None:
+        """Take the text's next tokens."""
+        for token in ids:
+            for last in self._last_tokens():
+                self._followed_at.setdefault(last, len(self._ids))
+            self._ids.append(token)
+
+    def draft(self, most: int) -> list[int]:
+        """Up to `most` tokens that may come next; none if the text's end stands nowhere else in it."""
+        for last in self._last_tokens():
+            if (start := self._followed_at.get(last)) is not None:
+                return self._ids[start : start + most]
+        return []
+
+    def _last_tokens(self) -> list[tuple[int, ...]]:
+        """The n-grams at the end of the text, the longest first."""
+        return [tuple(self._ids[-size:]) for size in range(min(self._ngram, len(self._ids)), 0, -1)]
+
+
+def leading_matches(drafted: Sequence[int], text: Sequence[int]) -> int:
+    """How many of the drafted tokens are the text's, up to the first that is not."""
+    for i, (token, expected) in enumerate(zip(drafted, text, strict=False)):
+        if token != expected:
+            return i
+    return min(len(drafted), len(text))
+
+
+def _rounds(runs_NT: Counts, lengths_N: Counts, most: int) -> Counts:
+    """(N, K+1) rounds, where a draft at position t has `runs_NT[:, t]` leading tokens right if it writes that many."""
+    assert most >= 0 and (lengths_N <= runs_NT.shape[1]).all(), f"texts of {lengths_N} tokens in {runs_NT.shape}"
+    positions_NK = np.zeros((len(runs_NT), most + 1), dtype=np.int64)
+    rounds_NK = np.zeros_like(positions_NK)
+    while (live_NK := positions_NK < lengths_N[:, None]).any():
+        rounds_NK += live_NK
+        runs_NK = np.take_along_axis(runs_NT, np.where(live_NK, positions_NK, 0), axis=1)
+        positions_NK += np.where(live_NK, np.minimum(runs_NK, np.arange(most + 1)) + 1, 0)
+    return rounds_NK

@@ -1,0 +1,121 @@
+"""Rounds of speculative decoding, counted on text: held to rounds that are walked one by one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+
+from llmprune.measure.quality.accepted import (
+    PromptLookup,
+    draft_speedup,
+    leading_matches,
+    lookup_rounds,
+    rounds_of,
+)
+
+MOST = 5
+hits_of_a_text = st.lists(st.booleans(), min_size=1, max_size=40)
+few_words = st.lists(st.integers(0, 3), min_size=2, max_size=40)
+
+
+def walked(tokens: int, accepted_at: Callable[[int], int]) -> int:
+    """Rounds in which a text is written, if a round that starts at a position accepts so many."""
+    position = rounds = 0
+    while position < tokens:
+        position, rounds = position + accepted_at(position) + 1, rounds + 1
+    return rounds
+
+
+def leading(hits: Sequence[bool]) -> int:
+    return len(list(itertools.takewhile(bool, hits)))
+
+
+@given(hits_of_a_text)
+def test_rounds_are_those_that_are_walked(hits: list[bool]) -> None:
+    (found_K,) = rounds_of(np.array([hits]), MOST)
+    expected = [walked(len(hits), lambda t, k=k: leading(hits[t : t + k])) for k in range(MOST + 1)]  # type: ignore[misc]
+    assert found_K.tolist() == expected
+    assert found_K[0] == len(hits) and (np.diff(found_K) <= 0).all(), "a longer draft never takes more rounds"
+
+
+@given(st.lists(hits_of_a_text, min_size=1, max_size=4))
+def test_texts_of_a_batch_are_counted_each_for_itself(texts: list[list[bool]]) -> None:
+    lengths_N = np.array([len(hits) for hits in texts])
+    # What is behind a text's end must not count, whatever it is.
+    for behind in (False, True):
+        hits_NT = np.full((len(texts), lengths_N.max() + 3), behind)
+        for row, hits in zip(hits_NT, texts, strict=True):
+            row[: len(hits)] = hits
+        found_NK = rounds_of(hits_NT, MOST, lengths_N)
+        for found_K, hits in zip(found_NK, texts, strict=True):
+            assert found_K.tolist() == rounds_of(np.array([hits]), MOST)[0].tolist()
+
+
+@given(st.integers(1, 40))
+def test_a_perfect_draft_and_one_that_is_always_wrong(tokens: int) -> None:
+    perfect, wrong = np.ones((1, tokens), bool), np.zeros((1, tokens), bool)
+    assert rounds_of(perfect, MOST)[0].tolist() == [-(-tokens // (k + 1)) for k in range(MOST + 1)]
+    assert rounds_of(wrong, MOST)[0].tolist() == [tokens] * (MOST + 1)
+
+
+def test_no_text_takes_no_rounds() -> None:
+    assert rounds_of(np.ones((2, 3), bool), 2, np.array([0, 3])).tolist() == [[0, 0, 0], [3, 2, 1]]
+    assert rounds_of(np.ones((0, 3), bool), 2).shape == (0, 3)
+
+
+@given(few_words, st.integers(1, MOST), st.integers(1, 3))
+def test_look_ups_are_those_of_transformers(ids: list[int], most: int, ngram: int) -> None:
+    stock = PromptLookupCandidateGenerator(
+        num_output_tokens=most, max_matching_ngram_size=ngram, max_length=len(ids) + 2 * MOST
+    )
+    candidates, _ = stock.get_candidates(torch.tensor([ids]))
+    assert PromptLookup(ids, ngram).draft(most) == candidates[0, len(ids) :].tolist()
+
+
+@given(few_words, st.integers(1, 3), st.data())
+def test_rounds_of_look_ups_are_those_that_are_walked(ids: list[int], ngram: int, data: st.DataObject) -> None:
+    prompt_length = data.draw(st.integers(1, len(ids) - 1))
+
+    def accepted_at(position: int, most: int) -> int:
+        known = prompt_length + position
+        return leading_matches(PromptLookup(ids[:known], ngram).draft(most), ids[known:])
+
+    expected = [walked(len(ids) - prompt_length, lambda t, k=k: accepted_at(t, k)) for k in range(MOST + 1)]  # type: ignore[misc]
+    assert lookup_rounds(ids, prompt_length, MOST, ngram).tolist() == expected
+
+
+def test_a_text_that_repeats_its_prompt_is_looked_up() -> None:
+    ids = [*range(12), *range(12)]
+    # The first token of the repetition is new to its place; then a single 0 is enough to find what follows.
+    assert lookup_rounds(ids, 12, 4, 2).tolist() == [12, 7, 5, 4, 4]
+
+
+@given(hits_of_a_text, st.floats(0.05, 1.5), st.lists(st.floats(1, 3), min_size=MOST, max_size=MOST))
+def test_a_speedup_is_time_alone_by_time_in_rounds(hits: list[bool], draft: float, passes: list[float]) -> None:
+    rounds_K, verify = rounds_of(np.array([hits]), MOST)[0], [1.0, *passes]
+    found = draft_speedup(rounds_K, len(hits), draft, verify)
+    assert found.speedups_K[0] == 1 and found.speedups_K[found.drafted] == found.speedups_K.max()
+    for k in range(MOST + 1):
+        spent = sum(k * draft + verify[k] for _ in range(rounds_K[k]))
+        assert found.speedups_K[k] == pytest.approx(len(hits) / spent)
+
+
+def test_a_draft_that_does_not_pay_is_not_used() -> None:
+    found = draft_speedup(np.array([8, 8, 8]), 8, 0.5, [1, 1, 1])
+    assert found.drafted == 0 and found.speedups_K.tolist() == [1, 1 / 1.5, 1 / 2]
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    with pytest.raises(AssertionError, match="2 draft lengths, 3 passes"):
+        draft_speedup(np.array([4, 2]), 4, 0.5, [1, 1, 1])
+    with pytest.raises(AssertionError, match="4 rounds of one token each write 5 tokens"):
+        draft_speedup(np.array([4, 2]), 5, 0.5, [1, 1])
+    with pytest.raises(AssertionError, match="n-gram has tokens"):
+        PromptLookup([1, 2], 0)
