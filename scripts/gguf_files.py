@@ -23,7 +23,7 @@ from rich.table import Table
 from llmprune.cli.terminal import console
 from llmprune.data.store import load_token_splits
 from llmprune.data.tokens import Split
-from llmprune.measure.speed.llamacpp import GgufModel, Session, window_nats
+from llmprune.measure.speed.llamacpp import GgufModel, LlamaCppSession, window_nats
 from llmprune.pipeline.run_directory import RunDirectory
 
 PROMPT_TOKENS, STEPS = 128, 32
@@ -96,7 +96,7 @@ def speedups(models: list[GgufModel], rounds: int, threads: int) -> list[dict[st
     return [{phase: _paired(seconds[0][phase], own[phase]) for phase in own} for own in seconds]
 
 
-def _timed(session: Session, ids: list[int]) -> tuple[float, float]:
+def _timed(session: LlamaCppSession, ids: list[int]) -> tuple[float, float]:
     session.clear()
     prefill_s = session.read([ids[:PROMPT_TOKENS]])
     return prefill_s, sum(session.read([[token]]) for token in ids[PROMPT_TOKENS:])

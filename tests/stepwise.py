@@ -50,8 +50,8 @@ def static(model: PreTrainedModel, ids_BT: torch.Tensor, prompt: int, record: Re
     for _ in range(2):
         found.clear()
         assert run.prefill() > 0
-        found.append(run.logits_B1V[:, -1].clone())
+        found.append(run.logits_BTV[:, -1].clone())
         for _ in range(prompt, ids_BT.shape[1]):
             assert run.decode_step() > 0
-            found.append(run.logits_B1V[:, -1].clone())
+            found.append(run.logits_BTV[:, -1].clone())
     return found

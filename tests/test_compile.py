@@ -45,7 +45,7 @@ def test_compiled_passes_compute_the_child(layers: list[tuple[int, int]]) -> Non
         run = StaticGeneration(child, ids_BT, PROMPT, compiled=True)
         for one in (run.prefill, *[run.decode_step] * GENERATED):
             one()
-            found.append(run.logits_B1V.clone())
+            found.append(run.logits_BTV.clone())
         expected = child(ids_BT).logits[:, PROMPT - 1 :]
     assert_close(torch.cat(found, dim=1), expected)
 

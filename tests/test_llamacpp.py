@@ -29,8 +29,7 @@ from llmprune.formats.limits import rounding_warning
 from llmprune.measure.quality import perplexity
 from llmprune.measure.speed import llamacpp_engine
 from llmprune.measure.speed.llamacpp import GgufModel, greedy, logits_of, window_nats
-from llmprune.measure.speed.llamacpp_engine import loaded_runs
-from llmprune.measure.speed.throughput import Workload, measure_paired, token_ids
+from llmprune.measure.speed.throughput import Workload, measure_paired, running, token_ids
 from llmprune.models.surgery import prune
 from llmprune.numerics import llamacpp_library
 from llmprune.pipeline.commands import front, search
@@ -189,14 +188,14 @@ def test_what_is_timed_is_the_models_own_work(batch: int) -> None:
     workload = in_llamacpp(batch=batch)
     ids_BT = token_ids(parent.model, workload)
     models = (parent.model, child, parent.model)
-    with loaded_runs(models, ids_BT, workload.prompt_tokens, "f32", 1) as runs, torch.inference_mode():
+    with running(models, ids_BT, workload) as runs, torch.inference_mode():
         for _ in range(2):
             assert all(run.prefill() > 0 for run in runs)
             for read in range(workload.prompt_tokens + 1, ids_BT.shape[1] + 1):
                 assert all(run.decode_step() > 0 for run in runs)
                 for run, model in zip(runs, models, strict=True):
                     expected_BV = model(ids_BT[:, :read]).logits[:, -1]
-                    found_BV = torch.stack([torch.from_numpy(run._session.logits(row)) for row in range(batch)])
+                    found_BV = torch.stack([torch.from_numpy(run._session.logits(row)) for row in range(batch)])  # type: ignore[attr-defined]
                     # The cache is f16, as it is for llama.cpp's users.
                     torch.testing.assert_close(found_BV, expected_BV, rtol=0, atol=0.01)
 

@@ -139,6 +139,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_free": (None, [_HANDLE]),
     "llama_get_memory": (_HANDLE, [_HANDLE]),
     "llama_memory_clear": (None, [_HANDLE, ctypes.c_bool]),
+    "llama_memory_seq_rm": (ctypes.c_bool, [_HANDLE, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]),
     "llama_batch_init": (Batch, [ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]),
     "llama_batch_free": (None, [Batch]),
     "llama_decode": (ctypes.c_int32, [_HANDLE, Batch]),
@@ -162,6 +163,7 @@ _CONTEXT_DEFAULTS = {
     "type_k": 1,
     "type_v": 1,
     "offload_kqv": True,
+    "swa_full": True,
     "kv_unified": False,
 }
 

@@ -28,7 +28,7 @@ WARM_UPS = 2
 """Runs of a pass before it is captured: what libraries allocate and choose at first must not end up in the graph."""
 
 Pass = Callable[[], torch.Tensor]
-"""Runs over tensors that stay where they are, and gives the last token's logits (B, 1, V)."""
+"""Runs over tensors that stay where they are, and gives logits (B, T, V): of all tokens, or of a prompt's last."""
 Recorder = Callable[[Pass], Pass]
 """Makes a pass what is timed: itself, or a graph of it."""
 
@@ -54,7 +54,7 @@ def cuda_graphs(device: torch.device) -> Recorder:
                 run()
             try:
                 with torch.cuda.graph(graph, pool=pool, stream=stream):
-                    logits_B1V = run()
+                    logits_BTV = run()
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -67,7 +67,7 @@ def cuda_graphs(device: torch.device) -> Recorder:
 
         def replay() -> torch.Tensor:
             graph.replay()
-            return logits_B1V
+            return logits_BTV
 
         return replay
 
@@ -88,8 +88,12 @@ class StaticGeneration:
         record: Recorder = as_it_is,
         *,
         compiled: bool = False,
+        takes_back: bool = False,
     ) -> None:
-        self._passes, self._record = _Passes(model, ids_BT, prompt_tokens), record
+        """With `takes_back`, layers with a sliding window keep the whole text: a ring that is full has no place for
+        tokens that may have to go again."""
+        self._passes, self._record = _Passes(model, ids_BT, prompt_tokens, rings=not takes_back), record
+        self._tokens: dict[int, Pass] = {}
         if compiled:
             self._passes.model = torch.compile(model, dynamic=False)
         self._prompt_tokens, self._device = prompt_tokens, ids_BT.device
@@ -101,22 +105,28 @@ class StaticGeneration:
 
     def decode_step(self) -> float:
         """Seconds to read one token more."""
-        seconds = self._seconds(self._token)
-        self._passes.position_1.add_(1)
+        return self.read(1)
+
+    def read(self, tokens: int) -> float:
+        """Seconds to read so many tokens more in one pass, with logits behind each; several need `takes_back`."""
+        if tokens not in self._tokens:
+            self._tokens[tokens] = self._record(self._passes.reader_of(tokens))
+        seconds = self._seconds(self._tokens[tokens])
+        self._passes.position_1.add_(tokens)
         return seconds
+
+    def take_back(self, tokens: int) -> None:
+        """Forget the last tokens: their slots are overwritten by the next that are read, and no pass sees them."""
+        self._passes.position_1.sub_(tokens)
 
     @cached_property
     def _prompt(self) -> Pass:
         return self._record(self._passes.read_prompt)
 
-    @cached_property
-    def _token(self) -> Pass:
-        return self._record(self._passes.read_token)
-
     def _seconds(self, run: Pass) -> float:
         self._wait()
         started = time.perf_counter()
-        self.logits_B1V = run()
+        self.logits_BTV = run()
         """Of the pass that ran last, until the next one."""
         self._wait()
         return time.perf_counter() - started
@@ -130,13 +140,13 @@ class _Passes:
     """A model, its cache, and the tensors that its passes read; apart from what records them, lest they hold each
     other: nothing is collected while models are timed."""
 
-    def __init__(self, model: PreTrainedModel, ids_BT: torch.Tensor, prompt_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, ids_BT: torch.Tensor, prompt_tokens: int, *, rings: bool) -> None:
         self.model: Any = model
         self.position_1 = torch.full((1,), prompt_tokens, device=ids_BT.device)
         """Of the token that is read next."""
         self._ids_BT = ids_BT
         self._prompt_T = torch.arange(prompt_tokens, device=ids_BT.device)
-        self._cache = _SlotCache(model, ids_BT.shape[1])
+        self._rings, self._cache = rings, _SlotCache(model, ids_BT.shape[1], rings=rings)
         # The cache takes its shapes from the first pass: not one that is compiled, which would be so once more.
         with torch.inference_mode():
             self.read_prompt()
@@ -144,19 +154,22 @@ class _Passes:
     def read_prompt(self) -> torch.Tensor:
         return self._read(self._prompt_T, into_empty=True)
 
-    def read_token(self) -> torch.Tensor:
-        return self._read(self.position_1, into_empty=False)
+    def reader_of(self, tokens: int) -> Pass:
+        """A pass over so many tokens from the position on."""
+        assert tokens == 1 or not self._rings, "in a ring, a later token would overwrite what an earlier one attends to"
+        offsets_T = torch.arange(tokens, device=self.position_1.device)
+        return lambda: self._read(self.position_1 + offsets_T, into_empty=False)
 
     def _read(self, positions_T: torch.Tensor, *, into_empty: bool) -> torch.Tensor:
         self._cache.reading.positions_T, self._cache.reading.into_empty = positions_T, into_empty
-        logits_B1V: torch.Tensor = self.model(
+        logits_BTV: torch.Tensor = self.model(
             input_ids=self._ids_BT.index_select(1, positions_T),
             position_ids=positions_T[None],
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=1 if into_empty else len(positions_T),
         ).logits
-        return logits_B1V
+        return logits_BTV
 
 
 class _Reading:
@@ -168,12 +181,20 @@ class _Reading:
 
 
 class _SlotCache(Cache):
-    """A cache for `length` tokens, in the layers that transformers would give the model."""
+    """A cache for `length` tokens, in the layers that transformers would give the model; those with a sliding window
+    are rings as long as it, or hold everything."""
 
-    def __init__(self, model: PreTrainedModel, length: int) -> None:
+    def __init__(self, model: PreTrainedModel, length: int, *, rings: bool) -> None:
         self.reading = _Reading()
         stock = StaticCache(config=model.config, max_cache_len=length).layers
-        super().__init__([_Slots(layer, self.reading) if isinstance(layer, StaticLayer) else layer for layer in stock])
+        super().__init__(
+            [
+                _Slots(layer, self.reading, layer.max_cache_len if rings else length)
+                if isinstance(layer, StaticLayer)
+                else layer
+                for layer in stock
+            ]
+        )
 
     def get_query_offset(self, layer_idx: int = 0) -> torch.Tensor | int:  # type: ignore[override]
         """What masks take for the position of the first token: with it, all slots are seen that hold something.
@@ -183,14 +204,14 @@ class _SlotCache(Cache):
         if self.reading.into_empty:
             return 0
         slots, _ = self.get_mask_sizes(1, layer_idx)
-        return self.reading.positions_T.clamp(max=slots - 1)
+        return self.reading.positions_T[:1].clamp(max=slots - 1)
 
 
 class _Slots(StaticLayer):  # type: ignore[no-untyped-call]
     """Keys and values (B, H, S, E) of one layer: position p in slot p, or p modulo S where a window slides (a ring)."""
 
-    def __init__(self, stock: StaticLayer, reading: _Reading) -> None:
-        super().__init__(max_cache_len=stock.max_cache_len)
+    def __init__(self, stock: StaticLayer, reading: _Reading, slots: int) -> None:
+        super().__init__(max_cache_len=slots)
         self.is_sliding, self._reading = stock.is_sliding, reading
 
     def update(

@@ -23,6 +23,7 @@ from llmprune.numerics.llamacpp_library import FLASH_OFF, FLASH_ON, NO_VOCABULAR
 
 _PAD = 256
 """llama.cpp rounds the length of a sequence up to this."""
+_EVERY_SEQUENCE, _TO_THE_END = -1, -1
 
 
 class GgufModel:
@@ -88,7 +89,7 @@ class GgufModel:
     @contextmanager
     def session(
         self, batch: int, tokens: int, threads: int, *, exact: bool = False, cache_type: CacheType = "f16"
-    ) -> Iterator[Session]:
+    ) -> Iterator[LlamaCppSession]:
         """A cache for `batch` sequences of up to `tokens` tokens, its keys and values in `cache_type`; else llama.cpp's
         defaults hold, as they do for its users. `exact` keeps the cache in f32 and computes attention plainly, as a
         float reference does. Raises ModelError if llama.cpp has no room, or no such cache for the model."""
@@ -110,19 +111,20 @@ class GgufModel:
             raise ModelError(f"llama.cpp cannot run {self.path}: {'; '.join(logged)}")
         buffer = self._library.llama_batch_init(params.n_batch, 0, 1)
         try:
-            yield Session(self, context, buffer)
+            yield LlamaCppSession(self, context, buffer)
         finally:
             self._library.llama_batch_free(buffer)
             self._library.llama_free(context)
 
 
-class Session:
-    """Sequences on their way through a model, with their cache."""
+class LlamaCppSession:
+    """Sequences on their way through a model, with their cache (see `sessions.Session`)."""
 
     def __init__(self, model: GgufModel, context: Any, buffer: Any) -> None:
         self._library, self._vocab_size = library(), model.vocab_size
         self._context, self._buffer = context, buffer
         self._position, self._path = 0, model.path
+        self._with_logits = 0
 
     def clear(self) -> None:
         """Forget what was read."""
@@ -139,13 +141,29 @@ class Session:
         if failed:
             raise ModelError(f"llama.cpp fails on {self._path} ({failed}): {'; '.join(logged)}")
         self._position += len(ids_BT[0])
+        self._with_logits = len(ids_BT[0]) if all_logits else 1
         return seconds
+
+    def take_back(self, tokens: int) -> None:
+        """Forget the last tokens of each sequence. Raises ModelError if the model's memory cannot."""
+        self._position -= tokens
+        memory = self._library.llama_get_memory(self._context)
+        if tokens and not self._library.llama_memory_seq_rm(memory, _EVERY_SEQUENCE, self._position, _TO_THE_END):
+            raise ModelError(f"llama.cpp cannot take tokens back from what {self._path} has read")
+
+    def likeliest(self) -> list[int]:
+        """The likeliest next token behind each token of the last pass that has logits, for one sequence."""
+        return [int(self._logits(index).argmax()) for index in range(-self._with_logits, 0)]
 
     def logits(self, index: int = -1) -> np.ndarray[Any, Any]:
         """(V,) float32 logits after token `index` of the last pass, counted over all its sequences; a copy."""
+        return self._logits(index).copy()
+
+    def _logits(self, index: int) -> np.ndarray[Any, Any]:
+        """Where llama.cpp has them, until the next pass."""
         pointer = self._library.llama_get_logits_ith(self._context, index)
         assert pointer, f"no logits were asked for at token {index}"
-        return np.ctypeslib.as_array(pointer, (self._vocab_size,)).copy()
+        return np.ctypeslib.as_array(pointer, (self._vocab_size,))
 
     def _fill(self, ids_BT: Sequence[Sequence[int]], *, all_logits: bool) -> None:
         buffer, tokens, i = self._buffer, len(ids_BT[0]), 0
@@ -197,7 +215,7 @@ def greedy(
     return found
 
 
-def _row_logits(session: Session, ids_T: list[int]) -> np.ndarray[Any, Any]:
+def _row_logits(session: LlamaCppSession, ids_T: list[int]) -> np.ndarray[Any, Any]:
     session.clear()
     session.read([ids_T], all_logits=True)
     return np.stack([session.logits(i) for i in range(len(ids_T))])

@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from llmprune.core.errors import RecipeError
@@ -22,7 +21,7 @@ from llmprune.core.recipe import CacheType, GgufType, SpaceSize
 from llmprune.formats.gguf import write_gguf
 from llmprune.formats.gguf_limits import gguf_problem, gguf_sizes
 from llmprune.formats.layers import head_dim_of
-from llmprune.measure.speed.llamacpp import GgufModel, Session
+from llmprune.measure.speed.llamacpp import GgufModel, LlamaCppSession
 from llmprune.models.parent import Parent
 from llmprune.numerics.ggml import TYPES
 from llmprune.numerics.llamacpp_library import library
@@ -31,39 +30,16 @@ _kept: weakref.WeakKeyDictionary[PreTrainedModel, dict[GgufType, GgufModel]] = w
 """References that were loaded, for as long as their model lives."""
 
 
-class LlamaCppRun:
-    """One model in llama.cpp, on its way through the workload."""
-
-    def __init__(self, session: Session, ids_BT: torch.Tensor, prompt_tokens: int) -> None:
-        self._session, self._ids_BT, self._prompt_tokens = session, ids_BT, prompt_tokens
-        self._position = 0
-
-    def prefill(self) -> float:
-        """Seconds to read the prompt into an empty cache."""
-        self._session.clear()
-        self._position = 0
-        return self._pass(self._prompt_tokens)
-
-    def decode_step(self) -> float:
-        """Seconds to read one token more."""
-        return self._pass(1)
-
-    def _pass(self, tokens: int) -> float:
-        ids_BT = self._ids_BT[:, self._position : self._position + tokens]
-        self._position += tokens
-        return self._session.read(ids_BT.tolist())
-
-
 @contextmanager
-def loaded_runs(
+def loaded_sessions(
     models: Sequence[PreTrainedModel],
-    ids_BT: torch.Tensor,
-    prompt_tokens: int,
+    batch: int,
+    tokens: int,
     weights: GgufType,
     threads: int,
     cache_type: CacheType = "f16",
-) -> Iterator[list[LlamaCppRun]]:
-    """A run of each model, the first of which stays loaded for the next call; the others are freed at the end.
+) -> Iterator[list[LlamaCppSession]]:
+    """A session of each model, the first of which stays loaded for the next call; the others are freed at the end.
 
     Raises ExportError if one cannot be a GGUF file, ModelError if llama.cpp is not there or fails.
     """
@@ -74,12 +50,10 @@ def loaded_runs(
         for model in models:
             if model not in loaded:
                 loaded[model] = stack.enter_context(_loaded(model, weights))
-        batch, tokens = ids_BT.shape
-        sessions = [
+        yield [
             stack.enter_context(loaded[model].session(batch, tokens, threads, cache_type=cache_type))
             for model in models
         ]
-        yield [LlamaCppRun(session, ids_BT, prompt_tokens) for session in sessions]
 
 
 def check_engine(parent: Parent, weights: GgufType, size: SpaceSize, cache_type: CacheType) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from llmprune.choices.dimensions import BLOCK_KINDS, WHOLE_MODEL, BlockKind
-from llmprune.measure.speed.throughput import Generation, Workload, steady_process, token_ids
+from llmprune.measure.speed.sessions import Generation, TorchSession
+from llmprune.measure.speed.throughput import Workload, steady_process, token_ids
 from llmprune.models.parent import Parent
 
 Block = tuple[int, BlockKind | Literal["vocabulary"]]
@@ -36,7 +37,7 @@ def time_shares(parent: Parent, workload: Workload, repeats: int) -> TimeShares:
     ids_BT = token_ids(parent.model, workload)
     with torch.inference_mode(), steady_process(workload.threads), _clocks(parent) as taken:
         for _ in range(repeats):
-            run = Generation(parent.model, ids_BT, workload.prompt_tokens)
+            run = Generation(TorchSession(parent.model), ids_BT, workload.prompt_tokens)
             for phase, passes in (("prefill", 1), ("decode", workload.generated_tokens)):
                 for _ in range(passes):
                     seconds = run.prefill() if phase == "prefill" else run.decode_step()

@@ -17,19 +17,19 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmprune.core.errors import RecipeError
 from llmprune.core.recipe import CacheType, EngineName, GgufType, WorkloadRecipe
 from llmprune.measure.speed.graphs import WARM_UPS, StaticGeneration, as_it_is, cuda_graphs
+from llmprune.measure.speed.sessions import Generation, Session, Timed, TorchSession
 from llmprune.measure.speed.visits import Seconds, in_visits
 from llmprune.models.waiting import home_of, waits
 
@@ -149,7 +149,7 @@ def measure_paired(
     """
     assert candidates and repeats >= 1, "there is something to time"
     for model in (reference, *candidates):
-        _check(model, workload)
+        check_model(model, workload)
     ids_BT = token_ids(min((reference, *candidates), key=_rows), workload)
     alone = workload.engine == "torch" and any(map(waits, (reference, *candidates)))
     paired = _whole_by_whole if alone else _pass_by_pass
@@ -168,20 +168,19 @@ def _pass_by_pass(
 ) -> Pairs:
     prefill: list[list[Pair]] = [[] for _ in candidates]
     decode: list[list[Pair]] = [[] for _ in candidates]
-    compiled = _compiled(1 + len(candidates)) if workload.compile else nullcontext()
     with (
         running((reference, *candidates), ids_BT, workload) as (of_reference, *of_candidates),
         torch.inference_mode(),
         steady_process(workload.threads),
-        compiled,
+        compiled_passes(workload, 2 * (1 + len(candidates))),
     ):
         for run in (of_reference, *of_candidates):
             _warm_up(run, workload)
         for repeat in range(repeats):
             for i, run in enumerate(of_candidates):
                 runs = (of_reference, run)
-                prefill[i] += _in_turns(*(run.prefill for run in runs), pairs=PREFILL_PAIRS)
-                decode[i] += _in_turns(*(run.decode_step for run in runs), pairs=workload.generated_tokens)
+                prefill[i] += in_turns(*(run.prefill for run in runs), pairs=PREFILL_PAIRS)
+                decode[i] += in_turns(*(run.decode_step for run in runs), pairs=workload.generated_tokens)
                 if progress is not None:
                     progress(repeat * len(candidates) + i + 1, repeats * len(candidates))
     return prefill, decode
@@ -222,70 +221,48 @@ def standard_errors(speed: Speed, workload: Workload, repeats: int) -> dict[str,
     }
 
 
-class Timed(Protocol):
-    """One model on its way through the workload, in whatever engine; every method returns seconds."""
+@contextmanager
+def running(
+    models: Sequence[PreTrainedModel], ids_BT: torch.Tensor, workload: Workload, *, takes_back: bool = False
+) -> Iterator[list[Timed]]:
+    """Models in the workload's engine, each with a cache of its own; one model may stand there twice.
 
-    def prefill(self) -> float:
-        """Read the prompt into an empty cache."""
-        ...
+    The first is the reference, which an engine may keep for the next call. With `takes_back`, tokens can be.
+    """
+    if workload.compile or workload.graphs:
+        yield [_over_fixed_tensors(model, ids_BT, workload, takes_back=takes_back) for model in models]
+        return
+    with sessions(models, workload, ids_BT.shape[1], takes_back=takes_back) as opened:
+        yield [Generation(session, ids_BT, workload.prompt_tokens) for session in opened]
 
-    def decode_step(self) -> float:
-        """Read one token more."""
-        ...
+
+def _over_fixed_tensors(
+    model: PreTrainedModel, ids_BT: torch.Tensor, workload: Workload, *, takes_back: bool
+) -> StaticGeneration:
+    record = cuda_graphs(ids_BT.device) if workload.graphs else as_it_is
+    return StaticGeneration(
+        model, ids_BT, workload.prompt_tokens, record, compiled=workload.compile, takes_back=takes_back
+    )
 
 
 @contextmanager
-def running(models: Sequence[PreTrainedModel], ids_BT: torch.Tensor, workload: Workload) -> Iterator[list[Timed]]:
-    """Models in the workload's engine, each with a cache of its own; one model may stand there twice.
-
-    The first is the reference, which an engine may keep for the next call.
-    """
+def sessions(
+    models: Sequence[PreTrainedModel], workload: Workload, tokens: int, *, takes_back: bool = False
+) -> Iterator[list[Session]]:
+    """A session of each model in the workload's engine, for texts of so many tokens; torch's passes are eager."""
     if workload.engine == "torch":
-        yield [_in_torch(model, ids_BT, workload) for model in models]
+        yield [TorchSession(model, takes_back=takes_back) for model in models]
         return
-    from llmprune.measure.speed.llamacpp_engine import loaded_runs  # imported late: it is not always there
+    from llmprune.measure.speed.llamacpp_engine import loaded_sessions  # imported late: it is not always there
 
     assert workload.gguf_type is not None, "llama.cpp reads weights of some type"
-    with loaded_runs(
-        models, ids_BT, workload.prompt_tokens, workload.gguf_type, workload.threads, workload.cache_type
-    ) as runs:
-        yield list(runs)
+    with loaded_sessions(
+        models, workload.batch, tokens, workload.gguf_type, workload.threads, workload.cache_type
+    ) as opened:
+        yield list(opened)
 
 
-def _in_torch(model: PreTrainedModel, ids_BT: torch.Tensor, workload: Workload) -> Timed:
-    if not (workload.compile or workload.graphs):
-        return Generation(model, ids_BT, workload.prompt_tokens)
-    record = cuda_graphs(ids_BT.device) if workload.graphs else as_it_is
-    return StaticGeneration(model, ids_BT, workload.prompt_tokens, record, compiled=workload.compile)
-
-
-class Generation:
-    """One model in eager torch, on its way through the workload, with its cache."""
-
-    def __init__(self, model: PreTrainedModel, ids_BT: torch.Tensor, prompt_tokens: int) -> None:
-        self._model, self._ids_BT, self._prompt_tokens = model, ids_BT, prompt_tokens
-
-    def prefill(self) -> float:
-        """Seconds to read the prompt into a new cache."""
-        self._cache = DynamicCache(config=self._model.config)
-        self._position = 0
-        return self._pass(self._prompt_tokens)
-
-    def decode_step(self) -> float:
-        """Seconds to read one token more."""
-        return self._pass(1)
-
-    def _pass(self, tokens: int) -> float:
-        ids_BT = self._ids_BT[:, self._position : self._position + tokens]
-        self._position += tokens
-        started = time.perf_counter()
-        logits = self._model(input_ids=ids_BT, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits
-        if logits.device.type != "cpu":
-            torch.accelerator.synchronize(logits.device)
-        return time.perf_counter() - started
-
-
-def _in_turns(reference: Callable[[], float], candidate: Callable[[], float], *, pairs: int) -> list[Pair]:
+def in_turns(reference: Callable[[], float], candidate: Callable[[], float], *, pairs: int) -> list[Pair]:
     """Seconds of both; who goes first changes from pair to pair, lest a drift of the machine favours one."""
     taken: list[Pair] = []
     for pair in range(pairs):
@@ -341,7 +318,8 @@ def _of_reference(pairs_by_candidate: Sequence[Sequence[Pair]]) -> list[Pair]:
     return [(reference_s, reference_s) for pairs in pairs_by_candidate for reference_s, _ in pairs]
 
 
-def _check(model: PreTrainedModel, workload: Workload) -> None:
+def check_model(model: PreTrainedModel, workload: Workload) -> None:
+    """Asserts that a model is what the workload says is timed."""
     assert not model.training, "dropout would be timed: call model.eval() first"
     if workload.engine != "torch":
         return
@@ -366,13 +344,16 @@ def check_compiler(device: torch.device) -> None:
 
 
 @contextmanager
-def _compiled(models: int) -> Iterator[None]:
-    """As many compiled graphs of one function as there are models with two shapes each; one more is an error, since
-    torch would go on uncompiled and the figure would be another workload's."""
+def compiled_passes(workload: Workload, shapes: int) -> Iterator[None]:
+    """For a compiled workload, as many compiled graphs of one function as there are shapes of passes, over all models;
+    one more is an error, since torch would go on uncompiled and the figure would be another workload's."""
+    if not workload.compile:
+        yield
+        return
     import torch._dynamo.config as dynamo  # imported late: it takes a second
 
     torch.compiler.reset()
-    with dynamo.patch(recompile_limit=max(8, 2 * models), fail_on_recompile_limit_hit=True):
+    with dynamo.patch(recompile_limit=max(8, shapes), fail_on_recompile_limit_hit=True):
         yield
 
 
