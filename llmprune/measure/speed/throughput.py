@@ -196,7 +196,7 @@ def _whole_by_whole(
 ) -> Pairs:
     def visit(model: PreTrainedModel, repeats: int) -> Seconds:
         # What was compiled or captured of an earlier visit was of weights at other addresses.
-        with _compiled(1) if workload.compile else nullcontext(), running([model], ids_BT, workload) as (run,):
+        with compiled_passes(workload, 2), running([model], ids_BT, workload) as (run,):
             _warm_up(run, workload)
             seconds = Seconds([], [])
             for _ in range(repeats):
