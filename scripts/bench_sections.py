@@ -114,7 +114,7 @@ def costs(run: Run, prepared: Prepared) -> dict[str, Any]:
     with run.show("timing mixed children") as advance:
         for i, speedup in enumerate(np.linspace(1.15, 2.0, MIXED_CHILDREN)):
             advance(i, MIXED_CHILDREN)
-            mixed = random_architecture(table, run.recipe.search.objective, float(speedup), generator)
+            mixed = random_architecture(table, run.recipe.search.phase, float(speedup), generator)
             if mixed is None:
                 # Not every parent has so much to save.
                 continue

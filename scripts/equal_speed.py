@@ -129,7 +129,7 @@ def compare(
         models += [prune(parent, architecture, library) for architecture in found]
     with show("timing all in one run") as advance, timing(workload.device):
         of_parent, speeds = measure_paired(parent.model, models, workload, repeats, advance)
-    figure = f"{run.recipe.search.objective}_speedup"
+    figure = f"{run.recipe.search.phase}_speedup"
     speedups = [float(getattr(speed, figure).median) for speed in speeds]
     rows = [_on_text(name, split, parent.model, models, brackets, speedups, show) for name, split in texts.items()]
     return {
@@ -157,7 +157,7 @@ def _quick(contest: Contest, model: PreTrainedModel) -> float:
 
 
 def _median(run: Run, speed: Speed) -> float:
-    return float(getattr(speed, f"{run.recipe.search.objective}_speedup").median)
+    return float(getattr(speed, f"{run.recipe.search.phase}_speedup").median)
 
 
 def _neighbours_of(contest: Contest, name: BaselineName, target: float) -> tuple[Architecture, Architecture] | None:

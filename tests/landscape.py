@@ -15,6 +15,7 @@ from tiny import record_of
 from llmprune.choices.architecture import Architecture, ParentShape
 from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.space import Space
+from llmprune.core.budgets import Axes
 from llmprune.core.recipe import SpaceSize
 from llmprune.search.parameters import suggest, to_params
 from llmprune.search.samplers.guide import Guide, History
@@ -60,7 +61,7 @@ class Landscape:
     def guide_for(self, targets: Sequence[float]) -> Guide:
         # The race's slices of tokens are short: its scores are off by a little.
         race = lambda raced: min(raced, key=self.noisy_nats)  # noqa: E731
-        return Guide(self.allocator, "decode", tuple(targets), race, self.estimate)
+        return Guide(self.allocator, Axes("nats_per_token", "decode_speedup"), tuple(targets), race, self.estimate)
 
     def estimate(self, at: Architecture) -> dict[Any, float]:
         """What each change of one block truly costs there, with the errors of the tables: at the parent, the tables."""
@@ -142,4 +143,4 @@ class Landscape:
     def best(self, study: optuna.Study, target: float) -> float:
         """Nats over the parent of the best known child that holds a target; infinite if none does."""
         found = History.of(study, self.guide, but=-1).best(target)
-        return found.nats - PARENT_NATS if found is not None and found.holds(target) else float("inf")
+        return found.loss - PARENT_NATS if found is not None and found.holds(target) else float("inf")

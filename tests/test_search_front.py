@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from tiny import record_of
 
 from llmprune.choices.architecture import Architecture
-from llmprune.core.budgets import parse_budget, parse_pick, pick_record
+from llmprune.core.budgets import Axes, parse_budget, parse_pick, pick_record
 from llmprune.core.errors import BudgetError
 from llmprune.measure.record import Record
 from llmprune.search.front import candidates_for_front, holding_budgets, non_dominated
 
 SPEED = "decode_speedup"
+AXES = Axes("nats_per_token", SPEED)
 # Few values, so that ties happen.
 POINTS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=14)
 
@@ -35,7 +36,7 @@ def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 @given(POINTS)
 def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
     everything = [point(record) for record in records(points)]
-    front = [point(record) for record in non_dominated(records(points), SPEED)]
+    front = [point(record) for record in non_dominated(records(points), AXES)]
     assert set(front) == {p for p in everything if not any(beats(other, p) for other in everything)}
     assert len(set(front)) == len(front), "of two alike, one"
     assert front == sorted(front), "slowest first, which is best first"
@@ -51,8 +52,8 @@ PICKS = ["decode_speedup>=1.3", "decode_speedup>=2.5", "ppl_ratio<=2", "params<=
 def test_candidates_are_few_and_hold_what_the_picks_would_choose(
     points: list[tuple[int, int]], size: int, picks: list[str]
 ) -> None:
-    front = non_dominated(records(points), SPEED)
-    chosen = candidates_for_front(records(points), SPEED, size, [parse_pick(pick) for pick in picks])
+    front = non_dominated(records(points), AXES)
+    chosen = candidates_for_front(records(points), AXES, size, [parse_pick(pick) for pick in picks])
     ids = [record.id for record in chosen]
     assert len(chosen) == len(set(ids)) == min(size, len(front))
     assert set(ids) <= {record.id for record in front}
@@ -70,13 +71,13 @@ def test_candidates_spread_over_the_speeds_on_a_log_scale(size: int, speeds: lis
         record_of(Architecture.of([(1, i)]), 1 + i, speed)
         for i, speed in enumerate((1.0, 1.1, 1.2, 2.8, 6.5, 7.0, 8.0), start=1)
     ]
-    assert [record.value(SPEED) for record in candidates_for_front(front, SPEED, size, [])] == speeds
+    assert [record.value(SPEED) for record in candidates_for_front(front, AXES, size, [])] == speeds
 
 
 def test_a_child_that_is_named_is_re_measured_though_another_beats_it() -> None:
     beaten, best = records([(4, 3), (2, 6)])
     for name in (beaten.id, beaten.hash):
-        chosen = candidates_for_front([beaten, best], SPEED, 2, [parse_pick(name)])
+        chosen = candidates_for_front([beaten, best], AXES, 2, [parse_pick(name)])
         assert {record.id for record in chosen} == {beaten.id, best.id}
 
 

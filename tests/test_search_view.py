@@ -13,6 +13,7 @@ from rich.console import Console
 
 from llmprune.cli import terminal
 from llmprune.cli.search_view import SearchView
+from llmprune.core.budgets import Axes
 from llmprune.core.progress import SEARCHING
 from llmprune.measure.record import Record
 from llmprune.measure.speed.throughput import Spread
@@ -34,6 +35,9 @@ def drawn(view: SearchView) -> str:
     return target.file.getvalue()
 
 
+AXES = Axes("nats_per_token", "decode_speedup")
+
+
 @pytest.fixture
 def some(finished_run: Finished) -> list[Record]:
     """Three records whose speed and nats are known."""
@@ -52,7 +56,7 @@ def some(finished_run: Finished) -> list[Record]:
 
 
 def test_the_best_at_each_target_is_told(some: list[Record]) -> None:
-    view = SearchView("decode", (1.3, 1.5, 2.0))
+    view = SearchView(AXES, (1.3, 1.5, 2.0))
     assert drawn(view).strip() == ""
     view.look([trial(number, record) for number, record in enumerate(some)])
     lines = [line.split() for line in drawn(view).splitlines()]
@@ -63,7 +67,7 @@ def test_the_best_at_each_target_is_told(some: list[Record]) -> None:
 
 
 def test_a_child_of_no_numbers_is_not_drawn(some: list[Record]) -> None:
-    view = SearchView("decode", (1.3,))
+    view = SearchView(AXES, (1.3,))
     view.look(
         [trial(0, some[1].model_copy(update={"ppl_ratio": math.inf, "nats_per_token": math.inf, "ppl": math.inf}))]
     )
@@ -71,7 +75,11 @@ def test_a_child_of_no_numbers_is_not_drawn(some: list[Record]) -> None:
 
 
 def test_a_trial_that_is_there_is_read_once(some: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
-    view, first, second = SearchView("decode", (1.3,)), trial(0, some[0]), trial(1, some[1])
+    view, first, second = (
+        SearchView(AXES, (1.3,)),
+        trial(0, some[0]),
+        trial(1, some[1]),
+    )
     view.look([first])
     first.user_attrs.clear()
     view.look([first, second])
@@ -81,7 +89,7 @@ def test_a_trial_that_is_there_is_read_once(some: list[Record], monkeypatch: pyt
 def test_it_stands_beneath_the_bar_of_a_search_alone(some: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
     target = Console(file=io.StringIO(), width=120, force_terminal=True)
     monkeypatch.setattr(terminal, "error_console", lambda: target)
-    view = SearchView("decode", (1.3,))
+    view = SearchView(AXES, (1.3,))
     view.look([trial(1, some[1])])
     show = terminal.shown(quiet=False, searching=view)
     assert isinstance(target.file, io.StringIO)

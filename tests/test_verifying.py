@@ -154,3 +154,8 @@ def test_ratios_are_those_of_passes_in_turns(monkeypatch: pytest.MonkeyPatch) ->
     assert costs.medians == (1.0, 12 / 11, 13 / 11)
     warm_up, timed = read[:3], read[3:]
     assert warm_up == [1, 2, 3] and timed == [1, 2, 2, 1] * (PAIRS // 2) + [1, 3, 3, 1] * (PAIRS // 2)
+    # Lengths that are not timed lie on the line between their neighbours.
+    read.clear()
+    costs = verify_costs(tiny_model(LLAMA), WORKLOAD, most=10, repeats=1)
+    assert costs.medians == pytest.approx(tuple((10 + n) / 11 for n in range(1, 12)))
+    assert set(read) == {1, 2, 3, 4, 5, 7, 9, 11}

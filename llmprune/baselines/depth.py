@@ -22,6 +22,17 @@ def shortgpt(given: Given) -> Path:
             yield architecture
 
 
+def uniform_depth(given: Given) -> Path:
+    """Keep every n-th layer, the first and the last among them: what is taken for a draft where nothing is searched."""
+    whole, last = given.space.shape.architecture, given.space.shape.layers - 1
+    yield whole
+    for kept in range(last, 0, -1):
+        stays = {round(i * last / max(1, kept - 1)) for i in range(kept)}
+        shorter = whole.without_layers([layer for layer in range(last + 1) if layer not in stays])
+        if may_drop(given.space) and shorter.attends:
+            yield shorter
+
+
 def sleb(given: Given) -> Path:
     """Again and again drop the layer whose removal loses the least nats, all removals being measured on the current
     child (SLEB, arXiv 2402.09025)."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
 from llmprune.choices.space import Space
-from llmprune.core.recipe import Objective
+from llmprune.core.recipe import Phase
 from llmprune.models.parent import Parent
 from llmprune.tables.block_tables import BlockTables
 
@@ -30,7 +30,7 @@ class Given:
     parent: Parent
     library: BlockLibrary
     tables: BlockTables
-    phase: Objective
+    phase: Phase
     """The speed that counts."""
     draws: int
     """How many architectures luck may draw."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmprune.baselines.allocation import bits, milp
 from llmprune.baselines.chance import best_of_random
-from llmprune.baselines.depth import blockpruner, may_drop, shortgpt, sleb
+from llmprune.baselines.depth import blockpruner, may_drop, shortgpt, sleb, uniform_depth
 from llmprune.baselines.flap import compensation, flap, needs_bias
 from llmprune.baselines.given import Aim, Given, Path, along
 from llmprune.baselines.uniform import uniform
@@ -91,6 +91,7 @@ def _removals(space: Space, blocks: int) -> int:
 
 METHODS: Mapping[BaselineName, Method] = {
     "uniform": Method(aimed=uniform, statistics=True, most_scored=_uniforms),
+    "uniform-depth": Method(path=uniform_depth),
     "magnitude": Method(aimed=uniform, importance=_own("magnitude"), most_scored=_uniforms),
     "wanda-sp": Method(aimed=uniform, importance=_own("wanda-sp"), statistics=True, most_scored=_uniforms),
     "flap": Method(path=flap, importance=_own("flap"), finish=compensation, statistics=True, mixes=True),

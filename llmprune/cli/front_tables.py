@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from llmprune.cli.terminal import spread_text
+from llmprune.cli.terminal import differs, draft_text, spread_text
 from llmprune.core.recipe_inputs import SplitName
 from llmprune.measure.record import Front, Record, cache_type_of, how_run, text_of
 from llmprune.measure.resized import size_text
@@ -20,6 +20,7 @@ def quoted_lines(record: Record) -> list[str]:
         f"{text_of(name, on)}: {on.nats_lost:+.3f} nats a token lost, perplexity {on.ppl:.2f} "
         f"({on.ppl_ratio:.2f} x the parent's)"
         + (f"; the same likeliest token before {on.likeness.same_top:.0%}" if on.likeness else "")
+        + (f"; as a draft {differs(record, on)}" if record.draft else "")
         for name, on in record.quoted.items()
     ]
 
@@ -37,7 +38,7 @@ def front_table(front: Front) -> Table:
             f"{on.dataset}. Batch {workload['batch']}, {workload['prompt_tokens']} prompt + "
             f"{workload['generated_tokens']} generated tokens, {workload['dtype']}, {workload['threads']} threads on "
             f"{workload['device']}{how_run(workload)}{_timed_by(workload, front)}. "
-            f"Speed-ups are medians of paired ratios (10th-90th percentile).{_of_fewer_rows(front)}"
+            f"Speed-ups are medians of paired ratios (10th-90th percentile).{_of_fewer_rows(front)}{_of_drafts(front)}"
             + (" Unusable: perplexity beyond front.usable_ppl_ratio times the parent's." if marked else "")
         ),
         caption_justify="left",
@@ -74,6 +75,8 @@ def _cells(label: str, record: Record, splits: Sequence[SplitName]) -> Iterator[
     for split in splits:
         on = record.quoted[split]
         alike = f"\n[dim]{on.likeness.same_top:.0%} same top[/dim]" if on.likeness else ""
+        if record.draft:
+            alike = f"\n[bold]{differs(record, on)}[/bold]"
         yield f"{on.nats_per_token:.3f} ({on.nats_lost:+.3f})\n{on.ppl:.2f} ({on.ppl_ratio:.2f}x){alike}"
     yield f"{record.prefill_tokens_per_s.median:.0f}\n{spread_text(record.prefill_speedup)}"
     yield f"{record.decode_tokens_per_s.median:.1f}\n{spread_text(record.decode_speedup)}"
@@ -90,6 +93,18 @@ def _of_fewer_rows(front: Front) -> str:
         f"{resized.loss(chosen):+.1%} nats a byte by that (validation text); bytes of text a second over the whole "
         f"parent's are these speed-ups x {resized.text_speedup(chosen, 'decode'):.3f} in decode, x "
         f"{resized.text_speedup(chosen, 'prefill'):.3f} in prefill."
+    )
+
+
+def _of_drafts(front: Front) -> str:
+    """What the figures of drafts mean, and what they stand beside."""
+    if front.parent.draft is None or front.lookup is None:
+        return ""
+    return (
+        " The parent wrote the text, greedily, behind the first tokens of each window. Differ: tokens before which a "
+        "child finds another one likeliest; behind it how much faster the parent decodes, losing nothing, with the "
+        "child as draft of k tokens a round, by counted rounds and measured passes. Prompt lookup, which needs no "
+        f"model: {draft_text(front.lookup)} (validation text)."
     )
 
 

@@ -137,7 +137,7 @@ def watched(recipe: Recipe, quiet: bool) -> tuple[Show, Any]:
         return shown(quiet=True), None
     from llmprune.cli.search_view import SearchView
 
-    view = SearchView(recipe.search.objective, recipe.search.targets)
+    view = SearchView(recipe.search.axes, recipe.search.targets)
     line = print_trial(error_console())
 
     def report(finished: Sequence[FrozenTrial], made: Record) -> None:

@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llmprune.core.progress import SEARCHING, Advance, Show, naming_steps, silent
-from llmprune.measure.record import Record, engine_of
+from llmprune.measure.quality.agreement import Draft
+from llmprune.measure.record import Quoted, Record, engine_of
 from llmprune.measure.speed.throughput import Spread
 
 # Piped output has no width of its own; a table cut at 80 columns would lose figures.
@@ -117,10 +118,11 @@ def print_trial(target: Console) -> Callable[[int, Record], None]:
     """A line a trial."""
 
     def report(finished: int, record: Record) -> None:
+        as_draft = f", as a draft {differs(record)}" if record.draft else ""
         target.print(
             f"  trial {finished:>3}  {record.id}  decode {record.decode_speedup.median:.2f}x  "
             f"prefill {record.prefill_speedup.median:.2f}x  "
-            f"{record.nats_per_token:.3f} nats/token ({record.ppl_ratio:.2f} x parent PPL)",
+            f"{record.nats_per_token:.3f} nats/token ({record.ppl_ratio:.2f} x parent PPL){as_draft}",
             style="dim",
             soft_wrap=True,
         )
@@ -133,9 +135,23 @@ def print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def spread_text(spread: Spread) -> str:
+def spread_text(spread: Spread | Mapping[str, float]) -> str:
     """A speed-up's median, 10th and 90th percentile."""
+    spread = spread if isinstance(spread, Spread) else Spread(**spread)
     return f"{spread.median:.2f}x ({spread.low:.2f}-{spread.high:.2f})"
+
+
+def draft_text(draft: Draft) -> str:
+    """What a draft is worth to its parent."""
+    return f"{draft.speedup:.2f}x (k={draft.drafted})" if draft.drafted else "1x (no draft)"
+
+
+def differs(record: Record, on: Quoted | None = None) -> str:
+    """How often a draft is wrong, and what it is worth; by the text that it was chosen on, or by another."""
+    agreement = record.agreement if on is None else on.agreement
+    draft = record.draft_on(agreement)
+    assert agreement is not None and draft is not None, "it was measured as a draft"
+    return f"{1 - agreement.share:.1%} differ: {draft_text(draft)}"
 
 
 def bench_table(result: Mapping[str, Any]) -> Table:
@@ -149,9 +165,9 @@ def bench_table(result: Mapping[str, Any]) -> Table:
             row["model"],
             f"{row['params'] / 1e6:.1f}M",
             f"{row['prefill_tokens_per_s']['median']:.0f}",
-            spread_text(Spread(**row["prefill_speedup"])),
+            spread_text(row["prefill_speedup"]),
             f"{row['decode_tokens_per_s']['median']:.1f}",
-            spread_text(Spread(**row["decode_speedup"])),
+            spread_text(row["decode_speedup"]),
         )
     return table
 

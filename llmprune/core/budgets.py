@@ -6,18 +6,30 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from llmprune.core.errors import BudgetError, quoted
 
-QUALITY_METRICS = ("ppl_ratio", "ppl", "nats_per_token")
+DRAFT_METRICS = ("disagreement", "draft_speedup")
+"""Of children that are judged as drafts of their parent."""
+QUALITY_METRICS = ("ppl_ratio", "ppl", "nats_per_token", "disagreement")
 SPEED_METRICS = ("decode_speedup", "prefill_speedup", "decode_tokens_per_s", "prefill_tokens_per_s")
 SIZE_METRICS = ("params", "bytes", "kv_bytes_per_token")
-METRICS = (*QUALITY_METRICS, *SPEED_METRICS, *SIZE_METRICS)
+METRICS = (*QUALITY_METRICS, *SPEED_METRICS, *SIZE_METRICS, "draft_speedup")
 
 _NUMBER = r"[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?(?:e[+-]?[0-9]{1,2})?"
 _BUDGET = re.compile(rf"\s*([a-z_]+)\s*(>=|<=)\s*({_NUMBER})\s*", re.IGNORECASE)
+_WORDS = ("prefill", "decode", "draft")
 _NAME = re.compile(r"[0-9a-f]{16}")
+
+
+class Axes(NamedTuple):
+    """The two figures of a record by which a front is drawn."""
+
+    quality: str
+    """Lower is better."""
+    speed: str
+    """Higher is better."""
 
 
 class Measured(Protocol):
@@ -76,7 +88,7 @@ class Pick:
 
     def violation(self, record: Measured) -> float:
         """By how much a record misses the budget that it misses most; nothing above 0 holds them all."""
-        return max(budget.violation(record.value(budget.metric)) for budget in self.budgets)
+        return max((budget.violation(record.value(budget.metric)) for budget in self.budgets), default=0.0)
 
     def value_of(self, record: Measured) -> float:
         """How good a record is, higher is better."""
@@ -104,31 +116,35 @@ def parse_budget(text: str) -> Budget:
 
 def parse_pick(text: str) -> Pick:
     """Read a pick: a child's id, an architecture's hash, or budgets separated by commas, optionally with the word
-    `prefill`.
+    `prefill`; or `draft`, with or without budgets.
 
     With a speed or size budget the best is the least nats per token; with quality budgets alone it is the fastest,
-    in decode unless the pick says prefill. Raises BudgetError.
+    in decode unless the pick says prefill; with `draft`, or a budget of drafts, the one with which its parent decodes
+    fastest. Raises BudgetError.
     """
     text = text.strip()
     if _NAME.fullmatch(text):
         return Pick(text, text, (), "nats_per_token")
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    budgets = tuple(parse_budget(part) for part in parts if part not in ("prefill", "decode"))
-    if not budgets:
+    budgets = tuple(parse_budget(part) for part in parts if part not in _WORDS)
+    of_drafts = "draft" in parts or any(budget.metric in DRAFT_METRICS for budget in budgets)
+    if not budgets and not of_drafts:
         raise BudgetError(
             f"a pick is an id of 16 hex digits or budgets such as decode_speedup>=1.5; got {quoted(text)}"
         )
-    phases = [part for part in parts if part in ("prefill", "decode")]
+    phases = [part for part in parts if part in _WORDS]
     best = "nats_per_token"
-    if all(budget.metric in QUALITY_METRICS for budget in budgets):
+    if of_drafts and phases in ([], ["draft"]):
+        best = "draft_speedup"
+    elif all(budget.metric in QUALITY_METRICS for budget in budgets):
         best = "prefill_speedup" if "prefill" in phases else "decode_speedup"
     elif phases:
         raise BudgetError(
-            f"prefill or decode says in what the fastest child is fastest; {quoted(text)} asks for the best quality: "
+            f"prefill or decode says in what the fastest child is fastest; {quoted(text)} asks for something else: "
             "leave the word out, or give quality limits only"
         )
     if len(phases) > 1:
-        raise BudgetError(f"a pick names prefill or decode, once; got {quoted(text)}")
+        raise BudgetError(f"a pick names prefill, decode or draft, once; got {quoted(text)}")
     return Pick(text, None, budgets, best)
 
 

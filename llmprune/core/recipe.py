@@ -6,17 +6,29 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from llmprune.core.budgets import Axes
 from llmprune.core.errors import quoted
 from llmprune.core.recipe_base import PathText, Section
 from llmprune.core.recipe_inputs import DataRecipe, ModelRecipe, SourceRecipe
 from llmprune.core.recipe_recover import RecoverRecipe
 
-Objective = Literal["decode", "prefill"]
+Phase = Literal["decode", "prefill"]
+Objective = Literal["decode", "prefill", "draft"]
 SpaceSize = Literal["small", "layer", "medium", "large"]
 SamplerName = Literal["slp", "evopress", "linas", "nsga2", "nsga3", "tpe", "gp", "random"]
 OPTUNA_SAMPLERS: tuple[SamplerName, ...] = ("nsga2", "nsga3", "tpe", "gp", "random")
 BaselineName = Literal[
-    "uniform", "magnitude", "wanda-sp", "flap", "shortgpt", "sleb", "blockpruner", "bits", "milp", "random"
+    "uniform",
+    "uniform-depth",
+    "magnitude",
+    "wanda-sp",
+    "flap",
+    "shortgpt",
+    "sleb",
+    "blockpruner",
+    "bits",
+    "milp",
+    "random",
 ]
 BASELINE_NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
 FormatName = Literal["hf", "hf-uniform", "gguf", "vllm", "torchao"]
@@ -198,7 +210,11 @@ class SearchRecipe(Section):
         description="front: two objectives, quality and speed; mnas-soft, mnas-hard: MnasNet's scalar reward for the "
         "one target, for Optuna's single-objective search",
     )
-    objective: Objective = Field("decode", description="which measured speed is the second objective")
+    objective: Objective = Field(
+        "decode",
+        description="which measured speed is the second objective; draft: a child that drafts for its parent "
+        "(speculative decoding), by how seldom it disagrees with the parent and its speed in decode",
+    )
     budgets: tuple[str, ...] = Field(
         (),
         description="constraints such as 'decode_speedup>=1.3' or 'params<=1e8'; a trial that breaks one is kept, "
@@ -215,6 +231,22 @@ class SearchRecipe(Section):
     trials: int = Field(100, ge=1, description="stop after this many finished trials")
     minutes: float | None = Field(None, gt=0, description="or after this many minutes, whichever comes first")
     seed: int = 0
+
+    @property
+    def phase(self) -> Phase:
+        """Whose measured speed-up is the second objective."""
+        return "decode" if self.objective == "draft" else self.objective
+
+    @property
+    def axes(self) -> Axes:
+        """The figures of a record that are the two objectives."""
+        return Axes("disagreement" if self.objective == "draft" else "nats_per_token", f"{self.phase}_speedup")
+
+    @model_validator(mode="after")
+    def _no_reward_of_a_draft(self) -> SearchRecipe:
+        if self.objective == "draft" and self.reward != "front":
+            raise ValueError(f"a draft is searched with reward=front; got reward={self.reward}")
+        return self
 
     @model_validator(mode="after")
     def _one_target_of_a_reward(self) -> SearchRecipe:
@@ -313,3 +345,20 @@ class Recipe(Section):
     baselines: BaselinesRecipe = BaselinesRecipe()
     export: ExportRecipe = ExportRecipe()
     deploy: DeployRecipe = DeployRecipe()
+
+    @model_validator(mode="after")
+    def _what_a_draft_needs(self) -> Recipe:
+        if self.search.objective != "draft":
+            return self
+        if self.data.own_text_after is None:
+            raise ValueError(
+                "search.objective=draft judges children on what the parent itself writes; say behind how many tokens "
+                "of a window that begins: data.own_text_after=32"
+            )
+        if self.space.vocabulary or self.space.hidden_size:
+            asked = "vocabulary" if self.space.vocabulary else "hidden_size"
+            raise ValueError(
+                f"a draft proposes its parent's tokens and is verified by the whole parent, which space.{asked} would "
+                f"replace; leave it out with search.objective=draft"
+            )
+        return self

@@ -10,7 +10,8 @@ from llmprune.core.errors import RecipeError, quoted
 DEFAULT_RECIPE = "default"
 LLAMACPP_RECIPE = "llamacpp"
 GENERAL_RECIPES = (DEFAULT_RECIPE, LLAMACPP_RECIPE)
-"""Those that are for any model; the others are for the model of the demo."""
+"""Those for a child that stands alone, of any model; `draft` is for one that its parent decodes with, the others are
+for the model of the demo."""
 
 
 def recipe_directory() -> Path:

@@ -11,6 +11,8 @@ from llmprune.core.recipe_base import PathText, Section
 
 SplitName = Literal["calibration", "estimate", "search", "validation", "test", "recovery", "unseen"]
 SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
+AS_IT_IS: SplitName = "calibration"
+"""The split whose text the parent never writes: statistics of blocks are of text that people write."""
 
 
 class ModelRecipe(Section):
@@ -79,6 +81,12 @@ class DataRecipe(Section):
         description="tokens a window: short ones hide what attention is for",
     )
     unseen_seq_len: int = Field(1_024, ge=8, description="tokens a window of the unseen text")
+    own_text_after: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of a window that stay as they are: what follows them is then the parent's own, as it goes "
+        "on with them greedily (calibration text stays); a draft is judged by such text (search.objective=draft)",
+    )
     bos: Literal["auto"] | bool = Field(
         "auto",
         description="open every window with the BOS token (it counts towards seq_len, is never scored); auto: if the "
@@ -106,6 +114,16 @@ class DataRecipe(Section):
     free: ClassVar[frozenset[str]] = frozenset({"recovery_tokens"})
 
     @model_validator(mode="after")
+    def _windows_hold_own_text(self) -> DataRecipe:
+        shortest = min(self.seq_len, self.unseen_seq_len) if self.unseen else self.seq_len
+        if self.own_text_after is not None and self.own_text_after >= shortest:
+            raise ValueError(
+                f"own_text_after must leave room for the parent's own text in windows of {shortest} tokens; "
+                f"got {self.own_text_after}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _names_differ(self) -> DataRecipe:
         names = [source.name for source in (*self.sources, *self.unseen)]
         if len(set(names)) != len(names):
@@ -124,6 +142,7 @@ class DataRecipe(Section):
         there was such a key keeps its tokens."""
         unused = set() if self.unseen else {"unseen", "unseen_seq_len", "unseen_tokens"}
         unused |= set() if self.recovery_tokens else {"recovery_tokens"}
+        unused |= {"own_text_after"} if self.own_text_after is None else set()
         data = self.model_dump(mode="json", exclude=unused)
         for source in (*data["sources"], *data.get("unseen", ())):
             if source["messages_field"] is None:

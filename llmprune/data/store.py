@@ -26,6 +26,8 @@ def save_token_splits(splits: TokenSplits, path: Path) -> None:
         for source, tokens in split.sources.items():
             tensors[f"{name}/{source}/windows"] = tokens.windows.to(torch.int32)
             tensors[f"{name}/{source}/bytes"] = tokens.bytes.to(torch.int32)
+            if tokens.own is not None:
+                tensors[f"{name}/{source}/own"] = tokens.own.to(torch.int32)
     header = json.dumps(
         {
             "version": _VERSION,
@@ -37,6 +39,7 @@ def save_token_splits(splits: TokenSplits, path: Path) -> None:
                     "seq_len": split.seq_len,
                     "bos": split.bos,
                     "hash": split.hash,
+                    **({} if split.own_after is None else {"own_after": split.own_after}),
                 }
                 for name, split in splits.splits.items()
             ],
@@ -75,12 +78,17 @@ def _split(entry: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path, 
     name: SplitName = entry["name"]
     try:
         sources = {
-            source: SourceTokens(tensors[f"{name}/{source}/windows"], tensors[f"{name}/{source}/bytes"])
+            source: SourceTokens(
+                tensors[f"{name}/{source}/windows"],
+                tensors[f"{name}/{source}/bytes"],
+                tensors[f"{name}/{source}/own"] if "own_after" in entry else None,
+            )
             for source in entry["weights"]
         }
     except KeyError as error:
         raise _corrupt(path, f"it lacks the tensor {error}") from error
-    split = Split(name, sources, entry["weights"], entry["seq_len"], entry["bos"], vocabulary)
+    own_after = entry.get("own_after")
+    split = Split(name, sources, entry["weights"], entry["seq_len"], entry["bos"], vocabulary, own_after)
     if split.hash != entry["hash"]:
         raise _corrupt(path, f"split {name!r} does not have the hash it was saved with")
     return split

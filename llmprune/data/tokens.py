@@ -49,6 +49,12 @@ class SourceTokens:
     """(n, seq_len) int64 token ids."""
     bytes: torch.Tensor
     """(n,) int64: UTF-8 bytes of the text that a window's scored tokens (all but its first) stand for."""
+    own: torch.Tensor | None = None
+    """(n,) int64: tokens that the parent wrote, up to its first end of text; None in text that it did not write."""
+
+    def of(self, rows: slice | torch.Tensor) -> SourceTokens:
+        """Some of the windows."""
+        return SourceTokens(self.windows[rows], self.bytes[rows], None if self.own is None else self.own[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +69,8 @@ class Split:
     bos: bool
     vocabulary: int | None = None
     """Tokens of the tokenizer that cut it, where that is known: to models of another it says something else."""
+    own_after: int | None = None
+    """Tokens of each window behind which the text is the parent's own; None for text that it did not write."""
 
     @property
     def tokens(self) -> int:
@@ -81,10 +89,7 @@ class Split:
 
     def head(self, counts: Mapping[str, int]) -> Split:
         """The split of the first `counts[name]` windows of each source, the weights as they are."""
-        sources = {
-            name: SourceTokens(source.windows[: counts[name]], source.bytes[: counts[name]])
-            for name, source in self.sources.items()
-        }
+        sources = {name: source.of(slice(counts[name])) for name, source in self.sources.items()}
         return replace(self, sources=sources)
 
     @property
@@ -95,11 +100,11 @@ class Split:
     @cached_property
     def hash(self) -> str:
         """SHA-256, as hex, over everything that a figure of this split depends on."""
-        header = [self.name, self.seq_len, self.bos]
+        header = [self.name, self.seq_len, self.bos, *([] if self.own_after is None else [self.own_after])]
         digest = hashlib.sha256(json.dumps(header).encode())
         for name, source in self.sources.items():
             digest.update(json.dumps([name, self.weights[name], len(source.windows)]).encode())
-            for tensor in (source.windows, source.bytes):
+            for tensor in (source.windows, source.bytes, *([] if source.own is None else [source.own])):
                 digest.update(tensor.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 

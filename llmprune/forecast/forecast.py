@@ -31,7 +31,7 @@ from llmprune.baselines.methods import METHODS, own_libraries
 from llmprune.blocks.solve import gathered_choices, own_input_choices
 from llmprune.blocks.statistics import BATCH_TOKENS, statistics_bytes
 from llmprune.core.recipe import SamplerName
-from llmprune.core.recipe_inputs import SplitName
+from llmprune.core.recipe_inputs import AS_IT_IS, SplitName
 from llmprune.forecast.plan import Done, Plan, StageCost, Timing
 from llmprune.forecast.repairs import distillation, refits
 from llmprune.forecast.work import (
@@ -70,6 +70,7 @@ def forecast(plan: Plan, done: Done | None = None, *, until: Until = "export") -
     stages = [
         *([_sizes(plan)] if plan.whole_sizes else []),
         StageCost("tokens", disk_bytes=0 if done.tokens else _tokens_bytes(plan), done=done.tokens),
+        *([_own_text(plan, done)] if plan.recipe.data.own_text_after is not None else []),
         _library(plan, done),
         StageCost("estimate", done=True) if done.tables else _estimate(plan),
         *([StageCost("exact", done=True) if done.tables else _exact(plan)] if plan.exact_choices else []),
@@ -101,6 +102,17 @@ def _sizes(plan: Plan) -> StageCost:
         peak_memory_bytes=_timing_bytes(plan),
         disk_bytes=plan.parent_bytes,
     )
+
+
+def _own_text(plan: Plan, done: Done) -> StageCost:
+    """What the parent writes, many windows at a time: a token of a large batch counts as one of a pass that scores."""
+    if done.tokens:
+        return StageCost("own text", done=True)
+    data = plan.recipe.data
+    prompt_tokens = data.own_text_after or 0
+    written = [split for split in data.splits if split != AS_IT_IS]
+    tokens = sum(sum(plan.windows(split).values()) * (data.seq_len_of(split) - prompt_tokens) for split in written)
+    return StageCost("own text", forward_tokens=tokens, peak_memory_bytes=plan.parent_bytes)
 
 
 def _tokens_bytes(plan: Plan) -> int:

@@ -14,7 +14,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 
 from llmprune.choices.architecture import Architecture
+from llmprune.core.errors import BudgetError
 from llmprune.core.recipe_inputs import SplitName
+from llmprune.measure.quality.agreement import Agreement, Draft
 from llmprune.measure.quality.likeness import Likeness
 from llmprune.measure.quality.perplexity import Figure, Quality, SourceQuality
 from llmprune.measure.resized import Resized
@@ -52,6 +54,8 @@ class Quoted(Value):
     """Infinite also where the parent's own nats are."""
     likeness: Likeness | None = None
     """How a child behaves beside its parent; of the test split."""
+    agreement: Agreement | None = None
+    """Of text that the parent wrote."""
 
     @classmethod
     def beside(cls, quality: Quality, parent: Quality | Quoted, likeness: Likeness | None = None) -> Quoted:
@@ -69,6 +73,7 @@ class Quoted(Value):
             ppl_ratio=quality.ppl / parent.ppl if math.isfinite(quality.ppl) else math.inf,
             nats_lost=nats_lost if math.isfinite(nats_lost) else math.inf,
             likeness=likeness,
+            agreement=quality.agreement if isinstance(quality, Quality) else None,
         )
 
 
@@ -80,6 +85,7 @@ def figures_of(quality: Quality, parents_ppl: float) -> dict[str, Any]:
         "ppl": quality.ppl,
         "ppl_ratio": quality.ppl / parents_ppl,
         "per_source": dict(quality.per_source),
+        "agreement": quality.agreement,
     }
 
 
@@ -95,6 +101,8 @@ class MeasuredOn(Value):
     """As `Workload.to_json` has it."""
     repeats: int
     host: dict[str, str | int]
+    verify: tuple[float, ...] | None = None
+    """Of drafts: what a pass of the parent over 1, 2, ... tokens takes of one over a single token; medians."""
 
 
 def text_of(name: str, on: Quoted | MeasuredOn) -> str:
@@ -152,6 +160,8 @@ class Record(Value):
     prefill_speedup: Spread
     decode_speedup: Spread
     measured_on: MeasuredOn
+    agreement: Agreement | None = None
+    """Of text that the parent wrote."""
     done: tuple[str, ...] = ()
     """What was done to it since it was cut."""
     library: str | None = None
@@ -164,9 +174,36 @@ class Record(Value):
     """Of a front: whether its perplexity is near enough to its parent's."""
 
     def value(self, metric: str) -> float:
-        """A figure by the name that budgets use; of a measured speed, its median."""
+        """A figure by the name that budgets use; of a measured speed, its median. Raises BudgetError if it was not
+        measured."""
         found = getattr(self, metric)
+        if found is None:
+            raise BudgetError(
+                f"{metric} is measured of drafts alone, in a run with search.objective=draft; {self.id} has none"
+            )
         return float(found.median if isinstance(found, Spread) else found)
+
+    @property
+    def disagreement(self) -> float | None:
+        """Share of the tokens that the parent wrote before which it finds another one likeliest."""
+        return None if self.agreement is None else 1 - self.agreement.share
+
+    @property
+    def draft(self) -> Draft | None:
+        """What it is worth to its parent as a draft, by the text that it was chosen on."""
+        return self.draft_on(self.agreement)
+
+    @property
+    def draft_speedup(self) -> float | None:
+        """How much faster its parent decodes with it, 1 where it is faster alone."""
+        return None if self.draft is None else self.draft.speedup
+
+    def draft_on(self, agreement: Agreement | None) -> Draft | None:
+        """The same by other text; None where it was not measured as a draft."""
+        verify = self.measured_on.verify
+        if agreement is None or verify is None:
+            return None
+        return agreement.draft(1 / self.decode_speedup.median, verify)
 
     @property
     def bits(self) -> float:
@@ -199,6 +236,8 @@ class Front(Value):
     baselines: tuple[Record, ...]
     one_shot: tuple[Record, ...] = ()
     """Of children and baselines that were repaired, what they were before."""
+    lookup: Draft | None = None
+    """Of drafts: what prompt lookup, which drafts without a model, is worth on the validation text."""
     resized: Resized | None = None
     """Where the recipe names vocabularies: what was measured of them. `parent` has the one that was taken."""
 

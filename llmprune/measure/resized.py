@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from llmprune.core.recipe import Objective
+from llmprune.core.recipe import Phase
 from llmprune.core.recipe_inputs import SplitName
 from llmprune.measure.quality.text_nats import OfText
 from llmprune.measure.speed.throughput import Spread
@@ -70,7 +70,7 @@ class Resized(Value):
         """Share by which nats a byte are more than the whole parent's."""
         return self.nats_per_byte(rung, split) / self.nats_per_byte(self.whole, split) - 1
 
-    def text_speedup(self, rung: Rung, phase: Objective, split: SplitName = "validation") -> float:
+    def text_speedup(self, rung: Rung, phase: Phase, split: SplitName = "validation") -> float:
         """Bytes of text a second over the whole parent's: fewer tokens a second where a text is more tokens."""
         tokens: Spread = getattr(rung, f"{phase}_speedup")
         return tokens.median * self.tokens_per_byte(self.whole, split) / self.tokens_per_byte(rung, split)
@@ -100,13 +100,13 @@ class Resized(Value):
         return sum(weights[name] * figure for name, figure in figures.items())
 
 
-def fastest(resized: Resized, phase: Objective, most_loss: float) -> Rung:
+def fastest(resized: Resized, phase: Phase, most_loss: float) -> Rung:
     """Of the sizes that lose at most so much, the one with most bytes of text a second; the whole parent is one."""
     allowed = [rung for rung in resized.rungs if resized.loss(rung) <= most_loss]
     return max((resized.whole, *allowed), key=lambda rung: resized.text_speedup(rung, phase))
 
 
-def described(resized: Resized, phase: Objective) -> str:
+def described(resized: Resized, phase: Phase) -> str:
     """What was chosen, in a line."""
     whole, chosen = resized.whole, resized.chosen
     if resized.is_whole:

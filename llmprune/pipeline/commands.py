@@ -16,6 +16,7 @@ from llmprune.models.checkpoint import check_destination
 from llmprune.pipeline.comparison import Compared, compare_methods, contest_of
 from llmprune.pipeline.crew import search_together
 from llmprune.pipeline.distilling import check_recovery
+from llmprune.pipeline.drafting import check_objective, export_draft
 from llmprune.pipeline.exports import export_pick, exported_id, refuse_trained, write_children
 from llmprune.pipeline.fronts import make_front
 from llmprune.pipeline.judges import Judges
@@ -144,6 +145,15 @@ def recover(run: Run, pick: Pick, team: Team = ALONE, *, baselines: bool = False
     pick_record(measured.children, pick)
     stock = team.after_the_first(lambda: stock_up(run))
     return recover_pick(run, Judges(run, stock), measured, pick, team, baselines=baselines)
+
+
+def draft(run: Run, pick: Pick, to: Path, *, prompts: int, new_tokens: int, force: bool = False) -> dict[str, Any]:
+    """Write the picked child of the front to `to` as its parent's draft, and measure it as one (see `export_draft`)."""
+    check_objective(run)
+    check_destination(to, force=force)
+    measured = read_front(run.directory)
+    judges = Judges(run, stock_up(run))
+    return export_draft(run, judges, measured, pick, to, prompts=prompts, new_tokens=new_tokens, force=force)
 
 
 def export(run: Run, pick: Pick, to: Path, *, force: bool = False) -> dict[str, Any]:

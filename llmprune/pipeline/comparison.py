@@ -65,8 +65,8 @@ class Contest:
         recipe, prepared, judges = self.run.recipe, self.prepared, self.judges
         library = judges.libraries([name])[name]
         chooser = judges.judge("search", 1, name, tokens=self.greedy_tokens(name))
-        objective, seed = recipe.search.objective, recipe.search.seed
-        given = partial(Given, prepared.parent, library, prepared.tables, objective, self.draws, seed)
+        phase, seed = recipe.search.phase, recipe.search.seed
+        given = partial(Given, prepared.parent, library, prepared.tables, phase, self.draws, seed)
         return Entrant(
             name,
             partial(given, remember=chooser.scorer.remember),

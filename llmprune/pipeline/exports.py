@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from llmprune.baselines.methods import METHODS
 from llmprune.blocks.library import BlockLibrary
 from llmprune.core.budgets import Pick, pick_record
@@ -14,6 +16,7 @@ from llmprune.core.files import exists, read_json
 from llmprune.measure.record import Front, Record, child_id
 from llmprune.measure.value import newer_schema
 from llmprune.models.checkpoint import METADATA_FILE, write_checkpoint
+from llmprune.models.drafting import note_drafting
 from llmprune.models.loading import dtype_of
 from llmprune.models.samples import samples
 from llmprune.models.surgery import prune
@@ -65,11 +68,10 @@ def write_children(run: Run, judges: Judges, front: Front) -> list[Path]:
 def _write(
     run: Run, judges: Judges, front: Front, record: Record, to: Path, *, force: bool, formats: bool = False
 ) -> dict[str, Any]:
-    parent = judges.stock.parent
-    library = _library_of(run, judges, record)
-    child = with_children(parent.model, lambda: prune(parent, record.architecture, library))
-    for repair in repairs_of(run, record, library):
-        repair.apply(child)
+    parent, library = judges.stock.parent, _library_of(run, judges, record)
+    child = child_of(run, judges, record)
+    if record.draft is not None:
+        note_drafting(child, record.draft.drafted)
     written: list[dict[str, Any]] = []
 
     def further(staging: Path) -> None:
@@ -88,6 +90,17 @@ def _write(
         "formats": written,
         "figures": record.to_json(),
     }
+
+
+def child_of(run: Run, judges: Judges, record: Record) -> PreTrainedModel:
+    """The child of a record, with all that was done to it since it was cut. Raises ExportError if the run no longer has
+    what it was made of."""
+    library = _library_of(run, judges, record)
+    parent = judges.stock.parent
+    child = with_children(parent.model, lambda: prune(parent, record.architecture, library))
+    for repair in repairs_of(run, record, library):
+        repair.apply(child)
+    return child
 
 
 def _library_of(run: Run, judges: Judges, record: Record) -> BlockLibrary:

@@ -14,6 +14,7 @@ from llmprune.choices.architecture import Architecture
 from llmprune.core.budgets import parse_budget, parse_pick
 from llmprune.core.errors import ModelError, RunDirectoryError
 from llmprune.core.progress import Steps
+from llmprune.measure.quality.agreement import Draft, lookup_draft
 from llmprune.measure.record import Front, Record
 from llmprune.pipeline.comparison import Contest
 from llmprune.pipeline.judges import Judges
@@ -75,7 +76,7 @@ def _chosen(run: Run, trials: Sequence[Record]) -> list[Record]:
     pick, speeds = parse_pick(recipe.export.pick), dict.fromkeys((*recipe.search.targets, recipe.front.baselines_at))
     aims = [parse_pick(f"{speed}>={at * (1 - HOLDS_WITHIN):.17g}") for at in speeds]
     wanted = [pick, *aims, pick.stricter(MARGIN), *(aim.stricter(MARGIN) for aim in aims)]
-    return candidates_for_front(holding, speed, recipe.front.size, wanted)
+    return candidates_for_front(holding, recipe.search.axes, recipe.front.size, wanted)
 
 
 def _where_trials_are(run: Run) -> str:
@@ -110,10 +111,10 @@ def _measured(run: Run, judges: Judges, chosen: Sequence[Record], beside: Mappin
                 there = same and architecture in known and known[architecture].is_finite
                 baselines.append((measured(architecture, rival.name) if there else rival.measure(architecture), rival))
     # What another child beats before it is repaired is not worth the minutes that a repair takes.
-    best = non_dominated((record for record in children if record.is_finite), run.speed)
+    best = non_dominated((record for record in children if record.is_finite), run.recipe.search.axes)
     own = _Forms(run, judges, judge, judges.quoting())
     forms = {repaired.id: (record, repaired) for record in best for repaired in [own.repaired(record)]}
-    chosen_children = non_dominated((repaired for _, repaired in forms.values()), run.speed)
+    chosen_children = non_dominated((repaired for _, repaired in forms.values()), run.recipe.search.axes)
     kept = [(*forms[record.id], own) for record in chosen_children]
     kept += [(record, record, own) for record in stored]
     for record, rival in baselines:
@@ -127,8 +128,16 @@ def _measured(run: Run, judges: Judges, chosen: Sequence[Record], beside: Mappin
             children=tuple(quoted[: len(chosen_children)]),
             baselines=tuple(quoted[len(chosen_children) :]),
             one_shot=tuple(forms.quoted(record) for record, repaired, forms in kept if repaired is not record),
+            lookup=_lookup(judges),
             resized=read_resized(run.directory),
         )
+
+
+def _lookup(judges: Judges) -> Draft | None:
+    """What drafts stand beside that needs no model."""
+    if judges.verify is None:
+        return None
+    return lookup_draft(judges.stock.tokens["validation"], judges.verify.medians)
 
 
 @dataclass

@@ -17,7 +17,8 @@ from llmprune.measure.quality.prefix import STATES_BYTES, PrefixScorer
 from llmprune.measure.quality.racing import race_batch
 from llmprune.measure.quality.score_store import ScoreStore, StoredScorer
 from llmprune.measure.record import QUOTED
-from llmprune.pipeline.prepare import Stock, library_inputs
+from llmprune.measure.speed.verifying import VerifyCosts
+from llmprune.pipeline.prepare import Stock, library_inputs, time_verification
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of
 from llmprune.search.judging import Finish, Judge
@@ -51,7 +52,12 @@ class Judges:
             library, finishing = self.libraries([baseline])[baseline], METHODS[baseline].finish
             finish = finishing(stock.parent, library) if finishing else None
         scorer = self.scorer(split, library)
-        return Judge(stock.parent, library, split, stock.workload, repeats, scorer, finish)
+        return Judge(stock.parent, library, split, stock.workload, repeats, scorer, finish, verify=self.verify)
+
+    @cached_property
+    def verify(self) -> VerifyCosts | None:
+        """What verification takes, where children are judged as drafts."""
+        return time_verification(self.run, self.stock) if self.run.recipe.search.objective == "draft" else None
 
     def quoting(self, baseline: BaselineName | None = None, *, finish: Finish | None = None) -> list[Judge]:
         """What measures the figures that are quoted of a child, or of a baseline's: on text nothing is chosen on."""

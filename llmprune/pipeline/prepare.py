@@ -23,14 +23,18 @@ from llmprune.core.recipe_inputs import ModelRecipe
 from llmprune.data.store import load_token_splits, save_token_splits
 from llmprune.data.tokens import TokenSplits, build_token_splits
 from llmprune.formats.limits import check_parent, check_precision, cut, merging_helps, rounding_warning
+from llmprune.measure.quality.agreement import MOST_DRAFTED, worth_of_drafts
 from llmprune.measure.record import QUOTED
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.llamacpp_engine import check_engine
 from llmprune.measure.speed.throughput import Workload, check_compiler
+from llmprune.measure.speed.turns import timing
+from llmprune.measure.speed.verifying import VerifyCosts, verify_costs
 from llmprune.models.licence import stated_licence
 from llmprune.models.loading import dtype_of, outline_model
 from llmprune.models.parent import Parent, check_choices, check_lengths, load_parent, outline_parent
 from llmprune.models.placement import is_spread, resolve_device
+from llmprune.pipeline.own_text import forget_parts, in_parents_words
 from llmprune.pipeline.resizing import is_asked, parent_of_run, resized_parent, sizes_of
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import hash_of
@@ -238,11 +242,33 @@ def time_reach(run: Run, ground: Ground) -> Reach:
 
 
 def tell_reach(run: Run, ground: Ground) -> None:
-    """Say what the space can reach. Raises RecipeError on a target that is beyond it."""
+    """Say what the space can reach, and what a draft of it would have to. Raises RecipeError on a target that is beyond
+    it."""
     reach = time_reach(run, ground)
     warnings = check_reach(reach, run.recipe)
-    for line in (described(reach), *warnings):
+    of_drafts: list[str] = []
+    if run.recipe.search.objective == "draft":
+        decode = reach["decode"]
+        of_drafts = worth_of_drafts(time_verification(run, ground).medians, decode.halved, decode.fastest)
+    for line in (described(reach), *of_drafts, *warnings):
         run.say(line)
+
+
+def time_verification(run: Run, ground: Ground) -> VerifyCosts:
+    """What the parent's passes over several tokens take, which verify what a draft wrote."""
+    file = run.directory.verify
+    key = hash_of(ground.parent_hash, ground.workload.to_json(), fingerprint(), MOST_DRAFTED)
+    if run.joined and not file.is_file():
+        raise RunDirectoryError(f"a worker needs {file}; copy it from the run directory of llmprune search")
+    if not run.joined and not run.directory.is_done("verify", key, file):
+        with run.show("timing how the parent verifies"), timing(ground.workload.device):
+            costs = verify_costs(ground.parent.model, ground.workload, MOST_DRAFTED, run.recipe.workload.repeats)
+        write_json(file, costs.to_json())
+        run.directory.mark_done("verify", key)
+    try:
+        return VerifyCosts.from_json(read_json(file))
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunDirectoryError(f"{file} is damaged ({type(error).__name__}: {error}); delete it") from error
 
 
 def cut_text(run: Run, ground: Ground) -> TokenSplits:
@@ -257,7 +283,10 @@ def cut_text(run: Run, ground: Ground) -> TokenSplits:
         assert tokenizer is not None, "a parent that was loaded has a tokenizer"
         with run.show("cutting text into token splits"):
             splits = build_token_splits(run.recipe.data, tokenizer)
-            save_token_splits(splits, path)
+        if (prompt_tokens := run.recipe.data.own_text_after) is not None:
+            splits = in_parents_words(run, ground.parent, splits, prompt_tokens)
+        save_token_splits(splits, path)
+        forget_parts(run)
         run.directory.note(data=dict(splits.provenance))
         run.directory.mark_done("tokens", key)
     return load_token_splits(path)

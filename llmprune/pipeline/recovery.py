@@ -133,8 +133,9 @@ def _tried(run: Run, judges: Judges, front: Front, pick: Pick, tried: Sequence[R
     for record in tried:
         front, _ = _recovered(run, judges, front, record, rules.part(TRIED / len(tried)), team)
     hashes = {one.hash for one in tried}
-    nats = [f"{one.id} {one.nats_per_token:.3f}" for one in front.children if one.hash in hashes]
-    run.say(f"tried {', '.join(nats)} nats a token; {pick_record(front.children, pick).id} goes on")
+    quality = run.recipe.search.axes.quality
+    found = [f"{one.id} {one.value(quality):.3f}" for one in front.children if one.hash in hashes]
+    run.say(f"tried {', '.join(found)} {quality.replace('_', ' ')}; {pick_record(front.children, pick).id} goes on")
     return front
 
 
@@ -161,7 +162,8 @@ def _in_its_place(
     # `again` notes what was done last; the record has the rest.
     judge = judges.judge("validation", run.recipe.front.repeats, method)
     recovered = replace(judge, finish=finish._replace(name=repair.name)).again(record)
-    if recovered.nats_per_token >= record.nats_per_token:
+    quality = run.recipe.search.axes.quality
+    if recovered.value(quality) >= record.value(quality):
         run.say(f"what distillation made of {record.id} is not better on the validation split, and is left out")
         return front
     quoting = [replace(one, finish=finish) for one in judges.quoting(method)]

@@ -96,7 +96,7 @@ def resized_parent(run: Run, whole: Parent, whole_hash: str, workload: Workload)
     recipe, directory = run.recipe, run.directory
     if not run.joined:
         asked = [recipe.space.vocabulary, recipe.space.hidden_size, recipe.vocabulary.model_dump(mode="json")]
-        key = hash_of(whole_hash, recipe.data.identity(), *asked, recipe.search.objective)
+        key = hash_of(whole_hash, recipe.data.identity(), *asked, recipe.search.phase)
         if not directory.is_done("resized", key, directory.resized_facts):
             made = _Sizes.of(run, whole, workload).settled()
             write_json(directory.resized_facts, made.stored())
@@ -110,7 +110,7 @@ def parent_of_run(run: Run, whole: Parent, read: Callable[[ModelRecipe], Any] = 
     facts = read_resized(run.directory)
     if facts is None:
         raise RunDirectoryError(f"{run.directory.resized_facts} is missing; copy it from the run of llmprune search")
-    run.say(described(facts, run.recipe.search.objective))
+    run.say(described(facts, run.recipe.search.phase))
     if facts.is_whole:
         return whole
     where = {"path": str(run.directory.resized), "dtype": dtype_of(whole.model), "device": run.recipe.model.device}
@@ -174,7 +174,7 @@ class _Sizes:
             rungs = tuple(self._measured(size) for size in steps.over(self.sizes))
         shares = self.run.recipe.data.weights_of("validation")
         found = Resized(whole=whole, rungs=rungs, taken=own, shares=shares, workload=self.workload.to_json())
-        objective, most = self.run.recipe.search.objective, self.run.recipe.vocabulary.most_loss
+        objective, most = self.run.recipe.search.phase, self.run.recipe.vocabulary.most_loss
         found = found.model_copy(update={"taken": fastest(found, objective, most).size})
         quoted = {size: self._quoted(rung) for size, rung in {own: whole, found.taken: found.chosen}.items()}
         # Last: what is written gives up its place on the device.

@@ -54,7 +54,7 @@ class Run:
     @property
     def speed(self) -> str:
         """The figure that is the search's second objective."""
-        return f"{self.recipe.search.objective}_speedup"
+        return self.recipe.search.axes.speed
 
     @property
     def place(self) -> str:

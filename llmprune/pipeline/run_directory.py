@@ -58,6 +58,16 @@ class RunDirectory:
         return self.path / "reach.json"
 
     @property
+    def verify(self) -> Path:
+        """What the parent's passes over several tokens take, for drafts."""
+        return self.path / "verify.json"
+
+    @property
+    def own_text(self) -> Path:
+        """What the parent has written so far, until all of it is in the tokens."""
+        return self.path / "own-text"
+
+    @property
     def tables(self) -> Path:
         return self.path / "tables.json"
 
@@ -105,6 +115,10 @@ class RunDirectory:
     @property
     def export(self) -> Path:
         return self.path / "export"
+
+    @property
+    def draft(self) -> Path:
+        return self.path / "draft"
 
     @property
     def report(self) -> Path:
@@ -189,7 +203,7 @@ class RunDirectory:
             return not any(entry.iterdir())
         if entry == self.journal:
             return entry.stat().st_size == 0
-        early = (self.recipe, self.provenance, self.tokens, self.reach, self.path / ".lock")
+        early = (self.recipe, self.provenance, self.tokens, self.reach, self.verify, self.path / ".lock")
         return entry in early or entry.suffix == ".tmp"
 
     def provenance_to_adopt(self) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def guide_for(run: Run, prepared: Prepared, judges: Judges, estimates: Estimates
         return winner(judges.scorer(split), split, candidates, prepared.workload.device)
 
     allocator = Allocator(prepared.scores, prepared.tables.costs)
-    return Guide(allocator, search.objective, _aims(run), raced, estimates.at)
+    return Guide(allocator, search.axes, _aims(run), raced, estimates.at)
 
 
 def _aims(run: Run) -> tuple[float, ...]:
@@ -90,7 +90,7 @@ def start_study(run: Run, storage: BaseStorage, prepared: Prepared, judges: Judg
     study = open_study(storage, facts.name, rules, guide_for(run, prepared, judges, estimates))
     facts.write(study, rules.trials)
     path = walk_path(run, prepared, estimates)
-    starts = warm_starts(prepared.scores, tables.influence, tables.costs, rules.objective, rules.targets, path)
+    starts = warm_starts(prepared.scores, tables.influence, tables.costs, rules.phase, rules.targets, path)
     if rules.sampler in GUIDED:
         # They need somewhere to start from, and must not end behind the plainest child; a population needs variety.
         starts = [start for start in starts if start[0].partition("-")[0] in GUIDED_STARTS]

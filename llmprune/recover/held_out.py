@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmprune.data.tokens import SourceTokens, Split
+from llmprune.data.tokens import Split
 
 HELD_OUT = 8
 """One window of so many of a source is held out."""
@@ -18,7 +18,7 @@ def held_out(split: Split) -> Split:
     sources = {}
     for name, source in split.sources.items():
         if (rows := ~_fitted(len(source.windows))).any():
-            sources[name] = SourceTokens(source.windows[rows], source.bytes[rows])
+            sources[name] = source.of(rows)
     total = sum(split.weights[name] for name in sources)
     return replace(split, sources=sources, weights={name: split.weights[name] / total for name in sources})
 

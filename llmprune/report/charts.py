@@ -24,6 +24,10 @@ from llmprune.report.rows import (
     within_use,
 )
 
+_OF_DRAFTS = (
+    "The parent wrote that text; what decoding with a child as draft gives it stands in the tooltips and below."
+)
+
 WIDTH = 460
 ROLES = ("child", "baseline", "before its repair", "parent")
 SHAPES = ("circle", "square", "triangle-down", "diamond")
@@ -52,7 +56,9 @@ def front_figure(front: Front, facts: Facts) -> Figure:
     phase = facts.phase
     rows, beyond = within_use(list(front_rows(front, phase)))
     speed = alt.X("speedup:Q", title=f"{phase} speed-up over the parent, measured", scale=alt.Scale(zero=False))
-    lost = alt.Y("test_lost:Q", title="nats a token lost, test", scale=alt.Scale(zero=True))
+    of_drafts = front.parent.draft is not None
+    figure, what = ("test_differs:Q", "Tokens that differ") if of_drafts else ("test_lost:Q", "Nats a token lost")
+    lost = alt.Y(figure, title=f"{what.lower()}, test", scale=alt.Scale(zero=True))
     base = alt.Chart(data_of(rows))
     bars = base.mark_rule(opacity=0.5).encode(x=alt.X("slow:Q"), x2="fast:Q", y=lost, color=_role_color())
     points = base.mark_point(size=110, filled=True, opacity=0.95).encode(
@@ -73,9 +79,10 @@ def front_figure(front: Front, facts: Facts) -> Figure:
     on = front.parent.test
     assert on is not None, "a stored front quotes the test split"
     caption = (
-        f"Measured. Nats a token lost on the test split ({on.dataset}, {on.tokens:,} tokens in windows of "
+        f"Measured. {what} on the test split ({on.dataset}, {on.tokens:,} tokens in windows of "
         f"{on.seq_len}), which nothing was chosen on, against the median paired {phase} speed-up; bars reach from its "
         "10th to its 90th percentile. Lower and further right is better. A click shows a child in the maps below."
+        + (f" {_OF_DRAFTS}" if of_drafts else "")
         + (" Dashed lines lead from a child as it was cut to what its repair made of it." if repaired else "")
         + "".join(f" Unusable, and beyond the top: {row['title']}, {row['test_lost']:+.3f}." for row in beyond)
     )
@@ -91,6 +98,16 @@ def _tooltips(rows: Sequence[Row], phase: str) -> list[alt.Tooltip]:
         alt.Tooltip("speedup:Q", title=f"{phase} speed-up", format=".3f"),
         *(alt.Tooltip(f"{name}_lost:Q", title=f"nats lost, {name}", format="+.3f") for name in quoted),
         *(alt.Tooltip(f"{name}_ppl_ratio:Q", title=f"x parent's perplexity, {name}", format=".2f") for name in quoted),
+        *(
+            one
+            for name in quoted
+            if any(f"{name}_differs" in row for row in rows)
+            for one in (
+                alt.Tooltip(f"{name}_differs:Q", title=f"differ, {name}", format=".1%"),
+                alt.Tooltip(f"{name}_with_it:Q", title=f"parent with it as draft, {name}", format=".2f"),
+                alt.Tooltip(f"{name}_drafted:Q", title=f"tokens drafted a round, {name}"),
+            )
+        ),
         *(
             [
                 alt.Tooltip("same_top:Q", title="same likeliest token as the parent", format=".1%"),

@@ -12,7 +12,7 @@ from optuna.storages import BaseStorage
 
 from llmprune.core.errors import RunDirectoryError
 from llmprune.core.files import read_json
-from llmprune.core.recipe import Objective, Recipe
+from llmprune.core.recipe import Phase, Recipe
 from llmprune.measure.record import Front, Record
 from llmprune.models.checkpoint import METADATA_FILE
 from llmprune.pipeline.exports import exported_id
@@ -69,9 +69,9 @@ class Facts:
     """How the exported child and its parent go on with prompts."""
 
     @property
-    def phase(self) -> Objective:
+    def phase(self) -> Phase:
         """What the search makes faster: decode or prefill."""
-        return self.recipe.search.objective
+        return self.recipe.search.phase
 
 
 def gather(run: Run) -> Facts:

@@ -107,6 +107,7 @@ def page(facts: Facts) -> str:
         quoted_of="; ".join(text_of(name, on) for name, on in front.parent.quoted.items()) if front else "",
         table=list(front_rows(front, facts.phase)) if front else [],
         alike=any(record.test and record.test.likeness for record in front.every) if front else False,
+        drafts=front is not None and front.parent.draft is not None,
         resized=front.resized if front else None,
         evaluation=facts.evaluation,
         samples=facts.samples,
@@ -173,6 +174,10 @@ def _tiles(facts: Facts) -> list[tuple[str, str]]:
         gained = resized.text_speedup(resized.chosen, facts.phase)
         tiles.append(("text a second, over the whole parent", f"{speed * gained:.2f}x"))
     for name, on in picked.quoted.items():
+        if on.agreement and (draft := picked.draft_on(on.agreement)):
+            tiles.append((f"differs, {name}", f"{1 - on.agreement.share:.1%}"))
+            tiles.append((f"parent with it, {name}", f"{draft.speedup:.2f}x"))
+            continue
         tiles.append((f"perplexity, {name}", f"{on.ppl_ratio:.2f}x"))
         if resized is not None and not resized.is_whole:
             lost = on.nats_per_byte - facts.front.parent.quoted[name].nats_per_byte

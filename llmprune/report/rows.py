@@ -34,7 +34,9 @@ def front_rows(front: Front, phase: str) -> Iterator[Row]:
 
 def within_use(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """Rows of a front that a chart has room for, and those of unusable children that lose so much more than any usable
-    one that it would have room for nothing else."""
+    one that it would have room for nothing else. How often drafts differ has an end, so all have room."""
+    if any("test_differs" in row for row in rows):
+        return list(rows), []
     most = max((row["test_lost"] or 0.0 for row in rows if row["usable"]), default=0.0)
     beyond = [row for row in rows if not row["usable"] and (row["test_lost"] or 0.0) > 2 * most > 0]
     return [row for row in rows if row not in beyond], beyond
@@ -47,6 +49,11 @@ def _of_record(record: Record, role: str, phase: str) -> Row:
     quoted |= {f"{name}_ppl_ratio": _finite(found.ppl_ratio) for name, found in record.quoted.items()}
     like = record.test.likeness if record.test else None
     quoted |= {"kl": _finite(like.kl), "same_top": like.same_top} if like else {}
+    for name, found in record.quoted.items():
+        if found.agreement and (draft := record.draft_on(found.agreement)):
+            quoted[f"{name}_differs"] = 1 - found.agreement.share
+            quoted[f"{name}_with_it"] = draft.speedup
+            quoted[f"{name}_drafted"] = draft.drafted
     return {
         "id": record.id,
         "title": title_of(record, role),

@@ -85,7 +85,7 @@ def walked_seeds(
     """Labelled seeds, one for each of the search's targets that a path from the parent reaches."""
     aims = [target * MARGIN for target in search.targets]
     with show("walking from the parent to the targets") as advance:
-        found = dict(walk(estimate, costs, search.objective, aims, step=rules.path_step, progress=advance))
+        found = dict(walk(estimate, costs, search.phase, aims, step=rules.path_step, progress=advance))
     targets = zip(search.targets, aims, strict=True)
     return [(f"path-{target:g}x", found[aim]) for target, aim in targets if aim in found]
 

@@ -14,13 +14,15 @@ from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
 from llmprune.data.tokens import Split
 from llmprune.formats.served_size import served_size
+from llmprune.measure.quality.agreement import score_hits
 from llmprune.measure.quality.likeness import ParentsLogits
 from llmprune.measure.quality.perplexity import Quality, quality_from_windows, score_windows
-from llmprune.measure.quality.scores import SplitScorer
+from llmprune.measure.quality.scores import SplitScorer, WindowScores
 from llmprune.measure.record import MeasuredOn, Quoted, Record, child_id, figures_of
 from llmprune.measure.speed.host import fingerprint
 from llmprune.measure.speed.throughput import Speed, Workload, measure_paired
 from llmprune.measure.speed.turns import scoring, timing
+from llmprune.measure.speed.verifying import VerifyCosts
 from llmprune.models.parent import Parent
 from llmprune.models.sizes import Size
 from llmprune.models.surgery import prune
@@ -60,12 +62,14 @@ class Judge:
     finish: Finish | None = None
     parents_logits: ParentsLogits | None = None
     """Of the split, where what is quoted says how alike parent and child are."""
+    verify: VerifyCosts | None = None
+    """Of the parent, where children are judged as its drafts."""
 
     @cached_property
     def parent_quality(self) -> Quality:
         """The parent's own, on the same tokens."""
         with scoring(self.workload.device):
-            return quality_from_windows(self.split, self._scored(self.parent.shape.architecture))
+            return self._quality(self.scorer.score(self.parent.shape.architecture))
 
     def child(self, architecture: Architecture) -> PreTrainedModel:
         """The child that is judged."""
@@ -76,18 +80,25 @@ class Judge:
 
     def score(self, architecture: Architecture) -> Mapping[str, torch.Tensor]:
         """Each source's (N,) nats a window: quality alone, for methods that score many children."""
+        return self._scores(architecture).nats
+
+    def _scores(self, architecture: Architecture) -> WindowScores:
         with scoring(self.workload.device):
             if self.finish is None:
-                return self._scored(architecture)
+                return self.scorer.score(architecture)
             # A child that no checkpoint holds is no slice of the parent, so nothing of the parent's can be reused.
-            return self._with_children(lambda: score_windows(self.child(architecture), self.split))
+            return self._with_children(lambda: self._of_child(self.child(architecture)))
 
-    def _scored(self, architecture: Architecture) -> Mapping[str, torch.Tensor]:
-        return self.scorer.score(architecture).nats
+    def _of_child(self, child: PreTrainedModel) -> WindowScores:
+        hits = None if self.split.own_after is None else score_hits(child, self.split)
+        return WindowScores(score_windows(child, self.split), hits=hits)
+
+    def _quality(self, scores: WindowScores) -> Quality:
+        return quality_from_windows(self.split, scores.nats, scores.hits)
 
     def quality(self, architecture: Architecture) -> Quality:
         """The figures of a child on all of the split."""
-        return quality_from_windows(self.split, self.score(architecture))
+        return self._quality(self._scores(architecture))
 
     def _with_children(self, work: Callable[[], Result]) -> Result:
         """Work with children, for which the parent waits if it has to."""
@@ -97,11 +108,11 @@ class Judge:
         """The figures of a child and the child itself, which is made once if all of it is what is scored."""
         with scoring(self.workload.device):
             if self.finish is None:
-                nats, child = self._scored(architecture), self.child(architecture)
+                scores, child = self.scorer.score(architecture), self.child(architecture)
             else:
                 child = self.child(architecture)
-                nats = score_windows(child, self.split)
-        return quality_from_windows(self.split, nats), child
+                scores = self._of_child(child)
+        return self._quality(scores), child
 
     def quoted(self, architecture: Architecture) -> Quoted:
         """A child's figures on the split beside the parent's, with what they must not be quoted without.
@@ -188,6 +199,7 @@ class Judge:
             workload=self.workload.to_json(),
             repeats=self.repeats,
             host=fingerprint(),
+            verify=self.verify.medians if self.verify else None,
         )
 
 

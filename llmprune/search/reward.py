@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from optuna.study import StudyDirection
 
-from llmprune.core.recipe import Objective, SearchRecipe
+from llmprune.core.recipe import Phase, SearchRecipe
 from llmprune.measure.record import Record
 
 
@@ -31,7 +31,7 @@ HARD = Exponents(0.0, -1.0)
 """The paper's hard target: speed beyond the target earns nothing, and time beyond it is paid in proportion."""
 
 
-def reward(record: Record, *, phase: Objective, target: float, w: Exponents) -> float:
+def reward(record: Record, *, phase: Phase, target: float, w: Exponents) -> float:
     """How good a measured child is for a target speed-up: higher is better, and above 0.
 
     `quality * (target / measured speed-up) ** w`, where the quotient is latency over the target's latency.
@@ -43,7 +43,7 @@ def reward(record: Record, *, phase: Objective, target: float, w: Exponents) -> 
 
 
 def directions_of(recipe: SearchRecipe) -> list[StudyDirection]:
-    """Nats per token down and the measured speed-up up; or the reward up."""
+    """Nats per token (of a draft, disagreement) down and the measured speed-up up; or the reward up."""
     if recipe.reward == "front":
         return [StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE]
     return [StudyDirection.MAXIMIZE]
@@ -51,12 +51,14 @@ def directions_of(recipe: SearchRecipe) -> list[StudyDirection]:
 
 def names_of(recipe: SearchRecipe) -> list[str]:
     """What the values of a trial are called, one a direction."""
-    return ["nats a token", f"{recipe.objective} speed-up"] if recipe.reward == "front" else [recipe.reward]
+    if recipe.reward != "front":
+        return [recipe.reward]
+    return ["disagreement" if recipe.objective == "draft" else "nats a token", f"{recipe.phase} speed-up"]
 
 
 def values_of(record: Record, recipe: SearchRecipe) -> list[float]:
     """What a trial with this record is told, one value a direction."""
     if recipe.reward == "front":
-        return [record.nats_per_token, record.value(f"{recipe.objective}_speedup")]
+        return [record.value(figure) for figure in recipe.axes]
     w = SOFT if recipe.reward == "mnas-soft" else HARD
-    return [reward(record, phase=recipe.objective, target=recipe.targets[0], w=w)]
+    return [reward(record, phase=recipe.phase, target=recipe.targets[0], w=w)]

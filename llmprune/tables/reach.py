@@ -115,7 +115,7 @@ def check_reach(reach: Reach, recipe: Recipe) -> list[str]:
 def _wanted(recipe: Recipe) -> Iterable[tuple[str, str, float]]:
     """The key, phase and speed-up of everything that a run aims at or must hold."""
     for target in recipe.search.targets:
-        yield "search.targets", recipe.search.objective, target
+        yield "search.targets", recipe.search.phase, target
     limits = [("export.pick", budget) for budget in parse_pick(recipe.export.pick).budgets]
     limits += [("search.budgets", parse_budget(text)) for text in recipe.search.budgets]
     for key, budget in limits:

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 Counts = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 class DraftSpeedup(NamedTuple):
@@ -64,7 +65,10 @@ def lookup_rounds(ids: Sequence[int], prompt_length: int, most: int, ngram: int)
 
 
 def draft_speedup(
-    rounds_K: Counts, tokens: int, draft_s_over_parent_s: float, verify_ratios: Sequence[float]
+    rounds_K: Counts | npt.NDArray[np.float64],
+    tokens: int,
+    draft_s_over_parent_s: float,
+    verify_ratios: Sequence[float],
 ) -> DraftSpeedup:
     """How much faster `tokens` tokens are written in so many rounds (K+1,) than by the parent alone.
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from llmprune.core.errors import ModelError
 from llmprune.data.tokens import Split
+from llmprune.measure.quality.agreement import Agreement, agreement_of
 
 LOGITS_BYTES = 256 * 2**20
 """What the float32 logits of one forward pass may take, unless a single window takes more."""
@@ -59,10 +60,16 @@ class Quality:
     """Tokens of a window; windows do not overlap, so this is the stride too."""
     tokens: int
     bos: bool
+    agreement: Agreement | None = None
+    """Of text that the parent wrote."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON has no infinity: an infinite figure becomes null."""
         data = asdict(self)
+        if self.agreement is None:
+            del data["agreement"]
+        else:
+            data["agreement"] = self.agreement.to_json()
         data["per_source"] = {name: _finite_or_null(figures) for name, figures in data["per_source"].items()}
         return _finite_or_null(data)
 
@@ -70,7 +77,8 @@ class Quality:
     def from_json(cls, data: Mapping[str, Any]) -> Quality:
         """Inverse of `to_json`."""
         sources = {name: SourceQuality(**_null_as_infinite(figures)) for name, figures in data["per_source"].items()}
-        return cls(**{**_null_as_infinite(data), "per_source": sources})
+        found = {"agreement": Agreement.from_json(data["agreement"])} if "agreement" in data else {}
+        return cls(**{**_null_as_infinite(data), "per_source": sources, **found})
 
 
 def score(model: PreTrainedModel, split: Split, progress: Callable[[int, int], None] | None = None) -> Quality:
@@ -94,8 +102,11 @@ def score_windows(
     return nats
 
 
-def quality_from_windows(split: Split, nats: Mapping[str, torch.Tensor]) -> Quality:
-    """The figures that each source's (N,) nats a window amount to."""
+def quality_from_windows(
+    split: Split, nats: Mapping[str, torch.Tensor], hits: Mapping[str, torch.Tensor] | None = None
+) -> Quality:
+    """The figures that each source's (N,) nats a window, and (N, T - 1) hits on text that the parent wrote, amount
+    to."""
     assert nats.keys() == split.sources.keys(), f"nats of {list(nats)} for a split of {list(split.sources)}"
     per_source: dict[str, SourceQuality] = {}
     for name, source in split.sources.items():
@@ -115,6 +126,7 @@ def quality_from_windows(split: Split, nats: Mapping[str, torch.Tensor]) -> Qual
         seq_len=split.seq_len,
         tokens=sum(figures.tokens for figures in per_source.values()),
         bos=split.bos,
+        agreement=None if hits is None else agreement_of(split, hits),
     )
 
 

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from llmprune.choices.architecture import Architecture
 from llmprune.data.tokens import Split
+from llmprune.measure.quality.agreement import hits_of
 from llmprune.measure.quality.held_children import HeldChildren
 from llmprune.measure.quality.perplexity import batch_windows, nats_of_logits
 from llmprune.measure.quality.prefix_states import (
@@ -89,6 +90,8 @@ class _Figures:
 
     nats: torch.Tensor
     kl: torch.Tensor | None
+    hits: torch.Tensor | None
+    """(B, S - 1) bool."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +102,7 @@ class _ParentBatch:
     """Hidden states by the layer that reads them."""
     nats: torch.Tensor
     top: TopLogits | None
+    hits: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -117,9 +121,9 @@ class PrefixScorer:
     the parent at all layers, or at as many as fit, evenly spread; and of the architectures that `remember` names.
     `children_bytes` limits the children that are kept of those that `hold` names.
     With `top_k`, KL to the parent over its `top_k` likeliest tokens comes out of the same passes; `top_k_bytes` limits
-    what is kept for it. `batch_tokens` is that of `quality.window_nats`. A parent that is spread over several devices
-    is scored by full passes; one that has no room beside its children waits (see `models/waiting.py`). Raises
-    ValueError if `top_k` does not fit into `top_k_bytes`.
+    what is kept for it. Of text that the parent wrote, so do hits. `batch_tokens` is that of `quality.window_nats`. A
+    parent that is spread over several devices is scored by full passes; one that has no room beside its children waits
+    (see `models/waiting.py`). Raises ValueError if `top_k` does not fit into `top_k_bytes`.
     """
 
     def __init__(
@@ -144,6 +148,7 @@ class PrefixScorer:
             for i, windows in enumerate(torch.split(source.windows, self.batch_windows))
         ]
         element_bytes = parent.model.dtype.itemsize
+        self._wants_hits = split.own_after is not None
         self._top_k = None if top_k is None else min(top_k, parent.model.config.get_text_config().vocab_size)
         if self._top_k is not None:
             positions = sum(batch.windows_BS[:, 1:].numel() for batch in self._batches)
@@ -238,7 +243,7 @@ class PrefixScorer:
     def _figures(self, child: PreTrainedModel, number: int, top: TopLogits | None) -> _Figures:
         logits_BSV = self._logits(child, number)
         kl = None if top is None else kl_windows(top, logits_BSV).cpu()
-        return _Figures(self._nats(child, logits_BSV, number), kl)
+        return _Figures(self._nats(child, logits_BSV, number), kl, self._hits(logits_BSV, number))
 
     def _start_of(self, steps: Steps, numbers: Sequence[int]) -> _Start:
         """The last step of a candidate whose input is known for all these batches."""
@@ -263,7 +268,7 @@ class PrefixScorer:
         return {step: self._states.use(steps[:step]) for step in captured}
 
     def _parents_own(self, batch: _ParentBatch) -> _Figures:
-        return _Figures(batch.nats, None if self._top_k is None else torch.zeros_like(batch.nats))
+        return _Figures(batch.nats, None if self._top_k is None else torch.zeros_like(batch.nats), batch.hits)
 
     def _parents(self, numbers: Sequence[int]) -> list[_ParentBatch]:
         """What the parent computes of these batches: once, when they are first needed, and no child is there yet."""
@@ -280,7 +285,7 @@ class PrefixScorer:
             logits_BSV = self._logits(model, number)
         top = None if self._top_k is None else TopLogits.of(logits_BSV, self._top_k)
         self.work.parent += len(layers) * self._batches[number].windows_BS.numel()
-        return _ParentBatch(seen, self._nats(model, logits_BSV, number), top)
+        return _ParentBatch(seen, self._nats(model, logits_BSV, number), top, self._hits(logits_BSV, number))
 
     def _logits(self, model: PreTrainedModel, number: int) -> torch.Tensor:
         windows_BS = self._batches[number].windows_BS.to(model.device)
@@ -292,19 +297,30 @@ class PrefixScorer:
         nats = [nats_of_logits(model, tokens, logits, batch.start + i) for i, (tokens, logits) in enumerate(pairs)]
         return torch.stack(nats).cpu()
 
+    def _hits(self, logits_BSV: torch.Tensor, number: int) -> torch.Tensor | None:
+        pairs = zip(self._batches[number].windows_BS, logits_BSV, strict=True)
+        return torch.stack([hits_of(tokens, logits) for tokens, logits in pairs]).cpu() if self._wants_hits else None
+
     def _assembled(self, figures: Mapping[int, _Figures], start: Counts, stop: Counts) -> WindowScores:
         """Batches put together source by source, without the windows that were not asked for."""
         nats: dict[str, list[torch.Tensor]] = {name: [] for name in self.split.sources}
         kl: dict[str, list[torch.Tensor]] = {name: [] for name in self.split.sources}
+        hits: dict[str, list[torch.Tensor]] = {name: [] for name in self.split.sources}
         for number, found in figures.items():
             batch = self._batches[number]
             asked = slice(max(0, start[batch.source] - batch.start), stop[batch.source] - batch.start)
             nats[batch.source].append(found.nats[asked])
             if found.kl is not None:
                 kl[batch.source].append(found.kl[asked])
-        return WindowScores(_joined(nats), None if self._top_k is None else _joined(kl))
+            if found.hits is not None:
+                hits[batch.source].append(found.hits[asked])
+        nothing, no_hits = torch.zeros(0, dtype=torch.float64), torch.zeros(0, self.split.seq_len - 1, dtype=torch.bool)
+        return WindowScores(
+            _joined(nats, nothing),
+            None if self._top_k is None else _joined(kl, nothing),
+            _joined(hits, no_hits) if self._wants_hits else None,
+        )
 
 
-def _joined(parts: Mapping[str, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
-    nothing = torch.zeros(0, dtype=torch.float64)
+def _joined(parts: Mapping[str, list[torch.Tensor]], nothing: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: torch.cat([nothing, *tensors]) for name, tensors in parts.items()}

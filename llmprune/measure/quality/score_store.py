@@ -30,7 +30,7 @@ from llmprune.measure.quality.prefix import PrefixScorer
 from llmprune.measure.quality.scores import Counts, WindowScores
 
 _VERSION = "1"
-_FIGURES = ("nats:", "kl:")
+_FIGURES = ("nats:", "kl:", "hits:")
 Figures = dict[str, torch.Tensor]
 
 
@@ -42,7 +42,7 @@ class ScoreStore:
     """
 
     def __init__(self, directory: Path, library_hash: str, split: Split, top_k: int | None = None) -> None:
-        self.split, self._top_k = split, top_k
+        self.split, self._top_k, self._hits = split, top_k, split.own_after is not None
         self._key = {"version": _VERSION, "library": library_hash, "split": split.hash, "top_k": str(top_k)}
         name = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()[:16]
         self._directory = directory / name
@@ -64,8 +64,10 @@ class ScoreStore:
             raise RunDirectoryError(f"cannot read {self.path(architecture)}: {error.strerror or error}") from error
         if found is None:
             return None
-        nats, kl = ({name.partition(":")[2]: t for name, t in found.items() if name.startswith(f)} for f in _FIGURES)
-        scores = WindowScores(nats, kl if self._top_k is not None else None)
+        nats, kl, hits = (
+            {name.partition(":")[2]: t for name, t in found.items() if name.startswith(f)} for f in _FIGURES
+        )
+        scores = WindowScores(nats, kl if self._top_k is not None else None, hits if self._hits else None)
         return scores if self._fits(scores) else None
 
     def windows(self) -> dict[str, int]:
@@ -82,22 +84,35 @@ class ScoreStore:
         assert self._fits(scores), f"scores of {scores.counts} windows do not fit the split and top_k {self._top_k}"
         tensors = {f"nats:{name}": values.contiguous() for name, values in scores.nats.items()}
         tensors |= {f"kl:{name}": values.contiguous() for name, values in (scores.kl or {}).items()}
+        tensors |= {f"hits:{name}": values.contiguous() for name, values in (scores.hits or {}).items()}
         metadata = {**self._key, "architecture": architecture.canonical_json, "sha256": _digest(tensors)}
         with atomic_path(self.path(architecture)) as temporary:
             save_file(tensors, temporary, metadata)
 
     def _fits(self, scores: WindowScores) -> bool:
         figures = [scores.nats] if scores.kl is None else [scores.nats, scores.kl]
-        return (scores.kl is None) == (self._top_k is None) and all(
-            part.keys() == self.split.sources.keys()
+        return (
+            self._has_hits_that_fit(scores)
+            and (scores.kl is None) == (self._top_k is None)
             and all(
-                values.dtype == torch.float64
-                and values.shape == scores.nats[name].shape
-                and values.ndim == 1
-                and len(values) <= len(self.split.sources[name].windows)
-                for name, values in part.items()
+                part.keys() == self.split.sources.keys()
+                and all(
+                    values.dtype == torch.float64
+                    and values.shape == scores.nats[name].shape
+                    and values.ndim == 1
+                    and len(values) <= len(self.split.sources[name].windows)
+                    for name, values in part.items()
+                )
+                for part in figures
             )
-            for part in figures
+        )
+
+    def _has_hits_that_fit(self, scores: WindowScores) -> bool:
+        if scores.hits is None or not self._hits:
+            return scores.hits is None and not self._hits
+        shapes = {name: (len(values), self.split.seq_len - 1) for name, values in scores.nats.items()}
+        return {name: tuple(found.shape) for name, found in scores.hits.items()} == shapes and all(
+            found.dtype == torch.bool for found in scores.hits.values()
         )
 
 

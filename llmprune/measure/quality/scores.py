@@ -20,12 +20,16 @@ Counts = Mapping[str, int]
 
 @dataclass(frozen=True, eq=False)
 class WindowScores:
-    """Figures of some windows of a split; for each source (n,) float64 on the CPU, in the order of its windows."""
+    """Figures of some windows of a split; for each source (n,) float64 on the CPU, but for hits, in the order of its
+    windows."""
 
     nats: Mapping[str, torch.Tensor]
     """Nats a window, as `quality.score_windows` gives them."""
     kl: Mapping[str, torch.Tensor] | None = None
     """KL(parent || child) a window in nats, over the parent's top K tokens; None if it was not asked for."""
+    hits: Mapping[str, torch.Tensor] | None = None
+    """(n, T - 1) bool: before which tokens, but a window's first, that token is the likeliest; of text that the parent
+    wrote alone."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -37,7 +41,9 @@ class WindowScores:
         def cut(figures: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {name: values[start[name] : stop[name]] for name, values in figures.items()}
 
-        return WindowScores(cut(self.nats), None if self.kl is None else cut(self.kl))
+        return WindowScores(
+            cut(self.nats), None if self.kl is None else cut(self.kl), None if self.hits is None else cut(self.hits)
+        )
 
     def head(self, counts: Counts) -> WindowScores:
         """The first `counts[name]` windows of each source."""
@@ -45,14 +51,16 @@ class WindowScores:
 
     def joined(self, later: WindowScores) -> WindowScores:
         """These windows, followed in each source by those of `later`, which must hold the same figures."""
-        assert (self.kl is None) == (later.kl is None), "one part has KL and the other has not"
+        for figure in ("kl", "hits"):
+            assert (getattr(self, figure) is None) == (getattr(later, figure) is None), f"one part alone has {figure}"
 
         def join(first: Mapping[str, torch.Tensor], rest: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             assert first.keys() == rest.keys(), f"sources {list(first)} and {list(rest)}"
             return {name: torch.cat([values, rest[name]]) for name, values in first.items()}
 
         kl = None if self.kl is None or later.kl is None else join(self.kl, later.kl)
-        return WindowScores(join(self.nats, later.nats), kl)
+        hits = None if self.hits is None or later.hits is None else join(self.hits, later.hits)
+        return WindowScores(join(self.nats, later.nats), kl, hits)
 
 
 class SplitScorer(Protocol):

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -27,8 +28,10 @@ from llmprune.measure.speed.throughput import (
     token_ids,
 )
 
-PAIRS = 8
-"""Turns of one token against n in one repeat, for each n."""
+PAIRS = 4
+"""Turns of one token against n in one repeat, for each n that is timed."""
+TIMED = (2, 3, 4, 5, 7, 9, 13, 17, 25, 33)
+"""Lengths of passes that are timed; what lies between two is drawn on a line between them."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class VerifyCosts:
     workload's prompt: what a round takes that drafts up to K tokens, but for the drafting."""
 
     ratios: tuple[Spread, ...]
-    """Of n = 1..K+1; the first is 1."""
+    """Of n = 1..K+1; the first is 1, and those that were not timed lie between their neighbours."""
 
     @property
     def most(self) -> int:
@@ -60,7 +63,8 @@ class VerifyCosts:
 
 @torch.inference_mode()
 def verify_costs(parent: PreTrainedModel, workload: Workload, most: int, repeats: int) -> VerifyCosts:
-    """Time the parent's passes over up to `most` + 1 tokens (of each row of the batch) against its decode step.
+    """Time the parent's passes over up to `most` + 1 tokens (of each row of the batch) against its decode step, at the
+    lengths that are TIMED.
 
     A repeat reads the prompt and then takes PAIRS turns for each n. What a pass reads is taken back, so every one
     stands behind the prompt alone. The model must have the workload's dtype and device.
@@ -68,11 +72,12 @@ def verify_costs(parent: PreTrainedModel, workload: Workload, most: int, repeats
     assert most >= 1 and repeats >= 1, "there is something to time"
     check_model(parent, workload)
     room = replace(workload, generated_tokens=max(workload.generated_tokens, most + 1))
-    ratios: dict[int, list[float]] = {tokens: [] for tokens in range(2, most + 2)}
+    timed = sorted({*(tokens for tokens in TIMED if tokens <= most), most + 1})
+    ratios: dict[int, list[float]] = {tokens: [] for tokens in timed}
     with (
         running([parent], token_ids(parent, room), room, takes_back=True) as (run,),
         steady_process(workload.threads),
-        compiled_passes(workload, most + 2),
+        compiled_passes(workload, 2 + len(timed)),
     ):
         run.prefill()
         for tokens in (1, *ratios):
@@ -82,7 +87,14 @@ def verify_costs(parent: PreTrainedModel, workload: Workload, most: int, repeats
             for tokens, found in ratios.items():
                 passes = (partial(_read_and_take_back, run, count) for count in (1, tokens))
                 found += [seconds / decode_s for decode_s, seconds in in_turns(*passes, pairs=PAIRS)]
-    return VerifyCosts((Spread(1.0, 1.0, 1.0), *map(Spread.of, ratios.values())))
+    known = {1: Spread(1.0, 1.0, 1.0)} | {tokens: Spread.of(found) for tokens, found in ratios.items()}
+    return VerifyCosts(tuple(_between(known, tokens) for tokens in range(1, most + 2)))
+
+
+def _between(known: Mapping[int, Spread], tokens: int) -> Spread:
+    lengths = list(known)
+    figures = ([getattr(spread, name) for spread in known.values()] for name in ("median", "low", "high"))
+    return Spread(*(float(np.interp(tokens, lengths, of_figure)) for of_figure in figures))
 
 
 def _read_and_take_back(run: Timed, tokens: int) -> float:

@@ -17,7 +17,7 @@ from llmprune.choices.architecture import Architecture
 from llmprune.choices.dimensions import BlockKind
 from llmprune.choices.space import Space
 from llmprune.choices.vocabulary import VocabularyChoice
-from llmprune.core.recipe import Objective
+from llmprune.core.budgets import Axes
 from llmprune.search.samplers.ladders import Indices, Ladders
 from llmprune.search.trial_records import RECORD, record_of
 from llmprune.tables.allocate import Allocator, Scores
@@ -39,13 +39,13 @@ Estimate = Callable[[Architecture], Scores]
 class Guide:
     """What guided samplers know besides the trials.
 
-    `allocator`: the tables, and the knapsack over them. `phase`: whose speed-up is the objective. `targets`: the
-    speed-ups aimed at, in turn. `race`: the best of several candidates, which the caller scores on growing slices of
+    `allocator`: the tables, and the knapsack over them. `axes`: the objectives. `targets`: the speed-ups aimed at, in
+    turn. `race`: the best of several candidates, which the caller scores on growing slices of
     the same tokens. `estimate`: the nats of the tables anew, for one change of any block of an architecture.
     """
 
     allocator: Allocator
-    phase: Objective
+    axes: Axes
     targets: tuple[float, ...]
     race: Race
     estimate: Estimate
@@ -56,6 +56,11 @@ class Guide:
     @property
     def space(self) -> Space:
         return self.allocator.costs.space
+
+    @property
+    def phase(self) -> str:
+        """Whose speed-up is the objective."""
+        return self.axes.speed.removesuffix("_speedup")
 
     @cached_property
     def ladders(self) -> Ladders:
@@ -89,7 +94,8 @@ class Finished:
 
     number: int
     indices: Indices
-    nats: float
+    loss: float
+    """The first objective's value."""
     speedup: float
     notes: Mapping[str, Any]
 
@@ -97,8 +103,8 @@ class Finished:
         return self.speedup >= target * (1.0 - HOLDS_WITHIN)
 
     def rank(self, target: float) -> tuple[bool, float]:
-        """Sort key: what holds the target comes first, least nats first; then what misses it by least."""
-        return (False, self.nats) if self.holds(target) else (True, target - self.speedup)
+        """Sort key: what holds the target comes first, least loss first; then what misses it by least."""
+        return (False, self.loss) if self.holds(target) else (True, target - self.speedup)
 
 
 @dataclass(frozen=True)
@@ -122,14 +128,14 @@ class History:
             if indices is None:
                 continue
             known.add(indices)
-            measured = _measured(trial, guide.phase)
+            measured = _measured(trial, guide.axes)
             if measured is not None:
-                nats, speedup = measured
-                finished.setdefault(indices, Finished(trial.number, indices, nats, speedup, trial.user_attrs))
+                loss, speedup = measured
+                finished.setdefault(indices, Finished(trial.number, indices, loss, speedup, trial.user_attrs))
         return cls(tuple(finished.values()), frozenset(known))
 
     def best(self, target: float) -> Finished | None:
-        """The least nats among those whose measured speed-up holds the target; if none does, the nearest in speed."""
+        """The least loss among those whose measured speed-up holds the target; if none does, the nearest in speed."""
         return min(self.finished, key=lambda trial: trial.rank(target), default=None)
 
     def needed_saving(self, guide: Guide, target: float) -> float:
@@ -164,12 +170,12 @@ def _indices(trial: FrozenTrial, space: Space) -> Indices | None:
     return chosen if all(legal) else None
 
 
-def _measured(trial: FrozenTrial, phase: str) -> tuple[float, float] | None:
-    """Nats per token and measured speed-up; None for a trial that failed, repeats another or is not done."""
+def _measured(trial: FrozenTrial, axes: Axes) -> tuple[float, float] | None:
+    """Both objectives as measured; None for a trial that failed, repeats another or is not done."""
     if trial.state is not TrialState.COMPLETE or RECORD not in trial.user_attrs:
         return None
     record = record_of(trial)
-    nats, speedup = record.nats_per_token, record.value(f"{phase}_speedup")
-    if not (math.isfinite(nats) and math.isfinite(speedup) and speedup > 0):
+    loss, speedup = record.value(axes.quality), record.value(axes.speed)
+    if not (record.is_finite and math.isfinite(speedup) and speedup > 0):
         return None
-    return nats, speedup
+    return loss, speedup

@@ -113,7 +113,7 @@ def search_predicted(history: History, guide: Guide, rng: np.random.Generator, *
         members_PD[possible],
         values_P2[possible, 0],
         1.0 / np.maximum(values_P2[possible, 1], 0.01),
-        {"nats_per_token": _describe(nats), "relative_time": _describe(time)},
+        {guide.axes.quality: _describe(nats), "relative_time": _describe(time)},
     )
 
 
@@ -121,7 +121,7 @@ def predictors(history: History, guide: Guide) -> tuple[Predictor, Predictor]:
     """Of nats per token, and of the child's time as a share of the parent's (1 / speed-up): both nearly additive."""
     ladders = guide.ladders
     trials_SD = np.array([trial.indices for trial in history.finished])
-    nats_S = np.array([trial.nats for trial in history.finished])
+    nats_S = np.array([trial.loss for trial in history.finished])
     time_S = np.array([1.0 / trial.speedup for trial in history.finished])
     return (
         fit(trials_SD, nats_S, ladders.nats, ladders.options_D),
