@@ -33,7 +33,7 @@ FIGURES ?=
 PARENT ?=
 TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
 
-.PHONY: setup demo compress search baselines recover report export export-gguf export-vllm push bench bench-search bench-families bench-scaling eval \
+.PHONY: setup demo compress search baselines recover report draft export export-gguf export-vllm push bench bench-search bench-families bench-scaling eval \
 	export-torchao test test-gpu test-numerics test-oldest test-torchao lint typecheck check clean
 
 setup: $(VENV)/.installed
@@ -94,6 +94,10 @@ export-vllm: setup
 # Needs pip install 'llmprune[torchao]'.
 export-torchao: setup
 	$(LLMPRUNE) convert '$(TO)' --format torchao
+
+# make draft OUT=runs/name TO=runs/name/draft   the best draft of a run with search.objective=draft (RECIPE=recipes/draft.yaml)
+draft: setup
+	$(LLMPRUNE) draft '$(OUT)' $(if $(filter-out file,$(origin TO)),--to '$(TO)')
 
 push: setup
 	$(LLMPRUNE) push '$(OUT)' '$(REPO)' $(if $(LICENCE),--licence '$(LICENCE)')
