@@ -14,6 +14,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 
 from llmprune.measure.quality.accepted import (
     PromptLookup,
+    catch_ups_of,
     draft_speedup,
     leading_matches,
     lookup_rounds,
@@ -63,6 +64,28 @@ def test_a_perfect_draft_and_one_that_is_always_wrong(tokens: int) -> None:
     perfect, wrong = np.ones((1, tokens), bool), np.zeros((1, tokens), bool)
     assert rounds_of(perfect, MOST)[0].tolist() == [-(-tokens // (k + 1)) for k in range(MOST + 1)]
     assert rounds_of(wrong, MOST)[0].tolist() == [tokens] * (MOST + 1)
+
+
+@given(hits_of_a_text)
+def test_catch_ups_are_rounds_behind_one_that_accepted_all(hits: list[bool]) -> None:
+    (found_K,) = catch_ups_of(np.array([hits]), MOST)
+    for k in range(MOST + 1):
+        position, expected = 0, 0
+        while position < len(hits):
+            accepted = leading(hits[position : position + k])
+            position += accepted + 1
+            expected += 0 < k == accepted and position < len(hits)
+        assert found_K[k] == expected
+
+
+def test_a_pass_over_two_tokens_counts_as_what_it_takes() -> None:
+    hits_NT = np.ones((1, 8), bool)
+    (rounds_K,), (catch_ups_K,) = rounds_of(hits_NT, 1), catch_ups_of(hits_NT, 1)
+    assert (rounds_K.tolist(), catch_ups_K.tolist()) == ([8, 4], [0, 3])
+    found = draft_speedup(rounds_K, 8, 0.5, [1, 1.6], catch_ups_K)
+    assert found.speedups_K[1] == pytest.approx(8 / (0.5 * (1 + 3 * 1.6) + 4 * 1.6))
+    found = draft_speedup(rounds_K, 8, 0.5, [1, 1.6], catch_ups_K, draft_pair_ratio=1.2)
+    assert found.speedups_K[1] == pytest.approx(8 / (0.5 * (1 + 3 * 1.2) + 4 * 1.6))
 
 
 def test_no_text_takes_no_rounds() -> None:

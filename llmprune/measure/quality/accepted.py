@@ -42,12 +42,23 @@ def rounds_of(hits_NT: npt.NDArray[np.bool_], most: int, lengths_N: Counts | Non
     `hits_NT` says where the draft's likeliest token behind the text so far is the text's next one. `lengths_N` are
     the tokens of each text where some end before T; what stands behind them is not looked at.
     """
+    return _walked(*_runs(hits_NT, lengths_N), most)[0]
+
+
+def catch_ups_of(hits_NT: npt.NDArray[np.bool_], most: int, lengths_N: Counts | None = None) -> Counts:
+    """(N, K+1) rounds in which the draft's first pass is over two tokens: the round before accepted all that it wrote,
+    and it has not read the last of that yet. Of the same hits as `rounds_of`."""
+    return _walked(*_runs(hits_NT, lengths_N), most)[1]
+
+
+def _runs(hits_NT: npt.NDArray[np.bool_], lengths_N: Counts | None) -> tuple[Counts, Counts]:
+    """(N, T) hits in a row from each position on, and the lengths (N,)."""
     texts, tokens = hits_NT.shape
     lengths_N = np.full(texts, tokens) if lengths_N is None else lengths_N
     # A run reaches to the next miss: the smallest index from here on at which there is one.
     misses_NT = np.where(hits_NT, tokens, np.arange(tokens))
     next_miss_NT: Counts = np.minimum.accumulate(misses_NT[:, ::-1], axis=1)[:, ::-1]
-    return _rounds(next_miss_NT - np.arange(tokens), lengths_N, most)
+    return next_miss_NT - np.arange(tokens), lengths_N
 
 
 def lookup_rounds(ids: Sequence[int], prompt_length: int, most: int, ngram: int) -> Counts:
@@ -60,27 +71,34 @@ def lookup_rounds(ids: Sequence[int], prompt_length: int, most: int, ngram: int)
         drafted = lookup.draft(most)
         runs.append(leading_matches(drafted, ids[position:]))
         lookup.read(ids[position : position + 1])
-    rounds_K: Counts = _rounds(np.array([runs], dtype=np.int64), np.array([len(runs)]), most)[0]
+    rounds_NK, _ = _walked(np.array([runs], dtype=np.int64), np.array([len(runs)]), most)
+    rounds_K: Counts = rounds_NK[0]
     return rounds_K
 
 
 def draft_speedup(
-    rounds_K: Counts | npt.NDArray[np.float64],
+    rounds_K: Counts | Floats,
     tokens: int,
     draft_s_over_parent_s: float,
     verify_ratios: Sequence[float],
+    catch_ups_K: Counts | Floats | None = None,
+    draft_pair_ratio: float | None = None,
 ) -> DraftSpeedup:
     """How much faster `tokens` tokens are written in so many rounds (K+1,) than by the parent alone.
 
     The unit of time is the parent's decode step. A round of k takes k of the draft's, each `draft_s_over_parent_s`,
-    and one pass of the parent over k + 1 tokens, `verify_ratios[k]`, whose first is 1. Where a draft has all of its
-    tokens accepted, its next round starts with a pass over two, which counts as one over one.
+    and one pass of the parent over k + 1 tokens, `verify_ratios[k]`, whose first is 1. In `catch_ups_K` of the rounds
+    the draft's first pass is over two tokens and takes `draft_pair_ratio` of its decode steps, by default as many as
+    the parent's. Without catch-ups all its passes count as steps, which flatters a good draft where a pass over two
+    costs much more than one over one, as on a CPU.
     """
     assert len(rounds_K) == len(verify_ratios), f"{len(rounds_K)} draft lengths, {len(verify_ratios)} passes"
     assert rounds_K[0] == tokens > 0, f"{rounds_K[0]} rounds of one token each write {tokens} tokens"
     assert verify_ratios[0] == 1, "the parent's decode step is the unit"
-    round_K = np.arange(len(rounds_K)) * draft_s_over_parent_s + np.asarray(verify_ratios, dtype=np.float64)
-    speedups_K = tokens / (rounds_K * round_K)
+    steps_K: npt.NDArray[np.float64] = rounds_K * np.arange(len(rounds_K), dtype=np.float64)
+    if catch_ups_K is not None and len(rounds_K) > 1:
+        steps_K = steps_K + catch_ups_K * ((verify_ratios[1] if draft_pair_ratio is None else draft_pair_ratio) - 1)
+    speedups_K = tokens / (steps_K * draft_s_over_parent_s + rounds_K * np.asarray(verify_ratios, dtype=np.float64))
     return DraftSpeedup(int(speedups_K.argmax()), speedups_K)
 
 
@@ -126,13 +144,16 @@ def leading_matches(drafted: Sequence[int], text: Sequence[int]) -> int:
     return min(len(drafted), len(text))
 
 
-def _rounds(runs_NT: Counts, lengths_N: Counts, most: int) -> Counts:
-    """(N, K+1) rounds, where a draft at position t has `runs_NT[:, t]` leading tokens right if it writes that many."""
+def _walked(runs_NT: Counts, lengths_N: Counts, most: int) -> tuple[Counts, Counts]:
+    """(N, K+1) rounds, and those behind one that accepted all, where a draft at position t has `runs_NT[:, t]` leading
+    tokens right if it writes that many."""
     assert most >= 0 and (lengths_N <= runs_NT.shape[1]).all(), f"texts of {lengths_N} tokens in {runs_NT.shape}"
     positions_NK = np.zeros((len(runs_NT), most + 1), dtype=np.int64)
-    rounds_NK = np.zeros_like(positions_NK)
+    rounds_NK, catch_ups_NK = np.zeros_like(positions_NK), np.zeros_like(positions_NK)
+    drafted_K = np.arange(most + 1)
     while (live_NK := positions_NK < lengths_N[:, None]).any():
         rounds_NK += live_NK
         runs_NK = np.take_along_axis(runs_NT, np.where(live_NK, positions_NK, 0), axis=1)
-        positions_NK += np.where(live_NK, np.minimum(runs_NK, np.arange(most + 1)) + 1, 0)
-    return rounds_NK
+        positions_NK += np.where(live_NK, np.minimum(runs_NK, drafted_K) + 1, 0)
+        catch_ups_NK += live_NK & (runs_NK >= drafted_K) & (drafted_K > 0) & (positions_NK < lengths_N[:, None])
+    return rounds_NK, catch_ups_NK
