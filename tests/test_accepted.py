@@ -84,8 +84,6 @@ def test_a_pass_over_two_tokens_counts_as_what_it_takes() -> None:
     assert (rounds_K.tolist(), catch_ups_K.tolist()) == ([8, 4], [0, 3])
     found = draft_speedup(rounds_K, 8, 0.5, [1, 1.6], catch_ups_K)
     assert found.speedups_K[1] == pytest.approx(8 / (0.5 * (1 + 3 * 1.6) + 4 * 1.6))
-    found = draft_speedup(rounds_K, 8, 0.5, [1, 1.6], catch_ups_K, draft_pair_ratio=1.2)
-    assert found.speedups_K[1] == pytest.approx(8 / (0.5 * (1 + 3 * 1.2) + 4 * 1.6))
 
 
 def test_no_text_takes_no_rounds() -> None:
@@ -142,3 +140,18 @@ def test_what_does_not_fit_together_is_refused() -> None:
         draft_speedup(np.array([4, 2]), 5, 0.5, [1, 1])
     with pytest.raises(AssertionError, match="n-gram has tokens"):
         PromptLookup([1, 2], 0)
+
+
+@given(hits_of_a_text, st.integers(1, MOST))
+def test_a_round_behind_a_full_one_begins_with_two_tokens(hits: list[bool], most: int) -> None:
+    position, behind_full, catch_ups = 0, False, 0
+    while position < len(hits):
+        catch_ups += behind_full
+        right = leading_matches([True] * most, hits[position:])
+        behind_full, position = right == most, position + right + 1
+    assert catch_ups_of(np.array([hits]), most)[0, most] == catch_ups
+    rounds_K, catch_ups_K = (count(np.array([hits]), most)[0] for count in (rounds_of, catch_ups_of))
+    dear = [1.0, *(1.5 for _ in range(most))]
+    found = draft_speedup(rounds_K, len(hits), 0.5, dear, catch_ups_K)
+    spent = rounds_K[most] * (most * 0.5 + 1.5) + catch_ups * 0.5 * 0.5
+    assert found.speedups_K[most] == pytest.approx(len(hits) / spent)

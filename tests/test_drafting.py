@@ -78,8 +78,9 @@ def test_a_front_of_drafts_is_drawn_by_disagreement(drafted: Path) -> None:
         assert child.agreement is not None and child.draft is not None and child.test is not None
         assert child.test.agreement is not None and child.test.agreement.tokens > 0
         speedups = [
-            1 / (rounds * (k / child.decode_speedup.median + CHEAP.medians[k]))
-            for k, rounds in enumerate(child.agreement.rounds)
+            1 / (rounds * (k / speed + CHEAP.medians[k]) + catch_ups * 0.05 / speed)
+            for speed in (child.decode_speedup.median,)
+            for k, (rounds, catch_ups) in enumerate(zip(child.agreement.rounds, child.agreement.catch_ups, strict=True))
         ]
         assert child.draft_speedup == pytest.approx(max(speedups)) and child.usable == (max(speedups) > 1)
 

@@ -84,6 +84,7 @@ def test_the_best_draft_length_follows_from_rounds_and_passes() -> None:
     best = found.draft(0.25, FREE)
     # 14 tokens in one round of 13 drafted ones; or in two of 6, which cost 2 (6 / 4 + 1).
     assert best.drafted in range(1, MOST_DRAFTED + 1)
+    # Nothing is dearer over two tokens than over one.
     expected = [1 / (rounds * (k * 0.25 + 1)) for k, rounds in enumerate(found.rounds)]
     assert best.speedup == approx(max(expected)) and best.drafted == int(np.argmax(expected))
     dear = (1.0, *(1.0 + 2 * k for k in range(1, MOST_DRAFTED + 1)))
@@ -103,7 +104,8 @@ def test_prompt_lookup_finds_what_repeats() -> None:
 def test_what_a_draft_needs_is_said_before_there_is_one() -> None:
     verify = (1.0, 1.1, *(1.2 for _ in range(MOST_DRAFTED - 1)))
     (line,) = worth_of_drafts(verify, halved=2.0, fastest=5.0)
-    assert "60% of tokens with every block halved" in line and "30% of them" in line
+    # With k = 1: (1 + a) tokens for 0.5 + 1.1, and a times 0.05 for the draft's pass over two.
+    assert "63% of tokens with every block halved" in line and "31% of them" in line
     *_, hopeless = worth_of_drafts((1.0, 2.0, *(3.0 for _ in range(MOST_DRAFTED - 1))), halved=2.0, fastest=5.0)
     assert "no draft of this space can pay" in hopeless
 

@@ -62,6 +62,9 @@ def decode_with(run: Run, judges: Judges, record: Record, prompts: int, new_toke
         advance(2, 2)
     found = _figures(with_draft)
     rounds = sum(len(one.accepted) for one in with_draft.speculative)
+    catch_ups = sum(one.accepted[:-1].count(drafted) for one in with_draft.speculative)
+    step = 1 / record.decode_speedup.median
+    spent = rounds * (drafted * step + verify.medians[drafted]) + catch_ups * step * (verify.medians[1] - 1)
     tokens = sum(len(one.ids) for one in with_draft.speculative)
     return {
         **found,
@@ -69,7 +72,7 @@ def decode_with(run: Run, judges: Judges, record: Record, prompts: int, new_toke
         "prompts": len(texts),
         "new_tokens": new_tokens,
         "tokens_a_round": tokens / rounds,
-        "foretold_speedup": tokens / (rounds * (drafted / record.decode_speedup.median + verify.medians[drafted])),
+        "foretold_speedup": tokens / spent,
         "lookup": _figures(with_lookup),
     }
 

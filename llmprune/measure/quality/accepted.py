@@ -82,22 +82,20 @@ def draft_speedup(
     draft_s_over_parent_s: float,
     verify_ratios: Sequence[float],
     catch_ups_K: Counts | Floats | None = None,
-    draft_pair_ratio: float | None = None,
 ) -> DraftSpeedup:
     """How much faster `tokens` tokens are written in so many rounds (K+1,) than by the parent alone.
 
     The unit of time is the parent's decode step. A round of k takes k of the draft's, each `draft_s_over_parent_s`,
     and one pass of the parent over k + 1 tokens, `verify_ratios[k]`, whose first is 1. In `catch_ups_K` of the rounds
-    the draft's first pass is over two tokens and takes `draft_pair_ratio` of its decode steps, by default as many as
-    the parent's. Without catch-ups all its passes count as steps, which flatters a good draft where a pass over two
-    costs much more than one over one, as on a CPU.
+    the draft's first pass is over two tokens, and is taken to cost as many of its decode steps as the parent's does of
+    the parent's: on a CPU that is much more than one.
     """
     assert len(rounds_K) == len(verify_ratios), f"{len(rounds_K)} draft lengths, {len(verify_ratios)} passes"
     assert rounds_K[0] == tokens > 0, f"{rounds_K[0]} rounds of one token each write {tokens} tokens"
     assert verify_ratios[0] == 1, "the parent's decode step is the unit"
     steps_K: npt.NDArray[np.float64] = rounds_K * np.arange(len(rounds_K), dtype=np.float64)
     if catch_ups_K is not None and len(rounds_K) > 1:
-        steps_K = steps_K + catch_ups_K * ((verify_ratios[1] if draft_pair_ratio is None else draft_pair_ratio) - 1)
+        steps_K = steps_K + catch_ups_K * (verify_ratios[1] - 1)
     speedups_K = tokens / (steps_K * draft_s_over_parent_s + rounds_K * np.asarray(verify_ratios, dtype=np.float64))
     return DraftSpeedup(int(speedups_K.argmax()), speedups_K)
 

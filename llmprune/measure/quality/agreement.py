@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel
 
 from llmprune.data.tokens import SourceTokens, Split
-from llmprune.measure.quality.accepted import draft_speedup, lookup_rounds, rounds_of
+from llmprune.measure.quality.accepted import Counts, Floats, catch_ups_of, draft_speedup, lookup_rounds, rounds_of
 from llmprune.measure.value import Value
 
 MOST_DRAFTED = 16
@@ -40,12 +39,14 @@ class Agreement(Value):
     """Share of tokens that the draft finds likeliest too."""
     rounds: tuple[float, ...]
     """Rounds a token, for each draft length (K+1)."""
+    catch_ups: tuple[float, ...]
+    """Those of them that the draft begins with a pass over two tokens."""
     tokens: int
 
     def draft(self, draft_s_over_parent_s: float, verify_ratios: Sequence[float]) -> Draft:
         """The best draft length and what it gives, where the draft's decode step takes so much of the parent's, and a
         pass of the parent over n + 1 tokens so much of one over a single one."""
-        return _best(np.array(self.rounds), draft_s_over_parent_s, verify_ratios)
+        return _best(np.array(self.rounds), draft_s_over_parent_s, verify_ratios, np.array(self.catch_ups))
 
 
 def hits_of(tokens_T: torch.Tensor, logits_TV: torch.Tensor) -> torch.Tensor:
@@ -69,16 +70,23 @@ def _hits(model: PreTrainedModel, ids_T: torch.Tensor) -> torch.Tensor:
 
 def agreement_of(split: Split, hits: Mapping[str, torch.Tensor]) -> Agreement:
     """What each source's (N, T - 1) hits amount to, on the tokens of a split that the parent wrote."""
-    share, rounds_K, tokens = 0.0, np.zeros(MOST_DRAFTED + 1), 0
+    share, tokens = 0.0, 0
+    rounds_K, catch_ups_K = np.zeros(MOST_DRAFTED + 1), np.zeros(MOST_DRAFTED + 1)
     for name, _, start, own_N in _written(split):
         hits_NT = hits[name][:, start - 1 :].numpy()
         counted_NT = np.arange(hits_NT.shape[1]) < own_N[:, None]
         weight = split.weights[name] / own_N.sum()
         share += weight * (hits_NT & counted_NT).sum()
         rounds_K += weight * rounds_of(hits_NT, MOST_DRAFTED, own_N).sum(0)
+        catch_ups_K += weight * catch_ups_of(hits_NT, MOST_DRAFTED, own_N).sum(0)
         tokens += int(own_N.sum())
     # Without a draft a token is a round, and weights sum to 1 but for rounding.
-    return Agreement(share=float(share), rounds=(1.0, *rounds_K[1:].tolist()), tokens=tokens)
+    return Agreement(
+        share=float(share),
+        rounds=(1.0, *rounds_K[1:].tolist()),
+        catch_ups=(0.0, *catch_ups_K[1:].tolist()),
+        tokens=tokens,
+    )
 
 
 def lookup_draft(split: Split, verify_ratios: Sequence[float]) -> Draft:
@@ -94,8 +102,9 @@ def lookup_draft(split: Split, verify_ratios: Sequence[float]) -> Draft:
 
 def needed_agreement(draft_s_over_parent_s: float, verify_ratios: Sequence[float]) -> float:
     """The share of tokens on which a draft must agree for its parent to gain anything: a single drafted token, which is
-    the first to pay, makes `1 + share` tokens a round."""
-    return draft_s_over_parent_s + verify_ratios[1] - 1
+    the first to pay, makes `1 + share` tokens a round, and where it is right the next round's draft reads two."""
+    longer = verify_ratios[1] - 1
+    return (draft_s_over_parent_s + longer) / max(1e-9, 1 - longer * draft_s_over_parent_s)
 
 
 def worth_of_drafts(verify_ratios: Sequence[float], halved: float, fastest: float) -> list[str]:
@@ -115,7 +124,7 @@ def worth_of_drafts(verify_ratios: Sequence[float], halved: float, fastest: floa
     return lines
 
 
-def _written(split: Split) -> Iterator[tuple[str, SourceTokens, int, npt.NDArray[np.int64]]]:
+def _written(split: Split) -> Iterator[tuple[str, SourceTokens, int, Counts]]:
     """Each source by name, where in its windows the parent began to write, and how many tokens it wrote in each."""
     assert split.own_after is not None, "the parent wrote it"
     for name, source in split.sources.items():
@@ -123,6 +132,8 @@ def _written(split: Split) -> Iterator[tuple[str, SourceTokens, int, npt.NDArray
         yield name, source, split.own_after, source.own.numpy()
 
 
-def _best(rounds_K: npt.NDArray[np.float64], draft_s_over_parent_s: float, verify_ratios: Sequence[float]) -> Draft:
-    found = draft_speedup(rounds_K, 1, draft_s_over_parent_s, verify_ratios)
+def _best(
+    rounds_K: Floats, draft_s_over_parent_s: float, verify_ratios: Sequence[float], catch_ups_K: Floats | None = None
+) -> Draft:
+    found = draft_speedup(rounds_K, 1, draft_s_over_parent_s, verify_ratios, catch_ups_K)
     return Draft(drafted=found.drafted, speedup=float(found.speedups_K[found.drafted]))
