@@ -1,7 +1,12 @@
-"""What must stand before torch and huggingface_hub are imported, and a run that several test files read."""
+"""What must stand before torch and huggingface_hub are imported, and a run that several test files read.
+
+xdist's controller reads this file as well, before it starts the processes that run tests: what takes seconds to import
+is imported where it is used.
+"""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -14,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -29,24 +34,22 @@ os.environ["LLMPRUNE_TURNS"] = tempfile.mkdtemp(prefix="llmprune-turns-")
 
 import postgres
 from forked import Interpreters
-from tiny import paired_by_bytes, tiny_recipe, write_front
 
-from llmprune.cli.main import main
-from llmprune.core.budgets import parse_pick
-from llmprune.core.recipe import Recipe
-from llmprune.forecast import rates
-from llmprune.models import checkpoint, fresh_process
-from llmprune.models.expected import Proof
-from llmprune.pipeline.commands import export, front, search
-from llmprune.pipeline.run import Run
-from llmprune.pipeline.run_directory import RunDirectory
-from llmprune.search import judging
-from llmprune.tables import block_tables, reach
+if TYPE_CHECKING:
+    from llmprune.core.recipe import Recipe
+
+
+def pytest_collection_finish() -> None:
+    """Whatever is timed collects garbage first: not among all that torch, transformers and the tests have imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_forecasts() -> Iterator[None]:
     """What a machine does in a second is asked for a twentieth of one, and how long a process takes to start once."""
+    from llmprune.forecast import rates
+
     with (
         patch.object(rates, "BUDGET_S", rates.BUDGET_S / 20),
         patch.object(rates, "process_seconds", cache(rates.process_seconds)),
@@ -54,22 +57,21 @@ def quick_forecasts() -> Iterator[None]:
         yield
 
 
-_started = fresh_process.run_script
+@pytest.fixture(scope="session", autouse=True)
+def forked_proofs() -> Iterator[Callable[..., Any]]:
+    """Proofs in forks of an interpreter that has imported torch and transformers. Gives what they replace."""
+    from llmprune.models import fresh_process
+
+    interpreters, replaced = Interpreters(), fresh_process.run_script
+    with patch.object(fresh_process, "run_script", interpreters.run_script):
+        yield replaced
+    interpreters.stop()
 
 
 @pytest.fixture
-def started() -> Callable[..., Any]:
+def started(forked_proofs: Callable[..., Any]) -> Callable[..., Any]:
     """What runs the scripts of proofs outside of this suite."""
-    return _started
-
-
-@pytest.fixture(scope="session", autouse=True)
-def forked_proofs() -> Iterator[None]:
-    """Proofs in forks of an interpreter that has imported torch and transformers."""
-    interpreters = Interpreters()
-    with patch.object(fresh_process, "run_script", interpreters.run_script):
-        yield
-    interpreters.stop()
+    return forked_proofs
 
 
 def pytest_sessionfinish() -> None:
@@ -93,6 +95,17 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
     Only the export is proven in a fresh process.
     """
+    from tiny import paired_by_bytes, tiny_recipe, write_front
+
+    from llmprune.core.budgets import parse_pick
+    from llmprune.models import checkpoint
+    from llmprune.models.expected import Proof
+    from llmprune.pipeline.commands import export, front, search
+    from llmprune.pipeline.run import Run
+    from llmprune.pipeline.run_directory import RunDirectory
+    from llmprune.search import judging
+    from llmprune.tables import block_tables, reach
+
     root = tmp_path_factory.mktemp("finished")
     finished = Finished(tiny_recipe(root), root / "run", root / "exported" / "child")
     with (
@@ -134,6 +147,8 @@ Llmprune = Callable[..., Result]
 
 @pytest.fixture
 def llmprune(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Llmprune:
+    from llmprune.cli.main import main
+
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["llmprune", *map(str, arguments)])
         capfd.readouterr()

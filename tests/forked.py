@@ -7,6 +7,7 @@ itself starts one is tested by itself (test_checkpoint.py).
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -51,6 +52,7 @@ def serve() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
     assert AutoModelForCausalLM and AutoTokenizer, "these import the rest"
+    gc.freeze()  # what is imported stays shared with every fork
     for line in sys.stdin:
         process = os.fork()
         if process == 0:

@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -172,19 +171,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def strangers(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one fresh process without llmprune makes of all of them."""
+    """What one process without llmprune makes of all of them, forked as proofs are."""
     root = tmp_path_factory.mktemp("stranger")
     jobs = [(name, str(path), json.loads(Path(f"{path}.json").read_text())[0]) for name, path in saved.items()]
     (root / "script.py").write_text(STRANGER)
     (root / "jobs.json").write_text(json.dumps(jobs))
-    finished = subprocess.run(
-        [sys.executable, "-P", str(root / "script.py"), str(root / "jobs.json")],
-        env={**os.environ, "HF_MODULES_CACHE": str(root / "modules")},
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules")}
+    finished = fresh_process.run_script(str(root / "script.py"), [str(root / "jobs.json")], environment)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return json.loads(finished.stdout.splitlines()[-1])
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from closeness import tolerance
 from conftest import Finished, Llmprune
-from tasks_tiny import write_tasks
+from tasks_tiny import own_tasks_of, write_tasks
 from tiny import contents
 from transformers import AutoModelForCausalLM
 
@@ -236,7 +236,8 @@ def test_an_error_of_the_user_comes_before_any_weights(
     before = contents(tmp_path)
     places = {"tmp": tmp_path, "bare": bare, "half": half}
     filled = [part.format(**places) for part in arguments.split()]
-    result = llmprune("eval", run, *filled, "--include-path", task_files, *QUICK, "--quiet")
+    with own_tasks_of("piqa"):
+        result = llmprune("eval", run, *filled, "--include-path", task_files, *QUICK, "--quiet")
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("error: ") and result.err.count("\n") == 1 and message in result.err, result.err
     assert contents(tmp_path) == before

@@ -24,22 +24,30 @@ from llmprune.measure.speed.graphs import WARM_UPS, StaticGeneration, as_it_is, 
 from llmprune.measure.speed.throughput import Workload, measure_paired, passes_of, running, steady_process, token_ids
 
 CPU = torch.device("cpu")
-LENGTH = 22
+LENGTH = 18
+PROMPTS = {"one token": 1, "into the window": 6, "beyond the window": 11}
 GRAPHS = Workload(2, 6, 4, "float32", 1, "cpu", graphs=True)
 
 
-@pytest.mark.parametrize("prompt", [1, 6, 11], ids=["one token", "into the window", "beyond the window"])
-@pytest.mark.parametrize("of", [tiny_model, child_of], ids=["parent", "child"])
+@pytest.mark.parametrize(
+    ("of", "prompt"),
+    [
+        *((tiny_model, prompt) for prompt in PROMPTS),
+        # A whole text one by one is the parent's: a child lacks layers and is narrower, whatever the prompt.
+        *((child_of, prompt) for prompt in ("into the window", "beyond the window")),
+    ],
+    ids=lambda one: {tiny_model: "parent", child_of: "child"}.get(one, one),
+)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_every_step_computes_what_it_does_with_a_growing_cache(
-    case: Case, of: Callable[[Case], PreTrainedModel], prompt: int, monkeypatch: pytest.MonkeyPatch
+    case: Case, of: Callable[[Case], PreTrainedModel], prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sliding windows of these families are 8 tokens wide, and phi3's longrope changes its frequencies after 16."""
     model, ids_BT = of(case), tokens(2, LENGTH)
-    expected = grown(model, ids_BT, prompt)
+    expected = grown(model, ids_BT, PROMPTS[prompt])
     miniature_cuda.install(monkeypatch)
     for record in (as_it_is, cuda_graphs(CPU)):
-        for found_BV, expected_BV in zip(static(model, ids_BT, prompt, record), expected, strict=True):
+        for found_BV, expected_BV in zip(static(model, ids_BT, PROMPTS[prompt], record), expected, strict=True):
             assert_close(found_BV, expected_BV)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from llmprune.core.errors import ArchitectureError, ModelError, UnsupportedModelError
 from llmprune.data.tokens import SourceTokens, Split
+from llmprune.models import fresh_process
 from llmprune.models.loading import quiet_loading
 from llmprune.models.modeling_pruned import FAMILIES
 from llmprune.models.parent import Parent, make_parent
@@ -292,9 +292,10 @@ def test_a_stranger_loads_a_child_that_its_own_config_refuses(tmp_path: Path) ->
     parent = tiny_parent(CASE["llama-gqa"])
     child = cut_hidden(parent, split_of(), 32, way="rotation").model
     with quiet_loading():
-        child.save_pretrained(tmp_path)
-    command = [sys.executable, "-P", "-c", STRANGER, str(tmp_path)]
-    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        child.save_pretrained(tmp_path / "child")
+    (tmp_path / "script.py").write_text(STRANGER)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    finished = fresh_process.run_script(str(tmp_path / "script.py"), [str(tmp_path / "child")], environment)
     assert finished.returncode == 0, finished.stderr[-3000:]
     name, total = finished.stdout.split()
     assert name == "MistralForCausalLM"

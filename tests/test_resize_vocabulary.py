@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -36,6 +36,7 @@ from llmprune.data.tokens import IntArray
 from llmprune.formats.gguf import write_gguf
 from llmprune.formats.gguf_tokenizer import tokenizer_problem
 from llmprune.measure.speed.llamacpp import GgufModel
+from llmprune.models import fresh_process
 from llmprune.models.parent import make_parent
 from llmprune.resize.derivations import derivations, with_parts
 from llmprune.resize.rows import cut_vocabulary
@@ -148,11 +149,21 @@ def test_nothing_happens_to_the_parent(kind: str) -> None:
 
 LOAD_TOKENIZERS = """
 import json, sys
+from pathlib import Path
 from transformers import AutoTokenizer
-texts = json.loads(sys.stdin.read())
-loaded = [AutoTokenizer.from_pretrained(place) for place in sys.argv[1:]]
+texts = json.loads(Path(sys.argv[1]).read_text())
+loaded = [AutoTokenizer.from_pretrained(place) for place in sys.argv[2:]]
 print(json.dumps([[type(one).__name__, one(texts)["input_ids"], one.get_vocab(), one.chat_template] for one in loaded]))
 """
+
+
+def in_another_process(script: str, directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script in a process without llmprune, forked as proofs are."""
+    (directory / "script.py").write_text(script)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(directory / "modules")}
+    finished = fresh_process.run_script(str(directory / "script.py"), arguments, environment)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished
 
 
 def test_a_saved_tokenizer_is_the_same_in_another_process(tmp_path: Path) -> None:
@@ -160,13 +171,8 @@ def test_a_saved_tokenizer_is_the_same_in_another_process(tmp_path: Path) -> Non
     for at, kind in enumerate(KINDS):
         cut_of(kind).save_pretrained(tmp_path / str(at))
     places = [str(tmp_path / str(at)) for at in range(len(KINDS))]
-    finished = subprocess.run(
-        [sys.executable, "-c", LOAD_TOKENIZERS, *places],
-        input=json.dumps(texts),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    finished = in_another_process(LOAD_TOKENIZERS, tmp_path, str(tmp_path / "texts.json"), *places)
     for kind, (name, ids, vocab, template) in zip(KINDS, json.loads(finished.stdout), strict=True):
         cut = cut_of(kind)
         assert (name, vocab, template) == (type(cut).__name__, cut.get_vocab(), cut.chat_template), kind
@@ -461,8 +467,11 @@ print("all", len(sys.argv) - 1)
 def test_saved_models_load_whole_in_another_process(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
+    # Tied and not, of every family.
+    named = zip(CASES, IDS, strict=True)
+    names = {(one.model_type, one.values.get("tie_word_embeddings")): name for one, name in named}
     places = []
-    for name in IDS:
+    for name in names.values():
         child, _ = cut_vocabulary(tiny_model(CASES[IDS.index(name)]), tokenizer_of_300(), kept_of_300())
         child.save_pretrained(tmp_path / name)
         places.append(str(tmp_path / name))
@@ -470,8 +479,8 @@ def test_saved_models_load_whole_in_another_process(tmp_path: Path) -> None:
         with torch.inference_mode():
             logits = child(ids).logits
         save_file({"ids": ids, "logits": logits}, tmp_path / f"{name}.logits.safetensors")
-    finished = subprocess.run([sys.executable, "-c", LOAD_MODELS, *places], capture_output=True, text=True)
-    assert finished.stdout == f"all {len(IDS)}\n", finished.stderr
+    finished = in_another_process(LOAD_MODELS, tmp_path, *places)
+    assert finished.stdout == f"all {len(names)}\n", finished.stderr
 
 
 def llama_of(tokenizer: Any, **values: Any) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import Finished, Llmprune
-from tasks_tiny import TASKS, write_tasks
+from tasks_tiny import TASKS, own_tasks_of, write_tasks
 
 from llmprune.core.errors import TaskError
 from llmprune.core.recipe_inputs import ModelRecipe
@@ -36,11 +36,25 @@ def task_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
+# Reading lm-eval's own 15,000 tasks takes ten seconds, and none of them is asked for.
+OWN_COMMAND = """
+from lm_eval import tasks
+from lm_eval.__main__ import cli_evaluate
+
+class TaskManager(tasks.TaskManager):
+    def __init__(self, **settings):
+        super().__init__(include_defaults=False, **settings)
+
+tasks.TaskManager = TaskManager
+cli_evaluate()
+"""
+
+
 def by_its_own_command(checkpoint: Path, task_files: Path, scratch: Path, cache: Path, *options: str) -> Any:
     """What `lm_eval` writes of a checkpoint, in a process of its own that trusts the checkpoint's code."""
     finished = subprocess.run(
         [
-            *(sys.executable, "-m", "lm_eval", "run", "--model", "hf"),
+            *(sys.executable, "-c", OWN_COMMAND, "run", "--model", "hf"),
             *("--model_args", f"pretrained={checkpoint},trust_remote_code=True"),
             *("--tasks", ",".join(TASKS), "--include_path", str(task_files), "--limit", str(LIMIT)),
             *("--device", "cpu", "--output_path", str(scratch / "out"), "--log_samples", *options),
@@ -165,7 +179,8 @@ def test_a_group_is_asked_as_one_and_brings_its_tasks(finished_run: Finished, tm
         "group: tiny_group\ntask: [tiny_choice]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
     )
     model, tokenizer = load_model(ModelRecipe(path=str(finished_run.export), device="cpu"))
-    tasks = open_tasks(["tiny_group"], limit=LIMIT, include_path=files)
+    with own_tasks_of("piqa"):
+        tasks = open_tasks(["tiny_group"], limit=LIMIT, include_path=files)
     assert tasks.identities.keys() == {"tiny_group"} and tasks.aggregations.keys() == {"tiny_choice"}
     found = run_task(model, tokenizer, tasks, "tiny_group")
     assert found.keys() == {"tiny_group", "tiny_choice"}
@@ -221,5 +236,5 @@ def test_what_cannot_be_asked_is_said_before_a_model_is_loaded(
             .replace("task: tiny_choice", f"task: {name}")
         )
         (files / f"{name}.yaml").write_text(text)
-    with pytest.raises(TaskError, match=message):
+    with own_tasks_of("piqa"), pytest.raises(TaskError, match=message):
         open_tasks(names, **{"include_path": files, **options})
