@@ -26,18 +26,20 @@ from llmprune.pipeline import fitting
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 sys.argv[0] = "llmprune"
 rates.BUDGET_S, rates.LARGEST_SIDE, fitting.GENERAL_RECIPES = 0.02, 256, ()
+rates.process_seconds = lambda: 4.0
 try:
     main()
 finally:
     print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base), file=sys.stderr)
 """
-QWEN3_8B = {
+# Eight billion parameters in many layers: the fewer numbers a layer has, the sooner three of them are timed.
+QWEN3_DEEP = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
-    "hidden_size": 4096,
-    "intermediate_size": 12_288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 160,
+    "num_attention_heads": 16,
     "num_key_value_heads": 8,
     "head_dim": 128,
     "vocab_size": 151_936,
@@ -61,10 +63,9 @@ def unreadable_weights(parent: Path) -> None:
     (parent / "model.safetensors").write_bytes(b"no tensor is in here")
 
 
-@pytest.mark.parametrize("spoil", [without_weights, unreadable_weights])
-@pytest.mark.parametrize("engine", ["torch", "llamacpp"])
+@pytest.mark.parametrize(("engine", "spoil"), [("torch", without_weights), ("llamacpp", unreadable_weights)])
 def test_a_model_without_weights_is_forecast(
-    spoil: Callable[[Path], None], engine: str, finished_run: Finished, tmp_path: Path, llmprune: Llmprune
+    engine: str, spoil: Callable[[Path], None], finished_run: Finished, tmp_path: Path, llmprune: Llmprune
 ) -> None:
     parent = Path(shutil.copytree(finished_run.recipe.model.path, tmp_path / "parent"))
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"
@@ -119,7 +120,7 @@ def test_a_large_model_of_the_hub_is_forecast_from_its_config(tmp_path: Path) ->
     """Eight billion parameters, of which the cache has config.json alone: no tokenizer, no weight."""
     commit, repo = "0" * 40, tmp_path / "hub" / "models--someone--large"
     (repo / "snapshots" / commit).mkdir(parents=True)
-    (repo / "snapshots" / commit / "config.json").write_text(json.dumps(QWEN3_8B))
+    (repo / "snapshots" / commit / "config.json").write_text(json.dumps(QWEN3_DEEP))
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     quick = ("data.seq_len=16", "workload.prompt_tokens=4", "workload.generated_tokens=2", "search.targets=[1.01]")
@@ -133,10 +134,10 @@ def test_a_large_model_of_the_hub_is_forecast_from_its_config(tmp_path: Path) ->
         *quick,
         home=tmp_path,
     )
-    assert said["params"] == 8_190_735_360 and said["bytes"] == 2 * said["params"]
-    # Three layers and some rows of 16 GB, and a half-sized child of them.
+    assert said["params"] == 8_676_091_904 and said["bytes"] == 2 * said["params"]
+    # Three layers and some rows of 17 GB, and a half-sized child of them.
     assert said["rates_of"]["layers"] == 3 and said["rates_of"]["rows"] < 20_000
-    assert taken < 4e9
+    assert taken < 2e9
     assert said["total"]["seconds"] > 0 and said["total"]["peak_memory_bytes"] > said["bytes"]
     assert said["reach"]["decode"]["fastest"] > said["reach"]["decode"]["halved"] > 1
     assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from llmprune.choices.kv_groups import AttentionChoice
 from llmprune.choices.merged import MergedChoice
 from llmprune.core.budgets import parse_pick
 from llmprune.core.errors import RunDirectoryError, UnsupportedModelError
+from llmprune.core.recipe import Recipe
+from llmprune.measure.record import Record
 from llmprune.models import checkpoint
 from llmprune.pipeline.commands import export, front, search
 from llmprune.pipeline.prepare import lay_ground, prepare, stock_up
@@ -27,26 +30,31 @@ from llmprune.tables import block_tables, reach
 MERGED = MergedChoice(1)
 
 
-@pytest.mark.parametrize("sampler", ["slp", "evopress", "nsga2"])
-def test_a_run_finds_scores_and_proves_merged_children(
-    sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def merging_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """FFNs stay whole, and nothing is dropped: all that can change is merged."""
     for module in (judging, block_tables, reach):
         monkeypatch.setattr(module, "measure_paired", paired_by_bytes)
-    # FFNs stay whole, and nothing is dropped: all that can change is merged.
-    recipe = changed(
+    return changed(
         tiny_recipe(tmp_path),
         *("space.merge_kv=true", "space.drop=false", "space.kv_groups_step=2", "space.ffn_step=32"),
-        *(
-            f"search.sampler={sampler}",
-            "search.targets=[1.02]",
-            "front.checkpoints=none",
-            "export.pick=ppl_ratio<=1000",
-        ),
+        *("search.sampler=slp", "search.targets=[1.02]", "front.checkpoints=none", "export.pick=ppl_ratio<=1000"),
         "front.baselines=[uniform, milp, random]",
     )
+
+
+def assert_merged(records: Sequence[Record]) -> None:
+    assert any(layer.attention == MERGED for record in records for layer in record.architecture.layers)
+    for record in records:
+        heads = sum(layer.attention.kv_groups for layer in record.architecture.layers)
+        assert record.kv_bytes_per_token == heads * 2 * 6 * 4
+
+
+def test_a_run_finds_scores_and_proves_merged_children(
+    merging_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with RunDirectory(tmp_path / "run").locked():
-        run = Run.start(tmp_path / "run", recipe)
+        run = Run.start(tmp_path / "run", merging_recipe)
         assert lay_ground(run).space.attention == (MERGED, AttentionChoice(2))
         search(run)
         measured = front(run)
@@ -56,13 +64,18 @@ def test_a_run_finds_scores_and_proves_merged_children(
         once, again = prepare(run), prepare(Run.open(tmp_path / "run"))
         assert again.tables == once.tables and again.library.hash == once.library.hash
         # Proven in a fresh process.
-        export(run, parse_pick(recipe.export.pick), tmp_path / "child")
-    assert any(layer.attention == MERGED for record in measured.children for layer in record.architecture.layers)
-    for record in measured.children:
-        heads = sum(layer.attention.kv_groups for layer in record.architecture.layers)
-        assert record.kv_bytes_per_token == heads * 2 * 6 * 4
+        export(run, parse_pick(merging_recipe.export.pick), tmp_path / "child")
+    assert_merged(measured.children)
     metadata = json.loads((tmp_path / "child" / checkpoint.METADATA_FILE).read_text())
     assert "merged_kv_groups" in json.dumps(metadata["architecture"])
+
+
+@pytest.mark.parametrize("sampler", ["evopress", "nsga2"])
+def test_other_samplers_find_merged_children(sampler: str, merging_recipe: Recipe, tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run").locked():
+        run = Run.start(tmp_path / "run", changed(merging_recipe, f"search.sampler={sampler}", "front.baselines=[]"))
+        search(run)
+        assert_merged(front(run).children)
 
 
 def test_a_family_that_cannot_say_it_is_refused_before_anything_is_run(tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +26,7 @@ from llmprune.core.errors import ExportError, RecipeError, RunDirectoryError
 from llmprune.core.recipe_recover import RecoverRecipe
 from llmprune.measure.quality.perplexity import score
 from llmprune.measure.record import child_id
+from llmprune.models import fresh_process
 from llmprune.pipeline import recovery
 from llmprune.pipeline.commands import compress, export, front
 from llmprune.pipeline.prepare import stock_up
@@ -264,19 +268,57 @@ def test_baselines_are_recovered_on_as_many_tokens(
     assert child.done
 
 
-@pytest.mark.parametrize("further", [[], ["recover.shard=true"]], ids=["whole", "spread"])
+TEAM = """
+import os, sys
+from llmprune.cli.main import main
+
+other = os.fork()
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
+sys.argv[0] = "llmprune"
+try:
+    main()
+finally:
+    if other:
+        assert os.waitpid(other, 0)[1] == 0, "the other process failed"
+"""
+
+
+def by_torchrun(arguments: Sequence[str], scratch: Path) -> subprocess.CompletedProcess[str]:
+    """Two processes, started as a user starts them."""
+    launch = ["--standalone", "--nproc_per_node", "2", "-m", "llmprune"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def by_forks(arguments: Sequence[str], scratch: Path) -> subprocess.CompletedProcess[str]:
+    """Two processes that are told what torchrun tells, forked as proofs are."""
+    (scratch / "team.py").write_text(TEAM)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "HF_MODULES_CACHE": str(scratch / "modules")}
+    return fresh_process.run_script(str(scratch / "team.py"), arguments, {**os.environ, **place, **sizes})
+
+
+@pytest.mark.parametrize(
+    ("launched_by", "further"),
+    [(by_torchrun, []), (by_forks, ["recover.shard=true"])],
+    ids=["whole", "spread"],
+)
 def test_processes_that_train_together_give_what_one_gives(
-    copied: Path, tmp_path: Path, llmprune: Llmprune, further: list[str]
+    launched_by: Callable[[Sequence[str], Path], subprocess.CompletedProcess[str]],
+    further: list[str],
+    copied: Path,
+    tmp_path: Path,
+    llmprune: Llmprune,
 ) -> None:
-    """Started as a user starts them; only sums in another order tell the two trainings apart."""
+    """Only sums in another order tell the two trainings apart."""
     alone = Path(shutil.copytree(copied, tmp_path / "alone"))
     asked = ["--pick", "decode_speedup>=1.25", "--json", "recover.tokens=960", "recover.learning_rate=0.001"]
     asked += ["data.recovery_tokens=1024", "recover.precision=float32"]
     expected = llmprune("recover", alone, *asked)
     assert expected.code == 0, expected.err
-    launch = ["--standalone", "--nproc_per_node", "2", "-m", "llmprune", "recover", str(copied), *asked, *further]
-    command = [sys.executable, "-m", "torch.distributed.run", *launch]
-    launched = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    launched = launched_by(["recover", str(copied), *asked, *further], tmp_path)
     assert launched.returncode == 0, launched.stderr
     # `accelerate launch --cpu` starts a single process, whatever number it is given.
     assert "by 2 processes" in launched.stderr and "processes" not in expected.err

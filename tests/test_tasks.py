@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,8 @@ LIMIT = 14
 
 
 @pytest.fixture(autouse=True)
-def own_data_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    cache = tmp_path_factory.mktemp("datasets")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
-    return cache
+def own_data_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +35,10 @@ def task_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
-# Reading lm-eval's own 15,000 tasks takes ten seconds, and none of them is asked for.
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}> {% endif %}"
+# Runs one command after another. Reading lm-eval's own 15,000 tasks takes ten seconds, and none of them is asked for.
 OWN_COMMAND = """
+import json, sys
 from lm_eval import tasks
 from lm_eval.__main__ import cli_evaluate
 
@@ -46,50 +47,60 @@ class TaskManager(tasks.TaskManager):
         super().__init__(include_defaults=False, **settings)
 
 tasks.TaskManager = TaskManager
-cli_evaluate()
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["lm_eval", *arguments]
+    cli_evaluate()
 """
 
 
-def by_its_own_command(checkpoint: Path, task_files: Path, scratch: Path, cache: Path, *options: str) -> Any:
-    """What `lm_eval` writes of a checkpoint, in a process of its own that trusts the checkpoint's code."""
+@dataclass(frozen=True)
+class Route:
+    """A checkpoint, how it is asked, and what `lm_eval` writes of it then."""
+
+    child: Path
+    fewshot: int | None
+    chat: bool
+    found: Any
+
+
+@pytest.fixture(scope="module")
+def routes(finished_run: Finished, task_files: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Route]:
+    """By lm-eval's own command, in a process of its own that trusts the checkpoint's code."""
+    root = tmp_path_factory.mktemp("own command")
+    asked: dict[str, tuple[int | None, bool]] = {"plain": (None, False), "chat": (2, True)}
+    commands = []
+    for name, (fewshot, chat) in asked.items():
+        child = Path(shutil.copytree(finished_run.export, root / name / "child"))
+        assert (child / "modeling_pruned.py").is_file(), "a child that needs its own code elsewhere"
+        command = ["run", "--model", "hf", "--model_args", f"pretrained={child},trust_remote_code=True"]
+        command += ["--tasks", ",".join(TASKS), "--include_path", str(task_files), "--limit", str(LIMIT)]
+        command += ["--device", "cpu", "--output_path", str(root / name / "out"), "--log_samples"]
+        command += [] if fewshot is None else ["--num_fewshot", str(fewshot)]
+        if chat:
+            (child / "chat_template.jinja").write_text(CHAT)
+            command.append("--apply_chat_template")
+        commands.append(command)
     finished = subprocess.run(
-        [
-            *(sys.executable, "-c", OWN_COMMAND, "run", "--model", "hf"),
-            *("--model_args", f"pretrained={checkpoint},trust_remote_code=True"),
-            *("--tasks", ",".join(TASKS), "--include_path", str(task_files), "--limit", str(LIMIT)),
-            *("--device", "cpu", "--output_path", str(scratch / "out"), "--log_samples", *options),
-        ],
-        env={**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "HF_DATASETS_CACHE": str(cache)},
+        [sys.executable, "-c", OWN_COMMAND, json.dumps(commands)],
+        env={**os.environ, "HF_MODULES_CACHE": str(root / "modules"), "HF_DATASETS_CACHE": str(root / "datasets")},
         capture_output=True,
         text=True,
         check=False,
-        cwd=scratch,
+        cwd=root,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    (file,) = (scratch / "out").rglob("results_*.json")
-    return json.loads(file.read_text())
+    made = {}
+    for name, (fewshot, chat) in asked.items():
+        (file,) = (root / name / "out").rglob("results_*.json")
+        made[name] = Route(root / name / "child", fewshot, chat, json.loads(file.read_text()))
+    return made
 
 
-CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}> {% endif %}"
-
-
-@pytest.mark.parametrize(("fewshot", "chat"), [(None, False), (2, True)])
+@pytest.mark.parametrize("name", ["plain", "chat"])
 def test_both_routes_give_the_same_figures(
-    fewshot: int | None,
-    chat: bool,
-    llmprune: Llmprune,
-    finished_run: Finished,
-    task_files: Path,
-    tmp_path: Path,
-    own_data_cache: Path,
+    name: str, routes: dict[str, Route], llmprune: Llmprune, finished_run: Finished, task_files: Path
 ) -> None:
-    child = Path(shutil.copytree(finished_run.export, tmp_path / "child"))
-    assert (child / "modeling_pruned.py").is_file(), "a child that needs its own code elsewhere"
-    options = [] if fewshot is None else ["--num_fewshot", str(fewshot)]
-    if chat:
-        (child / "chat_template.jinja").write_text(CHAT)
-        options.append("--apply_chat_template")
-    theirs = by_its_own_command(child, task_files, tmp_path, own_data_cache, *options)
+    child, fewshot, chat, theirs = astuple(routes[name])
     asked = [*("--tasks", ",".join(TASKS), "--include-path", task_files, "--limit", LIMIT)]
     asked += [] if fewshot is None else ["--num-fewshot", fewshot]
     asked += ["--apply-chat-template"] if chat else []
