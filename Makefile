@@ -149,12 +149,13 @@ test-numerics: setup
 			$(BIN)/python -m pytest --numprocesses logical --dist worksteal $(NUMERIC); \
 	done
 
-# torchao lies beside .venv's packages: once there, it warns on stderr whenever transformers is imported.
+# torchao lies beside .venv's packages: once there, it warns on stderr whenever transformers is imported. In one process,
+# since more of them would import for longer than they test.
 TORCHAO := $(abspath $(VENV))/torchao
 
 test-torchao: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(TORCHAO) torchao
-	PYTHONPATH=$(TORCHAO) $(BIN)/python -m pytest --numprocesses logical --dist worksteal tests/test_torchao.py
+	PYTHONPATH=$(TORCHAO) $(BIN)/python -m pytest tests/test_torchao.py
 
 # On a CUDA device; where there is none, every test says so and is skipped.
 test-gpu: setup

@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--every", type=float, default=1.0, help="seconds between two kills")
+    parser.add_argument("--kills", type=float, default=float("inf"), help="no more of them; default: until all is done")
     parser.add_argument("--judge-seconds", type=float, default=0.1, help="a nap in every evaluation, so kills hit one")
     parser.add_argument("--storage", help="URL, or journal; default: a PostgreSQL server of its own")
     parser.add_argument("--seed", type=int, default=0)
@@ -115,7 +116,11 @@ def kill_workers(root: Path, url: str | None, arguments: argparse.Namespace) -> 
         # A worker that ends by itself has seen the last trial finished.
         workers = [pid for pid in workers if os.waitpid(pid, os.WNOHANG) == (0, 0)]
         # One that is still loading its model has nothing to lose.
-        at_work = [pid for pid in workers if pid in _begun_by(log)] if time.monotonic() >= next_kill else []
+        at_work = (
+            [pid for pid in workers if pid in _begun_by(log)]
+            if kills < arguments.kills and time.monotonic() >= next_kill
+            else []
+        )
         if at_work:
             victim = chance.choice(at_work)
             _append(log, KILLED, "-", victim)

@@ -39,6 +39,22 @@ if TYPE_CHECKING:
     from llmprune.core.recipe import Recipe
 
 
+# These take longest, and share no fixture of a file.
+FIRST = (
+    *("test_nobody_loses_a_trial_when_workers_are_killed", "test_nor_on_a_journal"),
+    "test_interrupts_and_kills_cost_the_trial_in_flight_and_nothing_else",
+    "test_a_kill_costs_a_trial_and_ctrl_c_ends_all",
+    "test_processes_that_train_together_give_what_one_gives",
+    "test_a_large_model_of_the_hub_is_forecast_from_its_config",
+    "test_every_model_has_a_graph_for_prompts_and_one_for_tokens",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A process that has run out of tests takes the last ones of another's: no long one may be among them."""
+    items.sort(key=lambda item: getattr(item, "originalname", item.name) not in FIRST)
+
+
 def pytest_collection_finish() -> None:
     """Whatever is timed collects garbage first: not among all that torch, transformers and the tests have imported."""
     gc.collect()

@@ -22,11 +22,12 @@ PROGRAM = """
 import resource, sys
 from llmprune.cli.main import main
 from llmprune.forecast import rates
+from llmprune.models import stand_in
 from llmprune.pipeline import fitting
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 sys.argv[0] = "llmprune"
 rates.BUDGET_S, rates.LARGEST_SIDE, fitting.GENERAL_RECIPES = 0.02, 256, ()
-rates.process_seconds = lambda: 4.0
+rates.process_seconds, stand_in.STAND_IN_BYTES = lambda: 4.0, 2**28
 try:
     main()
 finally:

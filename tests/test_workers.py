@@ -166,12 +166,12 @@ def test_a_proxy_stands_before_a_database(llmprune: Llmprune) -> None:
 
 
 def test_nobody_loses_a_trial_when_workers_are_killed(postgres_url: str) -> None:
-    result = killed("--storage", postgres_url, "--trials", "24", "--every", "1.5")
+    result = killed("--storage", postgres_url, "--trials", "24", "--every", "1.5", "--kills", "4")
     assert result["kills"] >= 1
 
 
 def test_nor_on_a_journal(tmp_path: Path) -> None:
-    killed("--storage", "journal", "--trials", "12", "--every", "1")
+    killed("--storage", "journal", "--trials", "12", "--every", "1", "--kills", "3")
 
 
 def killed(*arguments: str) -> dict[str, Any]:
