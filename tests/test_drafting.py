@@ -18,12 +18,14 @@ from llmprune.core.budgets import parse_pick
 from llmprune.core.errors import BudgetError, RecipeError
 from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_text import parse_recipe
+from llmprune.data.tokens import build_token_splits
 from llmprune.measure.record import Front
 from llmprune.measure.speed.throughput import Spread
 from llmprune.measure.speed.verifying import VerifyCosts
 from llmprune.models import checkpoint
 from llmprune.models.expected import Proof
-from llmprune.pipeline import commands, prepare
+from llmprune.models.parent import load_parent
+from llmprune.pipeline import commands, own_text, prepare
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory, read_front
 from llmprune.search import judging
@@ -169,3 +171,39 @@ def test_report_and_card_speak_of_drafts(drafted: Path, llmprune: Llmprune, tmp_
     page = (tmp_path / "report.html").read_text()
     assert "differ, test" in page and "parent with it (drafted)" in page and "test_differs" in page
     assert (tmp_path / "figures" / "front.svg").stat().st_size > 1000
+
+
+def test_a_parent_that_was_stopped_writes_on_where_it_was(
+    finished_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.start(tmp_path / "run", as_drafts(finished_run.recipe))
+    parent = load_parent(run.recipe.model)
+    assert parent.tokenizer is not None
+    splits = build_token_splits(run.recipe.data, parent.tokenizer)
+    monkeypatch.setattr(own_text, "windows_together", lambda length: 4)
+    real, made = own_text.own_windows, list[int]()
+
+    def until(most: int) -> None:
+        def write(model: Any, windows_NT: torch.Tensor, prompt_tokens: int) -> torch.Tensor:
+            if len(made) == most:
+                raise KeyboardInterrupt
+            made.append(len(windows_NT))
+            return real(model, windows_NT, prompt_tokens)
+
+        monkeypatch.setattr(own_text, "own_windows", write)
+
+    until(2)
+    with pytest.raises(KeyboardInterrupt):
+        own_text.in_parents_words(run, parent, splits, PROMPT)
+    until(99)
+    found = own_text.in_parents_words(run, parent, splits, PROMPT)
+    windows = sum(
+        len(s.windows) for name, split in splits.splits.items() if name != "calibration" for s in split.sources.values()
+    )
+    assert sum(made) == windows and len(made) == -(-windows // 4)
+    # Nothing was mixed up: each window goes on from its own beginning, as it would alone.
+    for name, split in splits.splits.items():
+        for source, before in split.sources.items():
+            if name != "calibration":
+                alone = real(parent.model, before.windows, PROMPT)
+                assert torch.equal(found[name].sources[source].windows, alone)
