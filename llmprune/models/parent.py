@@ -160,7 +160,7 @@ def make_parent(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     family = FAMILIES[model.config.model_type]
     # Frozen: nothing of ours trains the parent, and a backward pass through it then costs activations only.
     model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
-    parent = Parent(model, tokenizer, family, _shape_of(model.config, family), source)
+    parent = Parent(model, tokenizer, family, shape_of(model.config, family), source)
     _check_weights(parent)
     return parent
 
@@ -248,7 +248,8 @@ def _quantisation(config: Any) -> str | None:
     return str(settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings.quant_method)
 
 
-def _shape_of(config: Any, family: Family) -> ParentShape:
+def shape_of(config: Any, family: Family) -> ParentShape:
+    """The shape of a model whose layers are all as its config says."""
     heads = getattr(config, family.heads)
     kv_heads = getattr(config, family.kv_heads) if family.kv_heads else heads
     head_dim = None if family.derives_head_dim else getattr(config, "head_dim", None)

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from llmprune.choices.architecture import Architecture, LayerChoice, ParentShape
 from llmprune.choices.choice import Choice, Kept
-from llmprune.choices.dimensions import BlockKind
+from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
 from llmprune.models import modeling_pruned
-from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, Family, input_axis
+from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, ExitRules, Family, input_axis
 from llmprune.models.parent import Parent, check_choices, config_words, is_norm
 from llmprune.models.placement import device_map_of, is_spread
 from llmprune.models.stored import StoredWeight, remember
@@ -128,9 +128,7 @@ def child_config(config: Any, family: Family, shape: ParentShape, architecture: 
     the family's pruned class with a `per_layer_config` otherwise. The parent's config is untouched."""
     kept = architecture.kept_layers
     choices = [architecture.layers[i] for i in kept]
-    values = config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "quantization_config", "_name_or_path"):
-        values.pop(key, None)
+    values = _stated(config)
     for key, value in values.items():
         # Lists with an entry a layer (layer_types, no_rope_layers, ...) lose the entries of layers that are gone;
         # several end-of-text tokens are a list too.
@@ -141,9 +139,7 @@ def child_config(config: Any, family: Family, shape: ParentShape, architecture: 
         values.update(_own_attributes(family, shape, choices[0]))
         child = type(config)(**values)
     else:
-        values["head_dim"] = shape.head_dim
-        values["per_layer_config"] = {str(i): _layer_entry(family, shape, choice) for i, choice in enumerate(choices)}
-        child = pruned_classes(config.model_type)[0](**values)
+        child = _pruned_config(config.model_type, values, shape, choices)
     if architecture.vocabulary.stored:
         child.stored_vocabulary = architecture.vocabulary.stored
     if any(choice.stored for layer in choices for choice in layer.blocks):
@@ -151,6 +147,35 @@ def child_config(config: Any, family: Family, shape: ParentShape, architecture: 
     child.dtype = config.dtype
     child._attn_implementation = config._attn_implementation
     return child
+
+
+def exits_config(config: Any, shape: ParentShape, rules: ExitRules) -> Any:
+    """The config of a model, stock or pruned, with exits: always its family's pruned class, whose code has them."""
+    if is_stock(config):
+        values = _stated(config)
+        layer = LayerChoice(*(shape.full(kind) for kind in BLOCK_KINDS))
+        found = _pruned_config(config.model_type, values, shape, [layer] * config.num_hidden_layers)
+    else:
+        found = copy.deepcopy(config)
+    found.exits = rules.to_json()
+    found.dtype = config.dtype
+    found._attn_implementation = config._attn_implementation
+    return found
+
+
+def _stated(config: Any) -> dict[str, Any]:
+    """What a config says of the model, without what it says of its class and file."""
+    values: dict[str, Any] = config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "quantization_config", "_name_or_path"):
+        values.pop(key, None)
+    return values
+
+
+def _pruned_config(
+    model_type: str, values: Mapping[str, Any], shape: ParentShape, choices: Sequence[LayerChoice]
+) -> Any:
+    entries = {str(i): _layer_entry(FAMILIES[model_type], shape, choice) for i, choice in enumerate(choices)}
+    return pruned_classes(model_type)[0](**{**values, "head_dim": shape.head_dim, "per_layer_config": entries})
 
 
 def pruned_classes(model_type: str) -> tuple[Any, Any]:
