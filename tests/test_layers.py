@@ -23,6 +23,7 @@ FLOORS = [
     "pipeline/",
     "forecast/",
     "publish/",
+    "exits/",
     "recover/",
     "baselines/",
     "search/",

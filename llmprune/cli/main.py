@@ -13,6 +13,7 @@ from rich.markup import escape
 from llmprune.cli.checkpoints import app as of_checkpoints
 from llmprune.cli.doctor import app as of_doctor
 from llmprune.cli.drafts import app as of_drafts
+from llmprune.cli.exits import app as of_exits
 from llmprune.cli.forecast_view import print_forecast
 from llmprune.cli.leash import end_with_stdin
 from llmprune.cli.options import (
@@ -53,6 +54,7 @@ app.add_typer(of_checkpoints)
 app.add_typer(of_recipes)
 app.add_typer(of_doctor)
 app.add_typer(of_drafts)
+app.add_typer(of_exits)
 
 
 @app.command()

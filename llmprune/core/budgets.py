@@ -13,7 +13,11 @@ from llmprune.core.errors import BudgetError, quoted
 DRAFT_METRICS = ("disagreement", "draft_speedup")
 """Of children that are judged as drafts of their parent."""
 QUALITY_METRICS = ("ppl_ratio", "ppl", "nats_per_token", "disagreement")
-SPEED_METRICS = ("decode_speedup", "prefill_speedup", "decode_tokens_per_s", "prefill_tokens_per_s")
+SPEED_METRICS = (
+    *("decode_speedup", "prefill_speedup", "decode_tokens_per_s", "prefill_tokens_per_s"),
+    "worst_token_speedup",
+)
+"""`decode_speedup` is of the mean token, `worst_token_speedup` of the dearest: they differ where tokens leave early."""
 SIZE_METRICS = ("params", "bytes", "kv_bytes_per_token")
 METRICS = (*QUALITY_METRICS, *SPEED_METRICS, *SIZE_METRICS, "draft_speedup")
 

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from llmprune.core.budgets import Axes
 from llmprune.core.errors import quoted
 from llmprune.core.recipe_base import PathText, Section
+from llmprune.core.recipe_exits import ExitsRecipe
 from llmprune.core.recipe_inputs import DataRecipe, ModelRecipe, SourceRecipe
 from llmprune.core.recipe_recover import RecoverRecipe
 
@@ -343,6 +344,7 @@ class Recipe(Section):
     recover: RecoverRecipe = RecoverRecipe()
     front: FrontRecipe = FrontRecipe()
     baselines: BaselinesRecipe = BaselinesRecipe()
+    exits: ExitsRecipe = ExitsRecipe()
     export: ExportRecipe = ExportRecipe()
     deploy: DeployRecipe = DeployRecipe()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from llmprune.formats.gguf_limits import (
 from llmprune.formats.gguf_tokenizer import tokenizer_problem
 from llmprune.formats.layers import layer_sizes, stock_type
 from llmprune.formats.torchao import torchao_problem
+from llmprune.models.modeling_pruned import ExitRules
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import is_stock, stock_can_say
 from llmprune.numerics.ggml import TYPES
@@ -51,6 +52,8 @@ class Format:
     child_problem: Callable[[Any, DeployRecipe], Problem]
     constant_heads: Callable[[Any], bool] = lambda config: False
     sizes: Callable[[Any], tuple[SpaceSize, ...]] = lambda config: ("small", "layer", "medium", "large")
+    exits: bool = False
+    """Whether tokens can leave its children early."""
 
 
 def check_parent(parent: Parent, rules: DeployRecipe, size: SpaceSize) -> None:
@@ -153,8 +156,21 @@ def cut(space: Space, parent: Parent, rules: DeployRecipe, engine: EngineName = 
 def check_child(config: Any, name: FormatName, rules: DeployRecipe) -> None:
     """Raises ExportError, naming the layer, the value and the fix, if a format cannot hold the child of this config."""
     form = FORMATS[name]
+    if ExitRules.of(config) is not None:
+        check_exits_in([name])
     if problem := form.parent_problem(config, rules) or form.child_problem(config, rules):
         raise ExportError(f"{name} cannot hold this child: {problem}")
+
+
+def check_exits_in(names: Iterable[FormatName]) -> None:
+    """Raises ExportError, naming the format, if one of these has no words for exits."""
+    for name in names:
+        if not FORMATS[name].exits:
+            able = " or ".join(form.name for form in FORMATS.values() if form.exits)
+            raise ExportError(
+                f"{name} cannot hold a model with exits: what serves it runs all layers for every token; use {able}, "
+                "or export the trunk without exits"
+            )
 
 
 def described() -> list[dict[str, Any]]:
@@ -237,6 +253,7 @@ FORMATS: dict[FormatName, Format] = {
             parent_problem=_never,
             choice_problem=_never,
             child_problem=_never,
+            exits=True,
         ),
         Format(
             "hf-uniform",

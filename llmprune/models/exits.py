@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 
 from llmprune.core.errors import UnsupportedModelError
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, Exit, ExitRules, Family
-from llmprune.models.parent import shape_of
 from llmprune.models.placement import is_spread
-from llmprune.models.surgery import exits_config, is_stock, pruned_classes
+from llmprune.models.surgery import exits_config, pruned_classes
 
 
 def family_of(config: Any) -> Family:
@@ -52,9 +51,10 @@ def with_exits(trunk: PreTrainedModel, rules: ExitRules, tensors: Mapping[str, T
     check_exits(trunk)
     config = trunk.config
     if rules.layers[-1] >= config.num_hidden_layers:
-        raise ValueError(f"the last exit stands before the last of {config.num_hidden_layers} layers; got {rules.layers}")
-    shape = shape_of(config, family_of(config)) if is_stock(config) else None
-    made = exits_config(config, shape, rules)
+        raise ValueError(
+            f"the last exit stands before the last of {config.num_hidden_layers} layers; got {rules.layers}"
+        )
+    made = exits_config(config, rules)
     with torch.device("meta"):
         model = cast(PreTrainedModel, pruned_classes(made.model_type.removeprefix(PRUNED_PREFIX))[1](made))
     own = {

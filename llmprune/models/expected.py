@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import llmprune.models.proof
 from llmprune.core.errors import ExportError
 from llmprune.models.fresh_process import in_fresh_process
-from llmprune.models.proof import digests
+from llmprune.models.proof import digests, generated_with_exits
 from llmprune.models.sizes import parameter_count
 from llmprune.models.surgery import is_stock
 
@@ -60,6 +60,8 @@ class Expected:
         tokens = proof_tokens(child)
         with torch.inference_mode():
             inputs = {"tokens": tokens, "logits": child(tokens).logits.float()}
+            if (with_exits := generated_with_exits(child, tokens[:1])) is not None:
+                inputs["with_exits"] = with_exits
         if tokenizer is not None:
             ids = tokenizer(PROOF_TEXT, add_special_tokens=False)["input_ids"]
             inputs["text"] = torch.tensor(list(PROOF_TEXT.encode()), dtype=torch.uint8)
@@ -108,6 +110,10 @@ def _judge(found: Mapping[str, Any], expected: Expected) -> Proof:
                 f"the reloaded checkpoint differs from the scored child: {figure} {found[figure]:.3g} > {limit:.3g}, "
                 f"{ROUNDING_STEPS[expected.dtype]} steps of {expected.dtype} at its largest logit"
             )
+    if not found.get("exits_equal", True):
+        raise ExportError(
+            "the reloaded checkpoint generates other tokens with its exits than the one that was measured"
+        )
     if not found.get("tokenizer_equal", True):
         raise ExportError("the reloaded tokenizer gives other token ids than the parent's")
     return Proof(

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -341,6 +343,11 @@ no head; of the exit's own distribution the largest probability, its distance fr
 a share of the most that there can be; or the largest probability where the exit before it finds the same token."""
 
 
+Keys = Literal["propagated", "exact"]
+"""What later layers read of a token that has left: keys and values of the states that it left with, or of states that
+go through all of them."""
+
+
 @dataclass(frozen=True)
 class ExitRules:
     """Where tokens leave, and when: the config's `exits`."""
@@ -353,9 +360,7 @@ class ExitRules:
     waiting: int = 16
     """So many tokens that have left may lack what later layers keep of them; the next one goes deeper. Also how many
     are drafted before they are verified."""
-    keys: Literal["propagated", "exact"] = "propagated"
-    """What later layers read of a token that has left: keys and values of the states that it left with, or of states
-    that go through all of them."""
+    keys: Keys = "propagated"
 
     def __post_init__(self) -> None:
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 1:
@@ -364,7 +369,7 @@ class ExitRules:
             raise ValueError(f"each exit has a threshold; got {len(self.thresholds)} for {len(self.layers)} exits")
         if self.criterion not in get_args(Criterion):
             raise ValueError(f"criterion is one of {', '.join(get_args(Criterion))}; got {self.criterion!r}")
-        if self.waiting < 1 or self.keys not in ("propagated", "exact"):
+        if self.waiting < 1 or self.keys not in get_args(Keys):
             raise ValueError(f"waiting is at least 1, keys propagated or exact; got {self.waiting}, {self.keys!r}")
 
     @classmethod
@@ -376,7 +381,8 @@ class ExitRules:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ExitRules:
         """Inverse of `to_json`."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -399,15 +405,17 @@ class Exit(nn.Module):
 
     def promise(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """How probable it is that the whole model finds this exit's token the likeliest: (...,)."""
-        return self.gate(self.norm(hidden_states))[..., 0].float().sigmoid()
+        found: torch.Tensor = self.gate(self.norm(hidden_states))[..., 0].float().sigmoid()
+        return found
 
 
 def confidence_of(criterion: Criterion, logits: torch.Tensor, top_before: torch.Tensor | None) -> torch.Tensor:
-    """How confident an exit is by its logits (..., V), from 0 to 1: (...,). `top_before` are the likeliest tokens of the
-    exit before it."""
+    """How confident an exit is by its logits (..., V), from 0 to 1: (...,). `top_before` are the likeliest tokens of
+    the exit before it."""
     p = logits.float().softmax(-1)
     if criterion == "entropy":
-        return 1 + torch.special.xlogy(p, p).sum(-1) / torch.tensor(float(p.shape[-1])).log()
+        negative: torch.Tensor = torch.special.xlogy(p, p).sum(-1)
+        return 1 + negative / math.log(p.shape[-1])
     if criterion == "margin":
         first, second = p.topk(2, dim=-1).values.unbind(-1)
         return first - second
@@ -476,7 +484,7 @@ class _KnownStates(nn.Module):
         return self
 
     def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.states)  # type: ignore[arg-type]
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.states)
 
 
 @contextmanager
@@ -562,7 +570,7 @@ class ExitsCache(DynamicCache):
         super().__init__(config=model.config)
         self.rules, self.exits = rules, list(model.exits)  # type: ignore[arg-type]
         ends = (0, *rules.layers, len(self.layers))
-        self._parts = [_Part(model, self, *ends) for ends in zip(ends, ends[1:], strict=False)]
+        self.parts = [_Part(model, self, *ends) for ends in itertools.pairwise(ends)]
         self._model, self._final = model, _decoder(model).get_submodule(_family(model).norm)
         self.waiting: list[torch.Tensor | None] = [None] * len(rules.layers)
         """At each exit the states, (1, n, D), of tokens that the layers behind it do not know."""
@@ -586,7 +594,7 @@ class ExitsCache(DynamicCache):
 
     def enter(self, input_ids: torch.Tensor) -> torch.Tensor:
         """States of further tokens at the first exit."""
-        return self._parts[0].run(input_ids=input_ids)
+        return self.parts[0].run(input_ids=input_ids)
 
     def offer(
         self, i: int, states: torch.Tensor, top_before: torch.Tensor | None
@@ -615,12 +623,12 @@ class ExitsCache(DynamicCache):
 
     def deepen(self, i: int, states: torch.Tensor) -> torch.Tensor:
         """Bring tokens, and with them those that wait at exit `i`, to the next exit: their states there."""
-        part, waiting, self.waiting[i] = self._parts[i + 1], self.waiting[i], None
+        part, waiting, self.waiting[i] = self.parts[i + 1], self.waiting[i], None
         if waiting is None:
             return part.run(states=states)
         if self.rules.keys == "exact":
             found = part.run(states=torch.cat([waiting, states], dim=1))
-            waiting, states = found.split([waiting.shape[1], states.shape[1]], dim=1)
+            waiting, states = found[:, : waiting.shape[1]], found[:, waiting.shape[1] :]
         else:
             part.store(waiting)
             states = part.run(states=states)
@@ -646,7 +654,7 @@ class ExitsCache(DynamicCache):
             drafts.append((self.logits(0, states[-1]) if logits is None else logits).argmax(-1))
             states.append(self.enter(drafts[-1]))
         self._drafted = len(drafts)
-        return drafts, head_logits(self._model, self._final(self._parts[1].run(states=torch.cat(states, dim=1))))
+        return drafts, head_logits(self._model, self._final(self.parts[1].run(states=torch.cat(states, dim=1))))
 
     def settle(self, accepted: int) -> None:
         """Of what was drafted last, if anything was, keep the first `accepted` tokens."""
@@ -673,7 +681,7 @@ def _draft_and_verify(
     mask = model_kwargs.get("attention_mask")
     logits = model(input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     # Layers with a sliding window would forget what comes back when drafts are rejected.
-    cache.activate_past_recording()
+    cache.activate_past_recording()  # type: ignore[no-untyped-call]
     drafts: list[torch.Tensor] = []
     while True:
         for accepted in range(len(drafts) + 1):
@@ -707,7 +715,7 @@ def _reading_exits(stock: Callable[..., Any]) -> Callable[..., Any]:
             logits = cache.read(input_ids)
         else:
             return stock(self, input_ids, *args, **kwargs)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     return forward
 

@@ -41,6 +41,21 @@ def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return found
 
 
+def generated_with_exits(model: Any, tokens: torch.Tensor) -> torch.Tensor | None:
+    """What tokens that leave early make of a text; None of a model that has no exits."""
+    if not getattr(model.config, "exits", None):
+        return None
+    rules = GenerationConfig(  # type: ignore[no-untyped-call]
+        pad_token_id=0, max_new_tokens=GENERATED_TOKENS, do_sample=False
+    )
+    own, model.generation_config = model.generation_config, rules
+    try:
+        found: torch.Tensor = model.generate(tokens, attention_mask=torch.ones_like(tokens), exits="early")
+    finally:
+        model.generation_config = own
+    return found
+
+
 def main(checkpoint: str, inputs: str) -> None:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -60,6 +75,7 @@ def main(checkpoint: str, inputs: str) -> None:
             tokens[:1], attention_mask=torch.ones_like(tokens[:1]), max_new_tokens=GENERATED_TOKENS, do_sample=False
         )
         uncached = model(greedy).logits[0, tokens.shape[1] - 1 : -1]
+        with_exits = generated_with_exits(model, tokens[:1])
     chosen = greedy[0, tokens.shape[1] :]
     result = {
         "weights": digests(model.state_dict()),
@@ -73,6 +89,8 @@ def main(checkpoint: str, inputs: str) -> None:
         "params": sum(p.numel() for p in {id(p): p for p in model.parameters()}.values()),
         "llmprune_imported": "llmprune" in sys.modules,
     }
+    if with_exits is not None:
+        result["exits_equal"] = with_exits.tolist() == expected["with_exits"].tolist()
     if "text" in expected:
         text = bytes(expected["text"].tolist()).decode()
         # The tokenizer has no code of its own, but AutoTokenizer reads the config, and asks on stdin if that has.

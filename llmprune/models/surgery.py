@@ -18,7 +18,7 @@ from llmprune.choices.choice import Choice, Kept
 from llmprune.choices.dimensions import BLOCK_KINDS, BlockKind
 from llmprune.models import modeling_pruned
 from llmprune.models.modeling_pruned import FAMILIES, PRUNED_PREFIX, ExitRules, Family, input_axis
-from llmprune.models.parent import Parent, check_choices, config_words, is_norm
+from llmprune.models.parent import Parent, check_choices, config_words, is_norm, shape_of
 from llmprune.models.placement import device_map_of, is_spread
 from llmprune.models.stored import StoredWeight, remember
 from llmprune.models.waiting import brought_home, part_at_home
@@ -149,12 +149,12 @@ def child_config(config: Any, family: Family, shape: ParentShape, architecture: 
     return child
 
 
-def exits_config(config: Any, shape: ParentShape, rules: ExitRules) -> Any:
+def exits_config(config: Any, rules: ExitRules) -> Any:
     """The config of a model, stock or pruned, with exits: always its family's pruned class, whose code has them."""
     if is_stock(config):
-        values = _stated(config)
+        shape = shape_of(config, FAMILIES[config.model_type])
         layer = LayerChoice(*(shape.full(kind) for kind in BLOCK_KINDS))
-        found = _pruned_config(config.model_type, values, shape, [layer] * config.num_hidden_layers)
+        found = _pruned_config(config.model_type, _stated(config), shape, [layer] * config.num_hidden_layers)
     else:
         found = copy.deepcopy(config)
     found.exits = rules.to_json()

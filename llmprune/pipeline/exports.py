@@ -18,6 +18,7 @@ from llmprune.measure.value import newer_schema
 from llmprune.models.checkpoint import METADATA_FILE, write_checkpoint
 from llmprune.models.drafting import note_drafting
 from llmprune.models.loading import dtype_of
+from llmprune.models.parent import Parent
 from llmprune.models.samples import samples
 from llmprune.models.surgery import prune
 from llmprune.models.waiting import with_children
@@ -68,7 +69,7 @@ def write_children(run: Run, judges: Judges, front: Front) -> list[Path]:
 def _write(
     run: Run, judges: Judges, front: Front, record: Record, to: Path, *, force: bool, formats: bool = False
 ) -> dict[str, Any]:
-    parent, library = judges.stock.parent, _library_of(run, judges, record)
+    parent, library = judges.stock.parent, library_of(run, judges, record)
     child = child_of(run, judges, record)
     if record.draft is not None:
         note_drafting(child, record.draft.drafted)
@@ -95,7 +96,7 @@ def _write(
 def child_of(run: Run, judges: Judges, record: Record) -> PreTrainedModel:
     """The child of a record, with all that was done to it since it was cut. Raises ExportError if the run no longer has
     what it was made of."""
-    library = _library_of(run, judges, record)
+    library = library_of(run, judges, record)
     parent = judges.stock.parent
     child = with_children(parent.model, lambda: prune(parent, record.architecture, library))
     for repair in repairs_of(run, record, library):
@@ -103,7 +104,7 @@ def child_of(run: Run, judges: Judges, record: Record) -> PreTrainedModel:
     return child
 
 
-def _library_of(run: Run, judges: Judges, record: Record) -> BlockLibrary:
+def library_of(run: Run, judges: Judges, record: Record) -> BlockLibrary:
     """The library that a measured child was cut from. Raises ExportError if it is not as it was."""
     own = [name for name, m in METHODS.items() if m.importance and m.importance.method == record.library]
     library = judges.libraries(own)[own[0]] if own else judges.stock.library
@@ -116,8 +117,21 @@ def _library_of(run: Run, judges: Judges, record: Record) -> BlockLibrary:
 
 
 def _metadata(run: Run, judges: Judges, front: Front, record: Record, library: BlockLibrary) -> dict[str, Any]:
-    """What a checkpoint says of itself. It travels: it names files, not the places they had on this machine."""
+    """What a checkpoint says of itself."""
     parent = judges.stock.parent
+    of_parent = {"shape": asdict(parent.shape), "figures": front.parent.to_json()}
+    return {
+        "id": record.id,
+        "library": library.hash,
+        "figures": record.stored(),
+        "parent": of_parent,
+        **travelling(run, parent),
+        **({"resized": front.resized.stored()} if front.resized else {}),
+    }
+
+
+def travelling(run: Run, parent: Parent) -> dict[str, Any]:
+    """What a checkpoint says of the run that made it: it names files, not the places they had on this machine."""
     provenance = {key: value for key, value in run.directory.read_provenance().items() if key not in _LOCAL}
     recipe = run.recipe.model_dump(mode="json")
     recipe["model"]["path"], recipe["export"]["to"] = parent.source, None
@@ -126,16 +140,7 @@ def _metadata(run: Run, judges: Judges, front: Front, record: Record, library: B
         recipe["model"]["tokenizer"] = Path(tokenizer).name
     for source in (*recipe["data"]["sources"], *recipe["data"]["unseen"], *recipe["vocabulary"]["keep_text"]):
         source["path"] = source["path"] and Path(source["path"]).name
-    of_parent = {"shape": asdict(parent.shape), "figures": front.parent.to_json()}
-    return {
-        "id": record.id,
-        "library": library.hash,
-        "figures": record.stored(),
-        "parent": of_parent,
-        "provenance": provenance,
-        "recipe": recipe,
-        **({"resized": front.resized.stored()} if front.resized else {}),
-    }
+    return {"provenance": provenance, "recipe": recipe}
 
 
 def exported_id(directory: Path) -> str | None:

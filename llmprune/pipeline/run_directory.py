@@ -113,6 +113,10 @@ class RunDirectory:
         return self.path / "children"
 
     @property
+    def exits(self) -> Path:
+        return self.path / "exits.json"
+
+    @property
     def export(self) -> Path:
         return self.path / "export"
 
