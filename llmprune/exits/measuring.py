@@ -273,9 +273,11 @@ def worst_token_speedup(
             if mode == "draft":
                 cache.activate_past_recording()  # type: ignore[no-untyped-call]
             else:
-                # Those who wait left by the first exit, all but one of as many as may.
-                for _ in range(cache.rules.waiting - 1):
-                    cache.wait(0, cache.enter(of_model.next))
+                # Full rooms; in the first there is just enough for another, or nobody would look at the token.
+                waiting = [cache.enter(of_model.next) for _ in range(cache.rules.waiting)]
+                for i in range(len(cache.exits)):
+                    for states in waiting[i == 0 :]:
+                        cache.wait(i, states)
             of_parent.take(of_parent.next)
             began = time.perf_counter()
             if mode == "draft":

@@ -128,8 +128,9 @@ def worst_cost(costs: ExitCosts, rules: ExitRules, mode: Mode) -> float:
         together = 1 + rules.waiting
         deep = costs.layers_between(rules.layers[0], None, together) + costs.heads(together)
         return float(rules.waiting * drafting + total + deep)
-    for first, last in zip(rules.layers, (*rules.layers[1:], None), strict=True):
-        total += _check(costs, rules) + _deeper(costs, rules, first, last, np.asarray(rules.waiting))
+    for i, (first, last) in enumerate(zip(rules.layers, (*rules.layers[1:], None), strict=True)):
+        # A full room, and all who came along from full rooms before it.
+        total += _check(costs, rules) + _deeper(costs, rules, first, last, np.asarray((i + 1) * rules.waiting))
     return float(total + costs.heads(1))
 
 

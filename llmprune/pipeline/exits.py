@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from llmprune.choices.architecture import Architecture
 from llmprune.core.budgets import Budget, Pick, parse_budget, pick_record
-from llmprune.core.errors import ExportError, RecipeError, RunDirectoryError
+from llmprune.core.errors import ExportError, RecipeError
 from llmprune.core.files import read_json, write_json
 from llmprune.core.recipe import Recipe
 from llmprune.data.tokens import Split, TokenSplits
@@ -47,7 +47,7 @@ from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import Ground, cut_text, lay_ground, stock_up
 from llmprune.pipeline.repairs import repairs_of
 from llmprune.pipeline.run import Run
-from llmprune.pipeline.run_directory import hash_of, read_front
+from llmprune.pipeline.run_directory import RunDirectory, hash_of, read_front
 from llmprune.recover.held_out import windows_of
 from llmprune.recover.repair import Repair
 
@@ -157,7 +157,7 @@ class _Stage:
         if not run.directory.is_done(EXITS, key, file):
             write_json(file, self._make().stored())
             run.directory.mark_done(EXITS, key)
-        return read_exits(run)
+        return read_exits(run.directory)
 
     @property
     def _learnt_from(self) -> Split:
@@ -293,12 +293,9 @@ class _Stage:
         return {"directory": str(to), "id": record.id, "proof": asdict(proof), "figures": record.to_json()}
 
 
-def read_exits(run: Run) -> ExitsFound:
-    """What `exits.json` holds. Raises RunDirectoryError if there is none, or it is damaged."""
-    file = run.directory.exits
-    if not file.is_file():
-        raise RunDirectoryError(f"{run.directory.path} has no exits yet; run llmprune exits first")
-    return ExitsFound.read(read_json(file), file, "delete it and run llmprune exits again")
+def read_exits(directory: RunDirectory) -> ExitsFound:
+    """What `exits.json` holds. Raises RunDirectoryError if it is damaged."""
+    return ExitsFound.read(read_json(directory.exits), directory.exits, "delete it and run llmprune exits again")
 
 
 def _figures(trunk: Trunk, facts: Mapping[str, Any]) -> TrunkFigures:

@@ -8,6 +8,7 @@ import altair as alt
 
 from llmprune.measure.record import Front
 from llmprune.report.drawing import Figure, data_of, side_by_side
+from llmprune.report.exits import exit_figures
 from llmprune.report.facts import Facts
 from llmprune.report.maps import map_figure
 from llmprune.report.rows import (
@@ -48,6 +49,8 @@ def figures(facts: Facts) -> list[Figure]:
         found += [trials_figure(facts), progress_figure(facts)]
     if facts.trials and facts.tables is not None:
         found.append(foretold_figure(facts))
+    if facts.exits is not None:
+        found += exit_figures(facts.exits)
     return found
 
 

@@ -13,8 +13,10 @@ from optuna.storages import BaseStorage
 from llmprune.core.errors import RunDirectoryError
 from llmprune.core.files import read_json
 from llmprune.core.recipe import Phase, Recipe
+from llmprune.exits.record import ExitsFound
 from llmprune.measure.record import Front, Record
 from llmprune.models.checkpoint import METADATA_FILE
+from llmprune.pipeline.exits import read_exits
 from llmprune.pipeline.exports import exported_id
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory, read_front
@@ -67,6 +69,7 @@ class Facts:
     evaluation: Evaluation | None
     samples: Sequence[Mapping[str, str]]
     """How the exported child and its parent go on with prompts."""
+    exits: ExitsFound | None
 
     @property
     def phase(self) -> Phase:
@@ -89,6 +92,7 @@ def gather(run: Run) -> Facts:
         list(_curves(directory)),
         _evaluation(directory),
         _samples(directory),
+        read_exits(directory) if directory.exits.is_file() else None,
     )
 
 
