@@ -27,7 +27,7 @@ from llmprune.core.recipe_text import load_recipe
 from llmprune.data.tokens import Split, build_token_splits
 from llmprune.exits.costs import measure_costs
 from llmprune.exits.measuring import score_exits, time_exits, worst_token_speedup
-from llmprune.exits.search import Trunk, baselines, non_dominated, search_rules, worth_measuring
+from llmprune.exits.search import Trunk, baselines, beyond, non_dominated, search_rules, worth_measuring
 from llmprune.exits.statistics import gather_statistics
 from llmprune.exits.training import states_of, train_exits
 from llmprune.measure.quality.perplexity import score
@@ -99,10 +99,10 @@ def exits(
     tell("exits", {**facts, "agreement": agreement, "costs": costs.to_json()})
     trunk = Trunk("parent", 1.0, statistics, costs)
     tried = search_rules([trunk], rules, [], nats["search"])
-    for one in (*non_dominated(tried), *non_dominated(baselines(trunk))):
+    for one in (*non_dominated(beyond(tried, [trunk])), *non_dominated(baselines(trunk))):
         tell(f"estimated {one.name}", {"lost": one.nats_per_token - nats["search"], **one.to_json()})
     prompts = prompts_of(splits["test"], workload.prompt_tokens + workload.generated_tokens, rules.repeats)
-    for one in worth_measuring(tried, rules.size):
+    for one in worth_measuring(tried, [trunk], rules.size):
         own = with_exits(model, ExitRules.from_json(one.rules), trained.tensors)
         speed = time_exits(model, own, prompts, workload, one.mode)
         row: dict[str, Any] = {"mode": one.mode, "rules": one.rules, "decode_speedup": asdict(speed.decode_speedup)}

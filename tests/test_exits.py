@@ -1,5 +1,5 @@
-"""Tokens that leave early, held to oracles: the trunk without exits, its own greedy text, and a pass over a whole text in
-which positions that have left keep their states."""
+"""Tokens that leave early, held to oracles: the trunk without exits, its own greedy text, and a pass over a whole text
+in which positions that have left keep their states."""
 
 from __future__ import annotations
 

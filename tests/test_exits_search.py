@@ -19,7 +19,7 @@ from llmprune.core.recipe_exits import CRITERIA, ExitsRecipe
 from llmprune.exits.costs import COUNTS, ExitCosts, measure_costs
 from llmprune.exits.measuring import score_exits
 from llmprune.exits.policy import confidences, estimate, follow, left_at, token_costs, worst_cost
-from llmprune.exits.search import Trunk, baselines, non_dominated, search_rules, worth_measuring
+from llmprune.exits.search import Trunk, baselines, beyond, non_dominated, search_rules, worth_measuring
 from llmprune.exits.statistics import ExitStatistics, gather_statistics
 from llmprune.exits.training import train_exits
 from llmprune.measure.quality.perplexity import score
@@ -195,8 +195,13 @@ def test_the_search_finds_what_a_grid_does_not() -> None:
     front = [one for one in found if one.decode_speedup >= 1.1]
     by_grid = [one for one in plain if one.name == "grid" and one.decode_speedup >= 1.1]
     assert min(one.nats_per_token for one in front) <= min(one.nats_per_token for one in by_grid)
-    chosen = worth_measuring(found, 3)
+    useful = beyond(found, [trunk])
+    assert all(one.decode_speedup > 1 or one.nats_per_token < trunk.statistics.trunk_nats for one in useful)
+    chosen = worth_measuring(found, [trunk], 3)
     assert len(chosen) == 3 and len({str(one.rules) for one in chosen}) == 3
+    assert all(one.decode_speedup > 1 for one in chosen if one.mode == "early")
+    fixed = [one for one in plain if one.name == "fixed"]
+    assert [one.worst_token_speedup for one in fixed] == [one.decode_speedup for one in fixed]
 
 
 def test_a_second_trunk_is_searched_together_with_the_first() -> None:

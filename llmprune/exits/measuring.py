@@ -22,7 +22,7 @@ from llmprune.data.tokens import Split
 from llmprune.exits.policy import Mode, Scan, left_at, scan
 from llmprune.measure.quality.perplexity import Quality, quality_from_windows
 from llmprune.measure.speed.throughput import Spread, Workload, steady_process
-from llmprune.models.exits import family_of
+from llmprune.models.exits import exits_of, family_of
 from llmprune.models.modeling_pruned import Exit, ExitRules, ExitsCache, confidence_of
 from llmprune.models.streams import input_device
 from llmprune.recover.step_memory import last_states, logits_of
@@ -48,7 +48,7 @@ def score_exits(
     leaves as it would in generation, and later layers read of it what they would there."""
     nats: dict[str, Tensor] = {}
     scans: dict[str, list[Scan]] = {}
-    shares = torch.zeros(len(model.exits) + 1, dtype=torch.float64)  # type: ignore[arg-type]
+    shares = torch.zeros(len(exits_of(model)) + 1, dtype=torch.float64)
     done, total = 0, sum(len(source.windows) for source in split.sources.values())
     for name, source in split.sources.items():
         found = []
@@ -101,7 +101,7 @@ class _Reading:
     def __init__(self, model: PreTrainedModel, positions: int, prompt_tokens: int) -> None:
         rules = ExitRules.of(model.config)
         assert rules is not None, "a model with exits"
-        self.model, self.rules, self.exits = model, rules, list(model.exits)  # type: ignore[union-attr]
+        self.model, self.rules, self.exits = model, rules, exits_of(model)
         self.scans: list[Scan] = []
         self.states: list[Tensor] = []
         self._may_leave = torch.arange(positions) >= prompt_tokens
@@ -180,7 +180,7 @@ def time_exits(
     prompt, generated = workload.prompt_tokens, workload.generated_tokens
     assert windows_WT.shape[1] >= prompt + generated, "a window holds the prompt and the tokens behind it"
     speedups, rates, left = [], [], list[int]()
-    exits = len(model.exits)  # type: ignore[arg-type]
+    exits = len(exits_of(model))
     with torch.inference_mode(), steady_process(workload.threads):
         # The first window is read twice: what runs for the first time is slower.
         for done, window_T in enumerate([windows_WT[0], *windows_WT]):

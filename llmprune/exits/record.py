@@ -98,7 +98,7 @@ class ExitsFound(Value):
     parent: str
     trunks: tuple[TrunkFigures, ...]
     front: tuple[EstimatedExits, ...]
-    """Estimated, slowest first: what no other rules beat in both nats and speed."""
+    """Estimated, slowest first: what neither other rules nor a trunk without exits beat in both nats and speed."""
     baselines: tuple[EstimatedExits, ...]
     records: tuple[ExitRecord, ...]
     """Measured."""

@@ -128,7 +128,9 @@ def _suggested(trial: optuna.Trial, trunks: Sequence[Trunk], recipe: ExitsRecipe
 def baselines(trunk: Trunk) -> Iterator[EstimatedExits]:
     """What takes no search: every token leaves at one layer; one threshold of the largest probability at one exit."""
     for layer in trunk.layers:
-        yield trunk.estimated(ExitRules((layer,), "gate", (0.0,), ALL_LEAVE), "early", "fixed")
+        fixed = trunk.estimated(ExitRules((layer,), "gate", (0.0,), ALL_LEAVE), "early", "fixed")
+        # No token goes deeper, so none is dearer than another.
+        yield fixed.model_copy(update={"worst_token_speedup": fixed.decode_speedup})
     for layer in trunk.layers:
         for threshold in GRID:
             yield trunk.estimated(ExitRules((layer,), "top1", (threshold,), WAITING[-1]), "early", "grid")
@@ -143,13 +145,24 @@ def non_dominated(found: Iterable[EstimatedExits]) -> list[EstimatedExits]:
     return front[::-1]
 
 
-def worth_measuring(found: Sequence[EstimatedExits], size: int) -> list[EstimatedExits]:
-    """At most `size` of an estimated front, as far from each other in speed as they go; and the fastest that drafts,
-    which loses nothing, in place of the last."""
-    front = non_dominated(found)
+def beyond(found: Iterable[EstimatedExits], trunks: Sequence[Trunk]) -> list[EstimatedExits]:
+    """The rules that no trunk beats as it is, without exits."""
+    plain = [(trunk.statistics.trunk_nats, trunk.decode_speedup) for trunk in trunks]
+    return [
+        one
+        for one in found
+        if all(one.nats_per_token < nats or one.decode_speedup > speedup for nats, speedup in plain)
+    ]
+
+
+def worth_measuring(found: Sequence[EstimatedExits], trunks: Sequence[Trunk], size: int) -> list[EstimatedExits]:
+    """At most `size` of an estimated front, as far from each other in speed as they go: of what is faster than the
+    parent, if anything is. One of them is the fastest that drafts, which loses nothing."""
+    front = non_dominated(beyond(found, trunks)) or non_dominated(found)
     drafting = max((one for one in found if one.mode == "draft"), key=lambda one: one.decode_speedup, default=None)
     chosen = [drafting] if drafting is not None else []
-    left = [one for one in front if one is not drafting]
+    left = [one for one in front if one.mode == "early" and one.decode_speedup > 1] or front
+    left = [one for one in left if one is not drafting]
     while left and len(chosen) < size:
         farthest = max(
             left,

@@ -27,6 +27,11 @@ def final_norm(model: PreTrainedModel) -> torch.nn.Module:
     return model.get_submodule(f"{family.layers.rpartition('.')[0]}.{family.norm}")
 
 
+def exits_of(model: PreTrainedModel) -> list[Exit]:
+    """Those of a model that has some."""
+    return list(model.exits)  # type: ignore[arg-type]
+
+
 def check_exits(model: PreTrainedModel) -> None:
     """Raises UnsupportedModelError if tokens cannot leave this model early."""
     config = model.config

@@ -30,7 +30,7 @@ from llmprune.exits.record import (
     exits_id,
     rules_text,
 )
-from llmprune.exits.search import Trunk, baselines, non_dominated, search_rules, worth_measuring
+from llmprune.exits.search import Trunk, baselines, beyond, non_dominated, search_rules, worth_measuring
 from llmprune.exits.statistics import gather_statistics
 from llmprune.exits.training import train_exits
 from llmprune.formats.limits import check_exits_in
@@ -206,12 +206,12 @@ class _Stage:
         if not tried:
             stated = ", ".join(map(str, self.budgets))
             raise RecipeError(f"none of {rules.trials} rules holds exits.budgets {stated}; loosen them")
-        chosen = worth_measuring(tried, rules.size)
+        chosen = worth_measuring(tried, trunks, rules.size)
         records = [self._measured(one) for one in chosen]
         return ExitsFound(
             parent=self.sources[0].id,
             trunks=tuple(figures),
-            front=tuple(non_dominated(tried)),
+            front=tuple(non_dominated(beyond(tried, trunks))),
             baselines=tuple(one for trunk in trunks for one in non_dominated(baselines(trunk))),
             records=tuple(records),
             trials=rules.trials,

@@ -50,9 +50,9 @@ def _rules(found: ExitsFound) -> Figure:
         .properties(width=WIDTH + 160, height=280)
     )
     caption = (
-        f"Estimated from stored figures and timed parts on the search split, {found.trials:,} trials: what no other rules "
-        "beat, beside what takes no search (every token leaves at one layer; one threshold at one exit). Trunks are "
-        "models without exits."
+        f"Estimated from stored figures and timed parts on the search split, {found.trials:,} trials: what no other "
+        "rules and no trunk beat, beside what takes no search (every token leaves at one layer; one threshold at one "
+        "exit). Trunks are models without exits."
     )
     return Figure("exit-rules", "Rules for leaving", caption, chart)
 
