@@ -33,7 +33,7 @@ FIGURES ?=
 PARENT ?=
 TARGET = $(or $(RECIPE),$(MODEL),$(error name a MODEL=... or a RECIPE=...))
 
-.PHONY: setup demo compress search baselines recover report draft export export-gguf export-vllm push bench bench-search bench-families bench-scaling eval \
+.PHONY: setup demo compress search baselines recover exits report draft export export-gguf export-vllm push bench bench-search bench-families bench-scaling eval \
 	export-torchao test test-gpu test-numerics test-oldest test-torchao lint typecheck check clean
 
 setup: $(VENV)/.installed
@@ -108,6 +108,10 @@ MINUTES ?= 10
 PROCESSES ?= 1
 recover: setup
 	$(if $(filter-out 1,$(PROCESSES)),$(BIN)/torchrun --standalone --nproc_per_node '$(PROCESSES)' -m llmprune,$(LLMPRUNE)) recover '$(OUT)' --pick '$(PICK)' --minutes '$(MINUTES)' $(SET)
+
+# make exits OUT=runs/name MINUTES=30   where tokens may leave early (SET="exits.trunks=1 exits.budgets=[worst_token_speedup>=0.8]")
+exits: setup
+	$(LLMPRUNE) exits '$(OUT)' 'exits.minutes=$(MINUTES)' $(SET)
 
 bench: setup
 	$(LLMPRUNE) bench $(DIRS)

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--minutes", type=float, default=6)
-    parser.add_argument("--gone", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--gone", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     recipe = load_recipe(asked.recipe, asked.overrides)

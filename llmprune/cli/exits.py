@@ -23,6 +23,7 @@ app = typer.Typer()
 def exits(
     run_path: RunPath,
     overrides: Overrides = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe, Hub id, directory or GGUF, to start a new run.")] = None,
     pick: Annotated[
         str | None, typer.Option(help="worst_token_speedup>=0.8,decode_speedup>=1.1, or an id: what --to exports.")
     ] = None,
@@ -37,9 +38,9 @@ def exits(
     from llmprune.core.budgets import parse_pick
     from llmprune.pipeline.exits import export_exits, find_exits
 
-    recipe = recipe_of_run(run_path, None, overrides)
-    wanted = parse_pick(pick or recipe.export.pick)
-    with opened_run(run_path, recipe, quiet) as (run, _):
+    of_run = recipe_of_run(run_path, recipe, overrides)
+    wanted = parse_pick(pick or of_run.export.pick)
+    with opened_run(run_path, of_run, quiet) as (run, _):
         found = find_exits(run)
         written = None if to is None else export_exits(run, wanted, to, force=force)
     told = (
