@@ -61,7 +61,7 @@ def main() -> None:
     found: dict[str, Any] = {"minutes": asked.minutes, "workload": workload.to_json(), "parent": nats, "rows": []}
 
     def tell(name: str, row: dict[str, Any]) -> None:
-        found["rows"].append({"name": name, **row})
+        found["rows"].append({**row, "name": name})
         print(name, json.dumps(row), flush=True)
         if asked.json:
             asked.json.write_text(json.dumps(found, indent=1), encoding="utf-8")

@@ -44,7 +44,7 @@ def test_exits_of_a_run_are_found_picked_and_exported(copied: Path, tmp_path: Pa
     said = llmprune("exits", copied, *QUICK, "--pick", record.id, "--to", to)
     assert said.code == 0, said.err
     assert (copied / "exits.json").stat().st_mtime_ns == before
-    assert f"exported {record.id}" in said.out and "estimated, search" in said.out and record.id in said.out
+    assert f"exported {record.id}" in said.out and "estimated, " in said.out and record.id in said.out
     loaded: Any = AutoModelForCausalLM.from_pretrained(to)
     assert ExitRules.of(loaded.config) == ExitRules.from_json(record.rules)
     cache, ids = ExitsCache(loaded), torch.tensor([[5, 6, 7]])
@@ -57,6 +57,9 @@ def test_exits_of_a_run_are_found_picked_and_exported(copied: Path, tmp_path: Pa
     assert str(copied.parent) not in json.dumps(metadata)
     with pytest.raises(PushError, match="holds a model with exits"):
         read_contents(to)
+    for command in (("prove", to, "--data", copied), ("compare", to)):
+        refused = llmprune(*command, "-q")
+        assert refused.code == 2 and "holds a model with exits" in " ".join(refused.err.split()), refused.err
     said = llmprune("convert", to, "--format", "gguf", "--to", tmp_path / "gguf")
     assert said.code == 2 and "gguf cannot hold a model with exits" in said.err
 

@@ -20,7 +20,7 @@ from llmprune.evaluation.bench import check_tokenizer
 from llmprune.evaluation.evaluate import split_of
 from llmprune.evaluation.subjects import Subject, find_subjects
 from llmprune.measure.record import Record, engine_of, text_of
-from llmprune.models.checkpoint import METADATA_FILE
+from llmprune.models.checkpoint import METADATA_FILE, exits_problem
 
 LONGEST = 60
 """Characters of a passage that a terminal is shown."""
@@ -58,6 +58,8 @@ def _stored(subject: Subject) -> dict[str, Any]:
     if file is None or not file.is_file():
         raise ModelError(f"{subject.name} is no export of llmprune (no {METADATA_FILE}); use llmprune eval for it")
     metadata = read_json(file)
+    if problem := exits_problem(file.parent, metadata, "compare"):
+        raise ModelError(problem)
     try:
         record = Record.from_json(metadata["figures"])
         architecture = Architecture.from_json(metadata["architecture"])

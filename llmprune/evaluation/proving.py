@@ -19,7 +19,7 @@ from llmprune.measure.quality.perplexity import Quality, score
 from llmprune.measure.record import QUOTED, Quoted, Record, child_id, figures_of
 from llmprune.measure.value import schema_problem
 from llmprune.models import modeling_pruned
-from llmprune.models.checkpoint import METADATA_FILE, proof_facts
+from llmprune.models.checkpoint import METADATA_FILE, exits_problem, proof_facts
 from llmprune.models.expected import Expected
 from llmprune.models.expected import prove as prove_files
 from llmprune.models.loading import load_model, stored_dtype
@@ -77,6 +77,8 @@ def _metadata(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ExportError(f"{directory} holds no {METADATA_FILE}: it is no checkpoint that llmprune export wrote")
     metadata = read_json(file)
+    if isinstance(metadata, dict) and (problem := exits_problem(directory, metadata, "prove")):
+        raise ExportError(problem)
     if not isinstance(metadata, dict) or not all(key in metadata for key in ("figures", "parent", "files", "library")):
         raise ExportError(
             f"{file} is damaged, or of an older llmprune; write the checkpoint again with llmprune export"

@@ -34,6 +34,8 @@ FITTED_SHARE = 0.25
 """Least squares go over so many windows, or take this share of the time."""
 LEARNING_RATE, FINAL_SHARE, WARM_UP_STEPS = 3e-4, 0.05, 10
 GATE_RIDGE = 1e-2
+GATE_FROM = 0.25
+"""Share of the steps behind which exits are near enough to what they end as for a gate to learn of them."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _learn(
         wanted_NV = _log_probabilities(trunk, last_ND[rows]).detach()
         for layer, found_NV in _predictions(trunk, exits, states, rows):
             _kl(wanted_NV, found_NV).mean().backward()  # type: ignore[no-untyped-call]
-            if (step >= 2 and done >= 0.25) or steps <= 8:
+            if done >= GATE_FROM or step < 2:
                 seen[layer][0].append(states[layer][rows])
                 seen[layer][1].append(found_NV.argmax(-1) == wanted_NV.argmax(-1))
         optimiser.step()

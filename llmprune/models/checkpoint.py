@@ -74,6 +74,16 @@ def write_checkpoint(
     return proof
 
 
+def exits_problem(directory: Path, metadata: Mapping[str, Any], command: str) -> str | None:
+    """Why a command that tells of children can tell nothing of a checkpoint; None unless tokens leave it early."""
+    if "exits" not in metadata:
+        return None
+    return (
+        f"{directory} holds a model with exits, whose figures are in RUN/exits.json and its own {METADATA_FILE}; "
+        f"llmprune {command} is for children: name the trunk that the exits were put into"
+    )
+
+
 def proof_facts(proof: Proof) -> dict[str, Any]:
     """JSON of what a checkpoint says of its proof."""
     return {

@@ -12,7 +12,7 @@ from llmprune.core.errors import PushError
 from llmprune.core.files import sha256_file
 from llmprune.core.progress import Show, silent
 from llmprune.measure.value import schema_problem
-from llmprune.models.checkpoint import METADATA_FILE
+from llmprune.models.checkpoint import METADATA_FILE, exits_problem
 from llmprune.models.licence import Licence
 
 CARD_FILE = "README.md"
@@ -103,11 +103,8 @@ def read_contents(directory: Path, show: Show = silent) -> Contents:
     if not directory.is_dir():
         raise PushError(f"{directory} is not a directory; llmprune export writes one to push")
     metadata = _read_metadata(directory)
-    if "exits" in metadata:
-        raise PushError(
-            f"{directory} holds a model with exits, of which there is no model card; push its trunk, or this "
-            "directory with the Hub's own tools"
-        )
+    if problem := exits_problem(directory, metadata, "push"):
+        raise PushError(problem)
     if lacking := [key for key in KEYS if not metadata.get(key)]:
         raise PushError(
             f"{directory}/{METADATA_FILE} lacks {', '.join(lacking)}: no proof that these files are the network that "
