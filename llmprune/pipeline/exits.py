@@ -41,11 +41,9 @@ from llmprune.measure.speed.turns import timing
 from llmprune.models.checkpoint import check_destination, write_checkpoint
 from llmprune.models.exits import check_exits, with_exits
 from llmprune.models.modeling_pruned import ExitRules
-from llmprune.models.surgery import prune
-from llmprune.pipeline.exports import library_of, travelling
+from llmprune.pipeline.exports import child_of, travelling
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.prepare import Ground, cut_text, lay_ground, stock_up
-from llmprune.pipeline.repairs import repairs_of
 from llmprune.pipeline.run import Run
 from llmprune.pipeline.run_directory import RunDirectory, hash_of, read_front
 from llmprune.recover.held_out import windows_of
@@ -135,10 +133,7 @@ class _Stage:
         return found
 
     def _child(self, judges: Judges, record: Record) -> _Source:
-        library = library_of(self.run, judges, record)
-        child = prune(self.ground.parent, record.architecture, library)
-        for repair in repairs_of(self.run, record, library):
-            repair.apply(child)
+        child = child_of(self.run, judges, record)
         return _Source(record.id, record.architecture, record.decode_speedup.median, child)
 
     def found(self) -> ExitsFound:

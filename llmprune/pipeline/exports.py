@@ -69,7 +69,7 @@ def write_children(run: Run, judges: Judges, front: Front) -> list[Path]:
 def _write(
     run: Run, judges: Judges, front: Front, record: Record, to: Path, *, force: bool, formats: bool = False
 ) -> dict[str, Any]:
-    parent, library = judges.stock.parent, library_of(run, judges, record)
+    parent, library = judges.stock.parent, _library_of(run, judges, record)
     child = child_of(run, judges, record)
     if record.draft is not None:
         note_drafting(child, record.draft.drafted)
@@ -96,7 +96,7 @@ def _write(
 def child_of(run: Run, judges: Judges, record: Record) -> PreTrainedModel:
     """The child of a record, with all that was done to it since it was cut. Raises ExportError if the run no longer has
     what it was made of."""
-    library = library_of(run, judges, record)
+    library = _library_of(run, judges, record)
     parent = judges.stock.parent
     child = with_children(parent.model, lambda: prune(parent, record.architecture, library))
     for repair in repairs_of(run, record, library):
@@ -104,7 +104,7 @@ def child_of(run: Run, judges: Judges, record: Record) -> PreTrainedModel:
     return child
 
 
-def library_of(run: Run, judges: Judges, record: Record) -> BlockLibrary:
+def _library_of(run: Run, judges: Judges, record: Record) -> BlockLibrary:
     """The library that a measured child was cut from. Raises ExportError if it is not as it was."""
     own = [name for name, m in METHODS.items() if m.importance and m.importance.method == record.library]
     library = judges.libraries(own)[own[0]] if own else judges.stock.library
