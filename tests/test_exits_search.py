@@ -195,6 +195,8 @@ def test_the_search_finds_what_a_grid_does_not() -> None:
     front = [one for one in found if one.decode_speedup >= 1.1]
     by_grid = [one for one in plain if one.name == "grid" and one.decode_speedup >= 1.1]
     assert min(one.nats_per_token for one in front) <= min(one.nats_per_token for one in by_grid)
+    agreeing = search_rules([trunk], ExitsRecipe(trials=40, criteria=("agreement",)), [], 0.0)
+    assert agreeing and all(one.depths[0] == 0 and len(one.depths) == 3 for one in agreeing)
     useful = beyond(found, [trunk])
     assert all(one.decode_speedup > 1 or one.nats_per_token < trunk.statistics.trunk_nats for one in useful)
     chosen = worth_measuring(found, [trunk], 3)

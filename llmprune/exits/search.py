@@ -17,7 +17,7 @@ from optuna.exceptions import ExperimentalWarning
 from llmprune.core.budgets import Budget
 from llmprune.core.progress import Advance
 from llmprune.core.recipe_exits import ExitsRecipe
-from llmprune.exits.costs import ExitCosts
+from llmprune.exits.costs import NEVER, ExitCosts
 from llmprune.exits.policy import Mode, estimate
 from llmprune.exits.record import EstimatedExits
 from llmprune.exits.statistics import ExitStatistics
@@ -27,6 +27,8 @@ WAITING = (1, 2, 4, 8, 16, 32)
 POPULATION = 50
 GRID = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 """Thresholds of the baseline: one exit, the largest probability, as in CALM (arXiv 2207.07061)."""
+LEAST = 1e-4
+"""Threshold: at 0 an exit would let go whoever disagrees with the one before."""
 ALL_LEAVE = 2**31
 """More than will ever wait: of the baseline in which no token goes deeper."""
 
@@ -118,7 +120,8 @@ def _suggested(trial: optuna.Trial, trunks: Sequence[Trunk], recipe: ExitsRecipe
     thresholds, before = [], None
     for place, share in zip(places, shares, strict=True):
         confident = trunk.statistics.confident(criterion, place, before)
-        thresholds.append(round(float(confident.float().quantile(1 - share)), 4))
+        level = max(LEAST, round(float(confident.float().quantile(1 - share)), 4))
+        thresholds.append(NEVER if criterion == "agreement" and before is None else level)
         before = place
     layers = tuple(trunk.layers[place] for place in places)
     keys: Keys = "exact" if exact or mode == "draft" else "propagated"

@@ -19,11 +19,14 @@ def exit_figures(found: ExitsFound) -> list[Figure]:
 
 
 def _depths(found: ExitsFound) -> Figure:
-    base = alt.Chart(data_of(depth_rows(found)))
+    rows = list(depth_rows(found))
+    base = alt.Chart(data_of(rows))
+    layers = sorted({layer for record in found.records for layer in record.rules["layers"]})
+    order = [*(f"behind layer {layer}" for layer in layers), "by none"]
     chart = base.mark_bar().encode(
         y=alt.Y("model:N", title=None, sort=None, axis=alt.Axis(labelLimit=320)),
         x=alt.X("share:Q", title="share of tokens", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
-        color=alt.Color("left:N", title="left", sort=None, scale=alt.Scale(scheme="viridis")),
+        color=alt.Color("left:N", title="left", sort=order, scale=alt.Scale(scheme="viridis")),
         row=alt.Row("of:N", title=None),
         tooltip=["model:N", "of:N", "left:N", alt.Tooltip("share:Q", format=".1%")],
     )
