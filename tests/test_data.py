@@ -121,7 +121,7 @@ def test_a_run_keeps_its_tokens_when_a_later_version_knows_more_keys(
     recipe = small_data_recipe(*two_sources, bos=False)
     first_version = {"sources", "seq_len", "bos", *(f"{n}_tokens" for n in recipe.splits), "seed"}
     assert recipe.identity().keys() == first_version
-    later = recipe.model_copy(update={**unseen, "recovery_tokens": 64})
+    later = recipe.model_copy(update={**unseen, "recovery_tokens": 64, "own_text_after": 8})
     assert later.identity().keys() == set(DataRecipe.model_fields)
 
 

@@ -18,6 +18,7 @@ from llmprune.measure.quality.agreement import (
     MOST_DRAFTED,
     agreement_of,
     lookup_draft,
+    needed_agreement,
     score_hits,
     worth_of_drafts,
 )
@@ -106,7 +107,11 @@ def test_what_a_draft_needs_is_said_before_there_is_one() -> None:
     (line,) = worth_of_drafts(verify, halved=2.0, fastest=5.0)
     # With k = 1: (1 + a) tokens for 0.5 + 1.1, and a times 0.05 for the draft's pass over two.
     assert "63% of tokens with every block halved" in line and "31% of them" in line
-    *_, hopeless = worth_of_drafts((1.0, 2.0, *(3.0 for _ in range(MOST_DRAFTED - 1))), halved=2.0, fastest=5.0)
+    # Where a second token is dear and more are not, longer drafts pay first: k = 16 writes 6.3 tokens a round at 85%.
+    jump = (1.0, *(2.0 for _ in range(MOST_DRAFTED)))
+    found = needed_agreement(0.1, jump)
+    assert found is not None and found < 0.75 < 0.1 + 2 - 1
+    *_, hopeless = worth_of_drafts(tuple(1.0 + k for k in range(MOST_DRAFTED + 1)), halved=2.0, fastest=5.0)
     assert "no draft of this space can pay" in hopeless
 
 

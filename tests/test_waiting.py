@@ -26,7 +26,8 @@ from llmprune.measure.quality.perplexity import score
 from llmprune.measure.quality.prefix import PrefixScorer
 from llmprune.measure.quality.scores import WindowScores
 from llmprune.measure.speed import throughput
-from llmprune.measure.speed.throughput import PREFILL_PAIRS, Generation, Workload, measure_paired
+from llmprune.measure.speed.sessions import Generation, TorchSession
+from llmprune.measure.speed.throughput import PREFILL_PAIRS, Workload, measure_paired
 from llmprune.measure.speed.visits import Seconds, in_visits
 from llmprune.models import samples as module_of_samples
 from llmprune.models import waiting
@@ -308,11 +309,13 @@ def test_visits_are_measured_as_passes_side_by_side_are(monkeypatch: pytest.Monk
     weights = {id(model): weight_bytes(model) for model in (parent.model, *children)}
     ran: list[int] = []
 
-    def seconds(run: Generation, count: int) -> float:
-        ran.append(id(run._model))
-        assert devices_of(run._model) == {"cuda:0"}
+    def seconds(run: Generation, count: int, *, all_logits: bool) -> float:
+        assert isinstance(run._session, TorchSession)
+        model = run._session._model
+        ran.append(id(model))
+        assert devices_of(model) == {"cuda:0"}
         run._position = run._position + count
-        return weights[id(run._model)] * (1 + run._position / 7)
+        return weights[id(model)] * (1 + run._position / 7)
 
     monkeypatch.setattr(Generation, "_pass", seconds)
     workload, told = Workload(2, 6, 5, "float32", 1, "cuda:0"), list[tuple[int, int]]()

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from llmprune.models.streams import input_device
+
 
 class Session(Protocol):
     """One model, and its cache of one text or several equally long ones."""
@@ -59,7 +61,7 @@ class TorchSession:
 
     def read(self, ids_BT: Sequence[Sequence[int]], *, all_logits: bool = False) -> float:
         """Read the next T tokens of each text in one pass; seconds until the logits are there."""
-        tokens_BT = torch.tensor(ids_BT, device=self._model.device)
+        tokens_BT = torch.tensor(ids_BT, device=input_device(self._model))
         started = time.perf_counter()
         self._logits_BTV = self._model(
             input_ids=tokens_BT,
@@ -80,7 +82,7 @@ class TorchSession:
 
     def likeliest(self) -> list[int]:
         """The likeliest next token behind each token of the last pass that has logits."""
-        found: list[int] = self._logits_BTV[0].argmax(-1).tolist()
+        found: list[int] = self._logits_BTV[0].argmax(-1).cpu().tolist()
         return found
 
     def logits(self, index: int = -1) -> np.ndarray[Any, Any]:
@@ -114,7 +116,7 @@ class Generation:
 
     def __init__(self, session: Session, ids_BT: torch.Tensor, prompt_tokens: int) -> None:
         self._session, self._prompt_tokens = session, prompt_tokens
-        self._ids_BT: list[list[int]] = ids_BT.tolist()
+        self._ids_BT: list[list[int]] = ids_BT.cpu().tolist()
         self._position = 0
 
     def prefill(self) -> float:
