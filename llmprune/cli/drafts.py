@@ -43,7 +43,8 @@ def _lines(written: Mapping[str, Any]) -> Iterator[str]:
         f"measured on {found['prompts']} test prompts, up to {found['new_tokens']} tokens behind each: "
         f"{spread_text(found['speedup'])} the parent's {found['tokens_per_s_alone']:.1f} tokens/s with "
         f"{found['drafted']} drafted a round, {found['tokens_a_round']:.2f} written a round; foretold "
-        f"{found['foretold_speedup']:.2f}x. Prompt lookup: {spread_text(found['lookup']['speedup'])}"
+        f"{found['foretold_speedup']:.2f}x. Prompt lookup of "
+        f"{found['lookup']['drafted']}: {spread_text(found['lookup']['speedup'])}"
     )
     yield _sameness(found)
     for engine, command in written["commands"].items():

@@ -95,8 +95,8 @@ def prune(parent: Parent, architecture: Architecture, library: Repairs) -> PreTr
 
     Tensors of unchanged blocks are the parent's own storage (do not train such a child in place: load an exported
     one); those of changed blocks are contiguous copies. A child of a parent that waits lies where that computes, all of
-    it its own. The child is an instance of the class that its checkpoint
-    will load as, filled strictly: a missing, unexpected or misshapen tensor is an error.
+    it its own. The child is an instance of the class that its checkpoint will load as, filled strictly: a missing,
+    unexpected or misshapen tensor is an error.
 
     Raises ArchitectureError if the architecture is not a sub-network of the parent, and UnsupportedModelError if a
     config of the family has no words for a choice.

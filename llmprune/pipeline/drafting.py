@@ -13,11 +13,13 @@ from typing import Any
 from llmprune.core.budgets import Pick, pick_record
 from llmprune.core.errors import RecipeError
 from llmprune.data.tokens import Split
+from llmprune.measure.quality.accepted import time_in_rounds
 from llmprune.measure.quality.agreement import NGRAM
 from llmprune.measure.record import Front, Record
 from llmprune.measure.speed.speculative import Lookup, Speculated, speculate
 from llmprune.measure.speed.turns import timing
 from llmprune.models.own_text import ends_of
+from llmprune.models.waiting import come_home
 from llmprune.pipeline.exports import child_of, export_pick
 from llmprune.pipeline.judges import Judges
 from llmprune.pipeline.run import Run
@@ -44,27 +46,34 @@ def export_draft(
     written = export_pick(run, judges, front, pick, to, force=force)
     assert record.draft is not None, "it was judged as a draft"
     engines = commands_for(judges.stock.parent.source, to, max(1, record.draft.drafted), written["formats"])
-    return {**written, "decoding": decode_with(run, judges, record, prompts, new_tokens), "commands": engines}
+    lookup = front.lookup.drafted if front.lookup else 0
+    decoding = decode_with(run, judges, record, prompts, new_tokens, max(1, lookup))
+    return {**written, "decoding": decoding, "commands": engines}
 
 
-def decode_with(run: Run, judges: Judges, record: Record, prompts: int, new_tokens: int) -> dict[str, Any]:
-    """What greedy decoding of test prompts gives, in the run's engine: with the draft, and with prompt lookup."""
+def decode_with(
+    run: Run, judges: Judges, record: Record, prompts: int, new_tokens: int, looked_up: int
+) -> dict[str, Any]:
+    """What greedy decoding of test prompts gives, in the run's engine: with the draft, and with prompt lookup of
+    `looked_up` tokens a round."""
     stock, verify = judges.stock, judges.verify
     assert record.draft is not None and verify is not None, "it was judged as a draft"
     workload, drafted = stock.workload, max(1, record.draft.drafted)
     texts, ends = prompts_of(stock.tokens["test"], prompts), ends_of(stock.parent.model)
+    child = child_of(run, judges, record)
+    # Decoding needs both: if there is no room, that is said now.
+    come_home(stock.parent.model)
     with run.show("decoding test prompts with the draft and without") as advance, timing(workload.device):
-        child = child_of(run, judges, record)
         with_draft = speculate(stock.parent.model, child, workload, texts, new_tokens, drafted, ends)
         advance(1, 2)
         del child
-        with_lookup = speculate(stock.parent.model, Lookup(NGRAM), workload, texts, new_tokens, drafted, ends)
+        with_lookup = speculate(stock.parent.model, Lookup(NGRAM), workload, texts, new_tokens, looked_up, ends)
         advance(2, 2)
     found = _figures(with_draft)
     rounds = sum(len(one.accepted) for one in with_draft.speculative)
     catch_ups = sum(one.accepted[:-1].count(drafted) for one in with_draft.speculative)
     step = 1 / record.decode_speedup.median
-    spent = rounds * (drafted * step + verify.medians[drafted]) + catch_ups * step * (verify.medians[1] - 1)
+    spent = time_in_rounds(drafted, rounds, catch_ups, step, verify.medians)
     tokens = sum(len(one.ids) for one in with_draft.speculative)
     return {
         **found,
@@ -73,7 +82,7 @@ def decode_with(run: Run, judges: Judges, record: Record, prompts: int, new_toke
         "new_tokens": new_tokens,
         "tokens_a_round": tokens / rounds,
         "foretold_speedup": tokens / spent,
-        "lookup": _figures(with_lookup),
+        "lookup": {**_figures(with_lookup), "drafted": looked_up},
     }
 
 

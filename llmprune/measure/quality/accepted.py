@@ -93,11 +93,19 @@ def draft_speedup(
     assert len(rounds_K) == len(verify_ratios), f"{len(rounds_K)} draft lengths, {len(verify_ratios)} passes"
     assert rounds_K[0] == tokens > 0, f"{rounds_K[0]} rounds of one token each write {tokens} tokens"
     assert verify_ratios[0] == 1, "the parent's decode step is the unit"
-    steps_K: npt.NDArray[np.float64] = rounds_K * np.arange(len(rounds_K), dtype=np.float64)
-    if catch_ups_K is not None and len(rounds_K) > 1:
-        steps_K = steps_K + catch_ups_K * (verify_ratios[1] - 1)
-    speedups_K = tokens / (steps_K * draft_s_over_parent_s + rounds_K * np.asarray(verify_ratios, dtype=np.float64))
+    catch_ups_K = np.zeros(len(rounds_K)) if catch_ups_K is None else catch_ups_K
+    counted = zip(rounds_K.tolist(), catch_ups_K.tolist(), strict=True)
+    spent_K = [time_in_rounds(k, *of_k, draft_s_over_parent_s, verify_ratios) for k, of_k in enumerate(counted)]
+    speedups_K = tokens / np.array(spent_K)
     return DraftSpeedup(int(speedups_K.argmax()), speedups_K)
+
+
+def time_in_rounds(
+    drafted: int, rounds: float, catch_ups: float, draft_s_over_parent_s: float, verify_ratios: Sequence[float]
+) -> float:
+    """What rounds of so many drafted tokens take, in decode steps of the parent (see `draft_speedup`)."""
+    longer = verify_ratios[1] - 1 if drafted else 0.0
+    return (drafted * rounds + catch_ups * longer) * draft_s_over_parent_s + rounds * verify_ratios[drafted]
 
 
 class PromptLookup:
