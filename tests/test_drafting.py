@@ -133,8 +133,9 @@ def test_what_cannot_be_a_draft_is_refused_before_the_search(
     data = as_drafts(finished_run.recipe).model_dump()
     for section, values in changes.items():
         data[section] |= values
-    with pytest.raises(RecipeError, match=rule):
+    with pytest.raises(RecipeError, match=rule) as refused:
         parse_recipe(data, origin="drafts")
+    assert "got {" not in str(refused.value), "it names the value, not the whole recipe"
 
 
 def test_a_draft_is_handed_over_with_what_it_gives(drafted: Path, llmprune: Llmprune, tmp_path: Path) -> None:

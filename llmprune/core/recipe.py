@@ -355,12 +355,12 @@ class Recipe(Section):
         if self.data.own_text_after is None:
             raise ValueError(
                 "search.objective=draft judges children on what the parent itself writes; say behind how many tokens "
-                "of a window that begins: data.own_text_after=32"
+                "of a window that begins (data.own_text_after=32); got none"
             )
         if self.space.vocabulary or self.space.hidden_size:
             asked = "vocabulary" if self.space.vocabulary else "hidden_size"
             raise ValueError(
                 f"a draft proposes its parent's tokens and is verified by the whole parent, which space.{asked} would "
-                f"replace; leave it out with search.objective=draft"
+                f"replace; got {asked}={quoted(getattr(self.space, asked))}, leave it out"
             )
         return self
