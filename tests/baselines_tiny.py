@@ -80,6 +80,7 @@ def tables_of(space: Space) -> BlockTables:
         for kind in BLOCK_KINDS
         for choice in space.ladder(kind)
     }
+    saving |= dict.fromkeys(space.vocabulary, 0.0)
     delta_nats = {
         (layer, choice): float(torch.rand((), generator=generator)) * saving[choice]
         for layer, kind in space.blocks()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
 import pytest
 from baselines_tiny import given_of, library_of, nats_of, random_parent, space_of, tables_of
 
 from llmprune.baselines.chance import best_of_random
-from llmprune.baselines.depth import blockpruner, shortgpt, sleb
+from llmprune.baselines.depth import blockpruner, shortgpt, sleb, uniform_depth
 from llmprune.baselines.given import Given, along
 from llmprune.baselines.methods import METHODS, choose
 from llmprune.baselines.uniform import uniform
 from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import DROPPED, Architecture
+from llmprune.choices.space import Space
 from llmprune.core.recipe import BASELINE_NAMES, BaselineName, SpaceSize
 from llmprune.models.parent import Parent
 from llmprune.models.surgery import prune
@@ -67,6 +69,30 @@ def test_greedy_drops_what_measures_best_on_the_current_child(
     for before, after in pairwise(path):
         losses = {child: nats_of(parent, library, child) for child in removals(before) if attends(child)}
         assert after == min(losses, key=losses.__getitem__)
+
+
+def test_every_nth_layer_stays_in_the_type_of_weights_that_loses_least(given: Given) -> None:
+    # Types of weights round 32 weights at a time.
+    shape = replace(given.space.shape, hidden_size=64, head_dim=32, ffn_width=32)
+    typed = Space.of(shape, 1, 8, precision=("q8_0", "q4_0"))
+    offered: list[Sequence[Architecture]] = []
+
+    def nats(architectures: Sequence[Architecture]) -> list[float]:
+        offered.append(architectures)
+        return [float("q8_0" not in stored(architecture)) for architecture in architectures]
+
+    def stored(architecture: Architecture) -> set[str | None]:
+        return {choice.stored for _, choice in architecture.blocks() if choice.units}
+
+    plain, wanted = uniform_depth(given, 1.2), 1.2
+    assert plain is not None and plain.kept_layers == (0, 2), "the first and the last stay"
+    library = cast(Any, SimpleNamespace(space=typed))
+    found = uniform_depth(given_of(given.parent, library, nats), wanted)
+    assert found in offered[0] and found is not None and stored(found) == {"q8_0"}
+    assert [stored(one) for one in offered[0][:1]] == [{None}] and {"q4_0"} in map(stored, offered[0])
+    assert all(len(stored(one)) == 1 and one.kept_layers[0] == 0 and one.kept_layers[-1] == 2 for one in offered[0])
+    # Fewer bits reach the speed with more layers.
+    assert offered[0][0].kept_layers == plain.kept_layers and len(found.kept_layers) == 3
 
 
 def test_a_step_scores_every_removal_once_and_a_path_only_as_far_as_asked(given: Given) -> None:

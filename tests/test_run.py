@@ -35,7 +35,7 @@ from llmprune.core.files import write_json
 from llmprune.core.recipe import Recipe
 from llmprune.core.recipe_text import apply_overrides, parse_recipe
 from llmprune.measure.quality.perplexity import score
-from llmprune.measure.record import Front, Quoted, child_id
+from llmprune.measure.record import Front, Quoted, Record, child_id
 from llmprune.measure.value import SCHEMA
 from llmprune.models import checkpoint
 from llmprune.models.expected import Proof
@@ -479,6 +479,24 @@ def test_a_baseline_is_exported_by_its_name(copied: Path, judged: list[str], tmp
         written = export(Run.open(copied), parse_pick(baseline[name]), tmp_path / name)
         assert written["id"] == baseline["id"] and written["directory"] == str(tmp_path / name)
         assert checkpoint_id(tmp_path / name) == baseline["id"]
+
+
+def test_a_baseline_without_a_child_is_told_of(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = strict_json(copied / "front.json")
+    searched = {child["hash"] for child in found["children"]}
+    lacking = next(record["name"] for record in found["baselines"] if record["hash"] not in searched)
+
+    def judged(self: Judge, architecture: Architecture, name: str, *, own: Any = Judge.judge) -> Record:
+        record: Record = own(self, architecture, name)
+        return record.model_copy(update={"nats_per_token": math.inf}) if name == lacking else record
+
+    monkeypatch.setattr(Judge, "judge", judged)
+    run, said = Run.open(copied), list[str]()
+    run.say = said.append
+    run.directory.front.unlink()
+    assert lacking not in {record.name for record in front(run).baselines}
+    (line,) = (line for line in said if "left out" in line)
+    assert line.startswith(f"the baseline {lacking} is left out: the child ") and "no finite loss" in line
 
 
 def test_children_that_are_there_are_not_written_again(copied: Path, judged: list[str]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from llmprune.baselines.given import Given, Path
+from llmprune.baselines.given import Given, Path, along
+from llmprune.baselines.match import AT
+from llmprune.baselines.uniform import parents_in_types
 from llmprune.choices.architecture import DROPPED, Architecture
 from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.space import Space
@@ -22,14 +24,25 @@ def shortgpt(given: Given) -> Path:
             yield architecture
 
 
-def uniform_depth(given: Given) -> Path:
-    """Keep every n-th layer, the first and the last among them: what is taken for a draft where nothing is searched."""
-    whole, last = given.space.shape.architecture, given.space.shape.layers - 1
+def uniform_depth(given: Given, speedup: float) -> Architecture | None:
+    """Keep every n-th layer, the first and the last among them: what is taken for a draft where nothing is searched.
+    Where a space offers types of weights, what stays has one of them: the best on the search tokens of all that are
+    as fast."""
+    wholes = [given.space.shape.architecture, *(whole for _, whole in parents_in_types(given.space))]
+    nearest = [along(_every_nth(given.space, whole), given.speedup)(speedup) for whole in wholes]
+    found = [architecture for architecture in nearest if architecture is not None]
+    fast = [a for a in found if given.speedup(a) >= speedup * (1 - AT)] or [max(found, key=given.speedup)]
+    return fast[0] if len(fast) == 1 else given.best(fast)
+
+
+def _every_nth(space: Space, whole: Architecture) -> Path:
+    """All of `whole`, and ever fewer layers of it."""
     yield whole
+    last = space.shape.layers - 1
     for kept in range(last, 0, -1):
         stays = {round(i * last / max(1, kept - 1)) for i in range(kept)}
         shorter = whole.without_layers([layer for layer in range(last + 1) if layer not in stays])
-        if may_drop(given.space) and shorter.attends:
+        if may_drop(space) and shorter.attends:
             yield shorter
 
 

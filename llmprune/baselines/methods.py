@@ -12,7 +12,7 @@ from llmprune.baselines.chance import best_of_random
 from llmprune.baselines.depth import blockpruner, may_drop, shortgpt, sleb, uniform_depth
 from llmprune.baselines.flap import compensation, flap, needs_bias
 from llmprune.baselines.given import Aim, Given, Path, along
-from llmprune.baselines.uniform import uniform
+from llmprune.baselines.uniform import parents_in_types, uniform
 from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
 from llmprune.choices.space import Space
@@ -83,6 +83,12 @@ def _uniforms(space: Space, draws: int) -> int:
     return sum(c.units > 0 for c in space.attention) * sum(c.units > 0 for c in space.ffn)
 
 
+def _wholes(space: Space, draws: int) -> int:
+    """One depth in each type of weights; a single one is not scored."""
+    typed = len(parents_in_types(space))
+    return typed and 1 + typed
+
+
 def _removals(space: Space, blocks: int) -> int:
     """Every removal of one of so many blocks, then of what is left, down to the last; and each child that is varied,
     once more for its states."""
@@ -91,7 +97,7 @@ def _removals(space: Space, blocks: int) -> int:
 
 METHODS: Mapping[BaselineName, Method] = {
     "uniform": Method(aimed=uniform, statistics=True, most_scored=_uniforms),
-    "uniform-depth": Method(path=uniform_depth),
+    "uniform-depth": Method(aimed=uniform_depth, most_scored=_wholes),
     "magnitude": Method(aimed=uniform, importance=_own("magnitude"), most_scored=_uniforms),
     "wanda-sp": Method(aimed=uniform, importance=_own("wanda-sp"), statistics=True, most_scored=_uniforms),
     "flap": Method(path=flap, importance=_own("flap"), finish=compensation, statistics=True, mixes=True),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from optuna.storages import BaseStorage
@@ -56,6 +55,8 @@ def make_front(run: Run, storage: BaseStorage, prepared: Prepared, judges: Judge
         contest = Contest(run, prepared, judges, finished)
         entrants = [contest.entrant(name) for name in dict.fromkeys(rules.baselines)]
         beside = choose_beside(entrants, rules.baselines_at, run.show)
+        for missing in (entrant.name for entrant in entrants if entrant not in beside):
+            run.say(f"the baseline {missing} is left out: it has no child at {rules.baselines_at:g}x")
         measured = _measured(run, judges, chosen, beside)
         run.directory.write_front(with_verdicts(measured, rules.usable_ppl_ratio))
         run.directory.mark_done("front", key)
@@ -105,11 +106,15 @@ def _measured(run: Run, judges: Judges, chosen: Sequence[Record], beside: Mappin
         stored = [measured(whole, name) for name, whole in steps.over(types)]
         baselines: list[tuple[Record, Entrant]] = []
         for rival, architecture in steps.over(list(beside.items())):
-            # A child whose logits are NaN is no baseline.
-            with suppress(ModelError):
-                same = rival.judge.library is judge.library and rival.judge.finish is None
-                there = same and architecture in known and known[architecture].is_finite
-                baselines.append((measured(architecture, rival.name) if there else rival.measure(architecture), rival))
+            same = rival.judge.library is judge.library and rival.judge.finish is None
+            there = same and architecture in known and known[architecture].is_finite
+            try:
+                record = measured(architecture, rival.name) if there else rival.measure(architecture)
+            except ModelError as error:
+                # A child whose logits are NaN is no baseline.
+                run.say(f"the baseline {rival.name} is left out: {error}")
+            else:
+                baselines.append((record, rival))
     # What another child beats before it is repaired is not worth the minutes that a repair takes.
     best = non_dominated((record for record in children if record.is_finite), run.recipe.search.axes)
     own = _Forms(run, judges, judge, judges.quoting())
@@ -121,13 +126,16 @@ def _measured(run: Run, judges: Judges, chosen: Sequence[Record], beside: Mappin
         theirs = _Forms(run, judges, rival.judge, rival.quoting)
         helped = run.recipe.recover.baselines and rival.judge.finish is None
         kept.append((record, theirs.repaired(record) if helped else record, theirs))
-    with run.show("measuring what is quoted, on text that nothing was chosen on"):
-        quoted = [forms.quoted(repaired) for _, repaired, forms in kept]
+    before = [(record, forms) for record, repaired, forms in kept if repaired is not record]
+    with run.show("measuring what is quoted, on text that nothing was chosen on") as advance:
+        steps = Steps(len(kept) + 1 + len(before), advance)
+        quoted = [forms.quoted(repaired) for _, repaired, forms in steps.over(kept)]
+        (quoted_parent,) = (quote(one, judges.quoting()) for one in steps.over([parent]))
         return Front(
-            parent=quote(parent, judges.quoting()),
+            parent=quoted_parent,
             children=tuple(quoted[: len(chosen_children)]),
             baselines=tuple(quoted[len(chosen_children) :]),
-            one_shot=tuple(forms.quoted(record) for record, repaired, forms in kept if repaired is not record),
+            one_shot=tuple(forms.quoted(record) for record, forms in steps.over(before)),
             lookup=_lookup(judges),
             resized=read_resized(run.directory),
         )
