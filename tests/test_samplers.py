@@ -20,7 +20,7 @@ from llmprune.choices.architecture import Architecture
 from llmprune.core.recipe import SearchRecipe
 from llmprune.search.parameters import suggest, to_params
 from llmprune.search.samplers.evopress import EvoPressSampler
-from llmprune.search.samplers.guide import History
+from llmprune.search.samplers.guide import SLOWEST_DRAFT, Finished, History
 from llmprune.search.samplers.guided import FALLBACK_DRAWS, GuidedSampler
 from llmprune.search.samplers.linas import PREDICTED_BY, LinasSampler
 from llmprune.search.samplers.make import GUIDED, OneRung, make_sampler
@@ -168,6 +168,19 @@ def test_proposals_hold_the_corrected_budget_and_so_the_measured_target(name: st
         assert target * 0.999 <= SIXTY.speedup(architecture)
         # Solutions of slp that must differ from each other may differ by being faster.
         assert SIXTY.speedup(architecture) < target * (1.1 if name == "slp" else 1.01)
+
+
+def test_trials_look_about_the_best_draft_as_soon_as_one_pays() -> None:
+    slow, fast = (Finished(i, (i,), 0.1, speedup, {}) for i, speedup in enumerate((2.0, 4.0)))
+    guide, turns = SIXTY.guide, range(12)
+    none_pays = History((slow, fast), frozenset())
+    assert [none_pays.target(guide, turn) for turn in turns] == [guide.target_of(turn) for turn in turns]
+    pays = History((replace(slow, draft_speedup=1.2), replace(fast, draft_speedup=1.4)), frozenset())
+    aimed = [pays.target(guide, turn) for turn in turns]
+    assert aimed[::2] == [guide.target_of(turn) for turn in range(6)], "all targets still have their turn"
+    assert aimed[1::2] == pytest.approx([4.0, 4.6, 4.0 / 1.15] * 2)
+    hardly = History((replace(slow, speedup=1.01, draft_speedup=1.001),), frozenset())
+    assert min(hardly.target(guide, turn) for turn in turns) >= SLOWEST_DRAFT
 
 
 def test_the_correction_is_what_was_measured_near_the_target() -> None:

@@ -18,6 +18,7 @@ from llmprune.choices.dimensions import BlockKind
 from llmprune.choices.space import Space
 from llmprune.choices.vocabulary import VocabularyChoice
 from llmprune.core.budgets import Axes
+from llmprune.measure.record import Record
 from llmprune.search.samplers.ladders import Indices, Ladders
 from llmprune.search.trial_records import RECORD, record_of
 from llmprune.tables.allocate import Allocator, Scores
@@ -30,6 +31,10 @@ LEAST_SAVING = 0.02
 """Below this share of the parent's time, the ratio of measured to estimated saving is timing noise."""
 RATIO_LIMITS = (0.5, 1.5)
 MOST_SAVING = 0.99
+NEAR_BEST_DRAFT = (1.0, 1.15, 1 / 1.15)
+"""What trials that look for a better draft aim at, in turn, over the speed of the best one: to agree more there, and
+which speed is best at all."""
+SLOWEST_DRAFT = 1.05
 
 Race = Callable[[Sequence[Architecture]], Architecture]
 Estimate = Callable[[Architecture], Scores]
@@ -98,6 +103,19 @@ class Finished:
     """The first objective's value."""
     speedup: float
     notes: Mapping[str, Any]
+    draft_speedup: float = 1.0
+    """Of the parent with it as its draft; 1 where it is none, or does not pay."""
+
+    @classmethod
+    def of(cls, trial: FrozenTrial, indices: Indices, record: Record, axes: Axes) -> Finished:
+        """Both objectives as measured."""
+        as_draft = 1.0 if record.draft is None else record.draft.speedup
+        loss, speedup = record.value(axes.quality), record.value(axes.speed)
+        return cls(trial.number, indices, loss, speedup, trial.user_attrs, as_draft)
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.speedup) and self.speedup > 0
 
     def holds(self, target: float) -> bool:
         return self.speedup >= target * (1.0 - HOLDS_WITHIN)
@@ -128,15 +146,25 @@ class History:
             if indices is None:
                 continue
             known.add(indices)
-            measured = _measured(trial, guide.axes)
-            if measured is not None:
-                loss, speedup = measured
-                finished.setdefault(indices, Finished(trial.number, indices, loss, speedup, trial.user_attrs))
+            record = _record(trial)
+            if record is not None and (one := Finished.of(trial, indices, record, guide.axes)).is_finite:
+                finished.setdefault(indices, one)
         return cls(tuple(finished.values()), frozenset(known))
 
     def best(self, target: float) -> Finished | None:
         """The least loss among those whose measured speed-up holds the target; if none does, the nearest in speed."""
         return min(self.finished, key=lambda trial: trial.rank(target), default=None)
+
+    def target(self, guide: Guide, trial_number: int) -> float:
+        """The guide's targets in turn; once there is a draft that pays, a speed near the best one's every other time:
+        which speed is worth most cannot be known before."""
+        best = max(self.finished, key=lambda trial: trial.draft_speedup, default=None)
+        if best is None or best.draft_speedup <= 1.0:
+            return guide.target_of(trial_number)
+        turn, aims_at_draft = divmod(trial_number, 2)
+        if aims_at_draft:
+            return max(SLOWEST_DRAFT, best.speedup * NEAR_BEST_DRAFT[turn % len(NEAR_BEST_DRAFT)])
+        return guide.target_of(turn)
 
     def needed_saving(self, guide: Guide, target: float) -> float:
         """The *estimated* share of the parent's time to save, so that the *measured* speed-up is `target`.
@@ -170,12 +198,9 @@ def _indices(trial: FrozenTrial, space: Space) -> Indices | None:
     return chosen if all(legal) else None
 
 
-def _measured(trial: FrozenTrial, axes: Axes) -> tuple[float, float] | None:
-    """Both objectives as measured; None for a trial that failed, repeats another or is not done."""
+def _record(trial: FrozenTrial) -> Record | None:
+    """What was measured; None for a trial that failed, repeats another, computes no numbers or is not done."""
     if trial.state is not TrialState.COMPLETE or RECORD not in trial.user_attrs:
         return None
     record = record_of(trial)
-    loss, speedup = record.value(axes.quality), record.value(axes.speed)
-    if not (record.is_finite and math.isfinite(speedup) and speedup > 0):
-        return None
-    return loss, speedup
+    return record if record.is_finite else None

@@ -63,7 +63,7 @@ class GuidedSampler(BaseSampler, ABC):
     ) -> dict[str, Any]:
         """One index for every decision. Optuna does not ask for a queued trial, whose parameters are given."""
         history = History.of(study, self.guide, but=trial.number)
-        target = self.guide.target_of(trial.number)
+        target = history.target(self.guide, trial.number)
         needed = history.needed_saving(self.guide, target)
         question = Question(history, target, needed, np.random.default_rng([self.seed, trial.number]))
         proposal = self.propose(question)
