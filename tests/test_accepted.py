@@ -17,7 +17,7 @@ from llmprune.measure.quality.accepted import (
     catch_ups_of,
     draft_speedup,
     leading_matches,
-    lookup_rounds,
+    lookup_passes,
     rounds_of,
 )
 
@@ -109,13 +109,23 @@ def test_rounds_of_look_ups_are_those_that_are_walked(ids: list[int], ngram: int
         return leading_matches(PromptLookup(ids[:known], ngram).draft(most), ids[known:])
 
     expected = [walked(len(ids) - prompt_length, lambda t, k=k: accepted_at(t, k)) for k in range(MOST + 1)]  # type: ignore[misc]
-    assert lookup_rounds(ids, prompt_length, MOST, ngram).tolist() == expected
+    passes_KK = lookup_passes(ids, prompt_length, MOST, ngram)
+    assert passes_KK.sum(1).tolist() == expected
+    # How much each of them drafted, walked one by one.
+    for k in range(MOST + 1):
+        drafted, position = [0] * (MOST + 1), 0
+        while position < len(ids) - prompt_length:
+            drafted[len(PromptLookup(ids[: prompt_length + position], ngram).draft(k))] += 1
+            position += accepted_at(position, k) + 1
+        assert passes_KK[k].tolist() == drafted
 
 
 def test_a_text_that_repeats_its_prompt_is_looked_up() -> None:
     ids = [*range(12), *range(12)]
     # The first token of the repetition is new to its place; then a single 0 is enough to find what follows.
-    assert lookup_rounds(ids, 12, 4, 2).tolist() == [12, 7, 5, 4, 4]
+    passes_KK = lookup_passes(ids, 12, 4, 2)
+    assert passes_KK.sum(1).tolist() == [12, 7, 5, 4, 4]
+    assert passes_KK[4].tolist() == [1, 0, 0, 0, 3], "where nothing was found nothing was drafted"
 
 
 @given(hits_of_a_text, st.floats(0.05, 1.5), st.lists(st.floats(1, 3), min_size=MOST, max_size=MOST))

@@ -15,7 +15,7 @@ from stepwise import child_of
 from transformers import PreTrainedModel
 
 from llmprune.core.errors import ModelError, RecipeError
-from llmprune.measure.quality.accepted import lookup_rounds, rounds_of
+from llmprune.measure.quality.accepted import lookup_passes, rounds_of
 from llmprune.measure.speed.sessions import TorchSession
 from llmprune.measure.speed.speculative import Divergence, Lookup, Speculated, speculate
 from llmprune.measure.speed.throughput import Workload
@@ -100,6 +100,7 @@ def test_a_parent_that_drafts_for_itself_accepts_everything(name: str, workload:
     apart = {divergence.prompt for divergence in found.divergences}
     accepted = [written.accepted for i, written in enumerate(found.speculative) if i not in apart]
     assert accepted == [(3, 3, 3, 3)] * (len(PROMPTS) - len(apart))
+    assert {written.drafted for i, written in enumerate(found.speculative) if i not in apart} == {(3, 3, 3, 3)}
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma3_text-full", "gpt_neox-parallel"])
@@ -113,8 +114,8 @@ def test_what_stands_in_the_text_already_is_looked_up(name: str) -> None:
             greedy(parent, p) for p in prompts
         ]
         for prompt, written in zip(prompts, found.speculative, strict=True):
-            counted_K = lookup_rounds([*prompt, *written.ids], len(prompt), drafted, ngram)
-            assert len(written.accepted) == counted_K[drafted]
+            passes_KK = lookup_passes([*prompt, *written.ids], len(prompt), drafted, ngram)
+            assert [written.drafted.count(n) for n in range(drafted + 1)] == passes_KK[drafted].tolist()
 
 
 @pytest.mark.parametrize("drafts", ["shaken", "child", "lookup"])

@@ -40,15 +40,22 @@ def _lines(written: Mapping[str, Any]) -> Iterator[str]:
     found = written["decoding"]
     yield f"exported draft {written['id']} to {written['directory']}"
     yield (
-        f"measured on {found['prompts']} test prompts, up to {found['new_tokens']} tokens behind each: "
-        f"{spread_text(found['speedup'])} the parent's {found['tokens_per_s_alone']:.1f} tokens/s with "
-        f"{found['drafted']} drafted a round, {found['tokens_a_round']:.2f} written a round; foretold "
-        f"{found['foretold_speedup']:.2f}x. Prompt lookup of "
-        f"{found['lookup']['drafted']}: {spread_text(found['lookup']['speedup'])}"
+        f"decoded {found['prompts']} test prompts, up to {found['new_tokens']} tokens behind each, beside the parent's "
+        f"{found['tokens_per_s_alone']:.1f} tokens/s:"
     )
+    yield f"  with the draft {_worth(found)}"
+    yield f"  with prompt lookup, which needs no model, {_worth(found['lookup'])}"
     yield _sameness(found)
     for engine, command in written["commands"].items():
         yield f"{engine}: {command}"
+
+
+def _worth(found: Mapping[str, Any]) -> str:
+    return (
+        f"{found['mean_speedup']:.2f}x ({spread_text(found['speedup'])} of single prompts), up to {found['drafted']} "
+        f"drafted and {found['tokens_a_round']:.2f} written a round; these rounds foretell "
+        f"{found['foretold_speedup']:.2f}x by passes measured just before"
+    )
 
 
 def _sameness(found: Mapping[str, Any]) -> str:

@@ -13,10 +13,9 @@ from typing import Any
 from llmprune.core.budgets import Pick, pick_record
 from llmprune.core.errors import RecipeError
 from llmprune.data.tokens import Split
-from llmprune.measure.quality.accepted import time_in_rounds
 from llmprune.measure.quality.agreement import NGRAM
 from llmprune.measure.record import Front, Record
-from llmprune.measure.speed.speculative import Lookup, Speculated, speculate
+from llmprune.measure.speed.speculative import Lookup, PassCosts, Speculated, pass_costs, speculate
 from llmprune.measure.speed.turns import timing
 from llmprune.models.own_text import ends_of
 from llmprune.models.waiting import come_home
@@ -55,34 +54,27 @@ def decode_with(
     run: Run, judges: Judges, record: Record, prompts: int, new_tokens: int, looked_up: int
 ) -> dict[str, Any]:
     """What greedy decoding of test prompts gives, in the run's engine: with the draft, and with prompt lookup of
-    `looked_up` tokens a round."""
-    stock, verify = judges.stock, judges.verify
-    assert record.draft is not None and verify is not None, "it was judged as a draft"
+    `looked_up` tokens a round; and what the rounds that came about foretell by passes that are measured beside them."""
+    stock, repeats = judges.stock, run.recipe.front.repeats
+    assert record.draft is not None, "it was judged as a draft"
     workload, drafted = stock.workload, max(1, record.draft.drafted)
     texts, ends = prompts_of(stock.tokens["test"], prompts), ends_of(stock.parent.model)
-    child = child_of(run, judges, record)
+    parent, child = stock.parent.model, child_of(run, judges, record)
     # Decoding needs both: if there is no room, that is said now.
-    come_home(stock.parent.model)
+    come_home(parent)
     with run.show("decoding test prompts with the draft and without") as advance, timing(workload.device):
-        with_draft = speculate(stock.parent.model, child, workload, texts, new_tokens, drafted, ends)
-        advance(1, 2)
+        costs, lookup_costs = pass_costs(parent, child, workload, drafted, looked_up, repeats)
+        advance(1, 3)
+        with_draft = speculate(parent, child, workload, texts, new_tokens, drafted, ends)
+        advance(2, 3)
         del child
-        with_lookup = speculate(stock.parent.model, Lookup(NGRAM), workload, texts, new_tokens, looked_up, ends)
-        advance(2, 2)
-    found = _figures(with_draft)
-    rounds = sum(len(one.accepted) for one in with_draft.speculative)
-    catch_ups = sum(one.accepted[:-1].count(drafted) for one in with_draft.speculative)
-    step = 1 / record.decode_speedup.median
-    spent = time_in_rounds(drafted, rounds, catch_ups, step, verify.medians)
-    tokens = sum(len(one.ids) for one in with_draft.speculative)
+        with_lookup = speculate(parent, Lookup(NGRAM), workload, texts, new_tokens, looked_up, ends)
+        advance(3, 3)
     return {
-        **found,
-        "drafted": drafted,
+        **_figures(with_draft, costs),
         "prompts": len(texts),
         "new_tokens": new_tokens,
-        "tokens_a_round": tokens / rounds,
-        "foretold_speedup": tokens / spent,
-        "lookup": {**_figures(with_lookup), "drafted": looked_up},
+        "lookup": _figures(with_lookup, lookup_costs),
     }
 
 
@@ -94,12 +86,17 @@ def prompts_of(split: Split, count: int) -> list[list[int]]:
     return [prompt for prompt in in_turn if prompt is not None][:count]
 
 
-def _figures(found: Speculated) -> dict[str, Any]:
-    alone = sum(one.decode_s for one in found.plain)
-    tokens = sum(len(one.ids) for one in found.plain)
+def _figures(found: Speculated, costs: PassCosts) -> dict[str, Any]:
+    alone, with_draft = (sum(one.decode_s for one in way) for way in (found.plain, found.speculative))
+    tokens, written = (sum(len(one.ids) for one in way) for way in (found.plain, found.speculative))
     return {
+        "drafted": found.drafted,
         "speedup": asdict(found.speedup),
+        "mean_speedup": (written / with_draft) / (tokens / alone),
+        "foretold_speedup": costs.speedup(found),
+        "costs": asdict(costs),
         "tokens_per_s_alone": tokens / alone,
+        "tokens_a_round": written / sum(len(one.drafted) for one in found.speculative),
         "identical": len(found.plain) - len(found.divergences),
         "ties": sum(one.is_tie for one in found.divergences),
         "differ": sum(not one.is_tie for one in found.divergences),

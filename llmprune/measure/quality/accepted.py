@@ -61,19 +61,24 @@ def _runs(hits_NT: npt.NDArray[np.bool_], lengths_N: Counts | None) -> tuple[Cou
     return next_miss_NT - np.arange(tokens), lengths_N
 
 
-def lookup_rounds(ids: Sequence[int], prompt_length: int, most: int, ngram: int) -> Counts:
-    """(K+1,) rounds in which the tokens of `ids` behind the prompt are written if `PromptLookup` drafts them.
-
-    A round in which nothing is found drafts nothing, so its pass is shorter than the others.
+def lookup_passes(ids: Sequence[int], prompt_length: int, most: int, ngram: int) -> Counts:
+    """(K+1, K+1) rounds in which the tokens of `ids` behind the prompt are written if `PromptLookup` drafts them: for
+    each draft length, those that really drafted 0, 1, ... K tokens. A round that finds nothing drafts nothing, and is a
+    decode step.
     """
-    lookup, runs = PromptLookup(ids[:prompt_length], ngram), []
+    lookup, drafted_T, right_T = PromptLookup(ids[:prompt_length], ngram), list[int](), list[int]()
     for position in range(prompt_length, len(ids)):
         drafted = lookup.draft(most)
-        runs.append(leading_matches(drafted, ids[position:]))
+        drafted_T.append(len(drafted))
+        right_T.append(leading_matches(drafted, ids[position:]))
         lookup.read(ids[position : position + 1])
-    rounds_NK, _ = _walked(np.array([runs], dtype=np.int64), np.array([len(runs)]), most)
-    rounds_K: Counts = rounds_NK[0]
-    return rounds_K
+    passes_KK = np.zeros((most + 1, most + 1), dtype=np.int64)
+    for k in range(most + 1):
+        position = 0
+        while position < len(drafted_T):
+            passes_KK[k, min(k, drafted_T[position])] += 1
+            position += min(k, right_T[position]) + 1
+    return passes_KK
 
 
 def draft_speedup(

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llmprune.data.tokens import SourceTokens, Split
-from llmprune.measure.quality.accepted import Counts, Floats, catch_ups_of, draft_speedup, lookup_rounds, rounds_of
+from llmprune.measure.quality.accepted import Counts, catch_ups_of, draft_speedup, lookup_passes, rounds_of
 from llmprune.measure.value import Value
 
 MOST_DRAFTED = 16
@@ -46,7 +46,9 @@ class Agreement(Value):
     def draft(self, draft_s_over_parent_s: float, verify_ratios: Sequence[float]) -> Draft:
         """The best draft length and what it gives, where the draft's decode step takes so much of the parent's, and a
         pass of the parent over n + 1 tokens so much of one over a single one."""
-        return _best(np.array(self.rounds), draft_s_over_parent_s, verify_ratios, np.array(self.catch_ups))
+        rounds_K, catch_ups_K = np.array(self.rounds), np.array(self.catch_ups)
+        found = draft_speedup(rounds_K, 1, draft_s_over_parent_s, verify_ratios, catch_ups_K)
+        return Draft(drafted=found.drafted, speedup=float(found.speedups_K[found.drafted]))
 
 
 def hits_of(tokens_T: torch.Tensor, logits_TV: torch.Tensor) -> torch.Tensor:
@@ -91,13 +93,15 @@ def agreement_of(split: Split, hits: Mapping[str, torch.Tensor]) -> Agreement:
 
 def lookup_draft(split: Split, verify_ratios: Sequence[float]) -> Draft:
     """What prompt lookup is worth on a split's text: it drafts what followed the last few tokens before, in no time."""
-    rounds_K = np.zeros(MOST_DRAFTED + 1)
+    passes_KK = np.zeros((MOST_DRAFTED + 1, MOST_DRAFTED + 1))
     for name, source, start, own_N in _written(split):
         texts = [ids_T[: start + own].tolist() for ids_T, own in zip(source.windows, own_N, strict=True)]
-        found_NK = np.array([lookup_rounds(ids, start, MOST_DRAFTED, NGRAM) for ids in texts])
-        rounds_K += split.weights[name] / own_N.sum() * found_NK.sum(0)
-    rounds_K[0] = 1.0
-    return _best(rounds_K, 0.0, verify_ratios)
+        found_KK = sum(lookup_passes(ids, start, MOST_DRAFTED, NGRAM) for ids in texts)
+        passes_KK += split.weights[name] / own_N.sum() * found_KK
+    # Without a draft a token is a decode step, and weights sum to 1 but for rounding.
+    passes_KK[0, 0] = 1.0
+    speedups_K = 1 / (passes_KK @ np.array(verify_ratios))
+    return Draft(drafted=int(speedups_K.argmax()), speedup=float(speedups_K.max()))
 
 
 def needed_agreement(draft_s_over_parent_s: float, verify_ratios: Sequence[float]) -> float | None:
@@ -140,10 +144,3 @@ def _written(split: Split) -> Iterator[tuple[str, SourceTokens, int, Counts]]:
     for name, source in split.sources.items():
         assert source.own is not None, "how much the parent wrote is noted"
         yield name, source, split.own_after, source.own.numpy()
-
-
-def _best(
-    rounds_K: Floats, draft_s_over_parent_s: float, verify_ratios: Sequence[float], catch_ups_K: Floats | None = None
-) -> Draft:
-    found = draft_speedup(rounds_K, 1, draft_s_over_parent_s, verify_ratios, catch_ups_K)
-    return Draft(drafted=found.drafted, speedup=float(found.speedups_K[found.drafted]))

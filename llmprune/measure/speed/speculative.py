@@ -26,7 +26,16 @@ from transformers import PreTrainedModel
 from llmprune.core.errors import ModelError, RecipeError
 from llmprune.measure.quality.accepted import PromptLookup, leading_matches
 from llmprune.measure.speed.sessions import Session
-from llmprune.measure.speed.throughput import Spread, Workload, check_model, in_turns, sessions, steady_process
+from llmprune.measure.speed.throughput import (
+    Spread,
+    Workload,
+    check_model,
+    in_turns,
+    measure_paired,
+    sessions,
+    steady_process,
+)
+from llmprune.measure.speed.verifying import verify_costs
 
 _WARM_UP_ROUNDS = 2
 
@@ -45,8 +54,10 @@ class Written:
 
     ids: tuple[int, ...]
     """The new tokens; an end of text is the last of them."""
+    drafted: tuple[int, ...]
+    """Tokens that each round drafted; without a draft a round is a decode step, with 0."""
     accepted: tuple[int, ...]
-    """Drafted tokens that each round brought into the text; without a draft a round is a decode step, with 0."""
+    """Those of them that came into the text."""
     prefill_s: float
     """To read the prompt; the draft's reading of it included."""
     decode_s: float
@@ -140,6 +151,42 @@ def speculate(
     return Speculated(drafted, tuple(plain.written), tuple(speculative.written), tuple(divergences))
 
 
+@dataclass(frozen=True)
+class PassCosts:
+    """Passes of parent and draft, in decode steps of the parent.
+
+    To be measured beside the decoding that they foretell: a machine is not as fast at all times, and a draft that is
+    bound by arithmetic not by as much as a parent that is bound by memory.
+    """
+
+    step: float
+    """The draft's decode step; 0 for prompt lookup."""
+    step_of_two: float
+    """Its pass over two tokens, with which it begins behind a round that accepted all."""
+    verify: tuple[float, ...]
+    """The parent's passes over 1, 2, ... tokens with logits behind each; the first is 1."""
+
+    def speedup(self, found: Speculated) -> float:
+        """What the rounds that came about make of plain decoding."""
+        spent = 0.0
+        for written in found.speculative:
+            spent += sum(drafted * self.step + self.verify[drafted] for drafted in written.drafted)
+            full = zip(written.drafted[:-1], written.accepted[:-1], strict=True)
+            spent += (self.step_of_two - self.step) * sum(drafted == accepted for drafted, accepted in full)
+        return sum(len(written.ids) for written in found.speculative) / spent
+
+
+def pass_costs(
+    parent: PreTrainedModel, draft: PreTrainedModel, workload: Workload, drafted: int, looked_up: int, repeats: int
+) -> tuple[PassCosts, PassCosts]:
+    """Those of decoding with so many tokens of the draft a round, and of decoding with so many that are looked up."""
+    _, (speed,) = measure_paired(parent, [draft], workload, repeats)
+    verify = verify_costs(parent, workload, max(drafted, looked_up), repeats).medians
+    step = 1 / speed.decode_speedup.median
+    step_of_two = step * verify_costs(draft, workload, 1, repeats).medians[1]
+    return PassCosts(step, step_of_two, verify[: drafted + 1]), PassCosts(0.0, 0.0, verify[: looked_up + 1])
+
+
 class _Draft(Protocol):
     """Who guesses what the parent will write."""
 
@@ -208,23 +255,25 @@ class _Way:
         if self.draft is not None:
             self.draft.begin(prompt)
         prefilled = time.perf_counter()
-        text, goal, accepted = list(prompt), len(prompt) + new_tokens, list[int]()
+        text, goal, drafted, accepted = list(prompt), len(prompt) + new_tokens, list[int](), list[int]()
         while len(text) < goal and not (accepted and text[-1] in self.ends):
-            right, new = self._round(text)
+            guessed, right, new = self._round(text)
             new = self._within(new[: goal - len(text)])
+            drafted.append(guessed)
             accepted.append(min(right, len(new)))
             text += new
         decoded = time.perf_counter()
-        return Written(tuple(text[len(prompt) :]), tuple(accepted), prefilled - started, decoded - prefilled)
+        ids, seconds = tuple(text[len(prompt) :]), (prefilled - started, decoded - prefilled)
+        return Written(ids, tuple(drafted), tuple(accepted), *seconds)
 
-    def _round(self, text: Sequence[int]) -> tuple[int, list[int]]:
-        """How many guesses were right, and the tokens that follow the text."""
+    def _round(self, text: Sequence[int]) -> tuple[int, int, list[int]]:
+        """How many tokens were guessed, how many of them rightly, and the tokens that follow the text."""
         guesses = [] if self.draft is None else self.draft.guess(text, self.drafted)
         self.session.read([[text[-1], *guesses]], all_logits=True)
         own = self.session.likeliest()
         right = leading_matches(guesses, own)
         self.session.take_back(len(guesses) - right)
-        return right, own[: right + 1]
+        return len(guesses), right, own[: right + 1]
 
     def _within(self, new: list[int]) -> list[int]:
         """New tokens up to an end of text."""
