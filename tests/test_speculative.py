@@ -17,7 +17,15 @@ from transformers import PreTrainedModel
 from llmprune.core.errors import ModelError, RecipeError
 from llmprune.measure.quality.accepted import lookup_passes, rounds_of
 from llmprune.measure.speed.sessions import TorchSession
-from llmprune.measure.speed.speculative import Divergence, Lookup, Speculated, speculate
+from llmprune.measure.speed.speculative import (
+    Divergence,
+    Lookup,
+    PassCosts,
+    Speculated,
+    Written,
+    pass_costs,
+    speculate,
+)
 from llmprune.measure.speed.throughput import Workload
 
 PROMPT, NEW, DRAFTED = 6, 16, 3
@@ -200,7 +208,7 @@ def test_texts_that_part_are_told_with_how_near_the_tokens_were(twins: bool, mon
     assert (divergence.plain, divergence.speculative) == (right, wrong)
     with torch.inference_mode():
         logits_V = parent(torch.tensor([[*PROMPTS[0], *text[:position]]])).logits[0, -1]
-    assert divergence.margin == pytest.approx(float(logits_V[right] - logits_V[wrong]), abs=1e-4)
+    assert divergence.margin == pytest.pytest.approx(float(logits_V[right] - logits_V[wrong]), abs=1e-4)
     assert 0 <= divergence.rounding < 1e-4
 
 
@@ -221,3 +229,25 @@ def test_what_cannot_be_measured_is_refused() -> None:
         speculate(parent, smaller, EAGER, PROMPTS, 4, 2)
     with pytest.raises(ModelError, match="within max_position_embeddings=128, got 129"):
         speculate(parent, parent, EAGER, PROMPTS, 120, 3)
+
+
+def test_costs_of_passes_foretell_what_rounds_make_of_the_parent() -> None:
+    plain = Written((1, 2, 3, 4, 5, 6), (0,) * 6, (0,) * 6, 0.0, 6.0)
+    # Two of two right, one of two, and one more that ends the text; the second round's draft reads two tokens first.
+    written = Written((1, 2, 3, 4, 5, 6), (2, 2, 2), (2, 1, 0), 0.0, 4.0)
+    costs = PassCosts(step=0.25, step_of_two=0.4, verify=(1.0, 1.2, 1.5))
+    found = Speculated(2, (plain,), (written,), ())
+    assert costs.speedup(found) == pytest.approx(6 / (3 * (2 * 0.25 + 1.5) + 0.15))
+    # What looks up drafts in no time, and nothing where it finds nothing.
+    looked_up = replace(written, drafted=(2, 0, 2), accepted=(2, 0, 1))
+    free = PassCosts(0.0, 0.0, costs.verify)
+    assert free.speedup(Speculated(2, (plain,), (looked_up,), ())) == pytest.approx(6 / (2 * 1.5 + 1.0))
+
+
+def test_what_is_foretold_beside_decoding_is_near_what_it_takes() -> None:
+    parent, child = tiny_model(LLAMA), child_of(LLAMA)
+    of_draft, of_lookup = pass_costs(parent, child, EAGER, DRAFTED, 2, 1)
+    assert len(of_draft.verify) == DRAFTED + 1 and len(of_lookup.verify) == 3
+    assert of_draft.verify[0] == of_lookup.verify[0] == 1 and of_draft.step > 0 and of_draft.step_of_two > 0
+    found = speculate(parent, child, EAGER, PROMPTS, NEW, DRAFTED)
+    assert 0 < of_draft.speedup(found) <= (DRAFTED + 1) / min(of_draft.verify)

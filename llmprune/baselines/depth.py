@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 
 from llmprune.baselines.given import Given, Path, along
 from llmprune.baselines.match import AT
-from llmprune.baselines.uniform import parents_in_types
 from llmprune.choices.architecture import DROPPED, Architecture
 from llmprune.choices.dimensions import BLOCK_KINDS
 from llmprune.choices.space import Space
+from llmprune.search.warm_starts import parents_in_types
 
 
 def shortgpt(given: Given) -> Path:

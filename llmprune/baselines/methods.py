@@ -12,7 +12,7 @@ from llmprune.baselines.chance import best_of_random
 from llmprune.baselines.depth import blockpruner, may_drop, shortgpt, sleb, uniform_depth
 from llmprune.baselines.flap import compensation, flap, needs_bias
 from llmprune.baselines.given import Aim, Given, Path, along
-from llmprune.baselines.uniform import parents_in_types, uniform
+from llmprune.baselines.uniform import uniform
 from llmprune.blocks.library import BlockLibrary
 from llmprune.choices.architecture import Architecture
 from llmprune.choices.space import Space
@@ -21,6 +21,7 @@ from llmprune.core.recipe import BaselineName, EngineName, ImportanceRecipe
 from llmprune.formats.gguf_limits import gguf_mixes
 from llmprune.models.parent import Parent
 from llmprune.search.judging import Finish
+from llmprune.search.warm_starts import parents_in_types
 
 ALL_TABLES = 4
 """Passes over their tokens that all block tables take: block influence one, a forward and a backward pass three."""

@@ -6,10 +6,6 @@ from __future__ import annotations
 
 from llmprune.baselines.given import Given
 from llmprune.choices.architecture import Architecture
-from llmprune.choices.dimensions import BLOCK_KINDS, WHOLE_MODEL
-from llmprune.choices.space import Space
-from llmprune.choices.vocabulary import VocabularyChoice
-from llmprune.numerics.ggml import TYPES
 from llmprune.search.warm_starts import uniform_width
 from llmprune.tables.draw import SPEED_TOLERANCE
 
@@ -34,19 +30,3 @@ def uniform(given: Given, speedup: float) -> Architecture | None:
     better = sorted((a for a in fast if a not in near and estimated(a) < least), key=estimated)
     candidates = near + better[:FASTER]
     return candidates[0] if len(candidates) == 1 else given.best(candidates)
-
-
-def parents_in_types(space: Space) -> list[tuple[str, Architecture]]:
-    """The parent in each of the types that the space offers, as it would be quantised without being pruned, widest
-    first: all of it, and its blocks alone, as llama-quantize keeps embedding and output head wider where it can."""
-    shape, found = space.shape, []
-    every = [choice for kind in BLOCK_KINDS for choice in space.ladder(kind)]
-    for name in TYPES:
-        whole = [choice for choice in every if choice.stored == name and choice == choice.entered_as(shape)]
-        if len(whole) == len(BLOCK_KINDS):
-            changes = ((layer, choice) for layer in range(shape.layers) for choice in whole)
-            blocks = shape.architecture.with_choices(changes)
-            found.append((f"parent, blocks in {name}", blocks))
-            if (vocabulary := VocabularyChoice(name)) in space.vocabulary:
-                found.append((f"parent in {name}", blocks.with_choice(WHOLE_MODEL, vocabulary)))
-    return found

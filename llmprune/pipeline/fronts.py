@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from optuna.storages import BaseStorage
 
 from llmprune.baselines.contest import Entrant, choose_beside
-from llmprune.baselines.uniform import parents_in_types
 from llmprune.choices.architecture import Architecture
 from llmprune.core.budgets import parse_budget, parse_pick
 from llmprune.core.errors import ModelError, RunDirectoryError
@@ -28,7 +27,7 @@ from llmprune.search.front import candidates_for_front, holding_budgets, non_dom
 from llmprune.search.judging import Finish, Judge, quote
 from llmprune.search.samplers.guide import HOLDS_WITHIN
 from llmprune.search.trial_records import record_of
-from llmprune.search.warm_starts import MARGIN
+from llmprune.search.warm_starts import MARGIN, parents_in_types
 from llmprune.search.workers.studies import studies_of_run
 
 

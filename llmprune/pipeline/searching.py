@@ -27,11 +27,11 @@ from llmprune.search.samplers.guide import Guide
 from llmprune.search.samplers.make import GUIDED
 from llmprune.search.study import Report, SearchOutcome, finished_trials, join_study, open_study, prepare_study, work
 from llmprune.search.trial_records import check_records
-from llmprune.search.warm_starts import MARGIN, warm_starts
+from llmprune.search.warm_starts import MARGIN, parents_in_types, warm_starts
 from llmprune.search.workers.studies import Candidate, StudyFacts, check_inputs, elsewhere, studies_of_run
 from llmprune.tables.allocate import Allocator
 
-GUIDED_STARTS = ("parent", "path", "allocated", "uniform")
+GUIDED_STARTS = ("parent", "typed", "path", "allocated", "uniform")
 """Kinds of starting points of a guided sampler. Over a short way the knapsack at the parent may beat the path, whose
 later estimates are of fewer tokens."""
 
@@ -90,6 +90,9 @@ def start_study(run: Run, storage: BaseStorage, prepared: Prepared, judges: Judg
     study = open_study(storage, facts.name, rules, guide_for(run, prepared, judges, estimates))
     facts.write(study, rules.trials)
     path = walk_path(run, prepared, estimates)
+    if rules.objective == "draft":
+        # In fewer bits alone a parent may be its own best draft.
+        path = [*((f"typed-{name}", whole) for name, whole in parents_in_types(prepared.space)), *path]
     starts = warm_starts(prepared.scores, tables.influence, tables.costs, rules.phase, rules.targets, path)
     if rules.sampler in GUIDED:
         # They need somewhere to start from, and must not end behind the plainest child; a population needs variety.

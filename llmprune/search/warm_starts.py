@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmprune.choices.architecture import DROPPED, Architecture, LayerChoice
-from llmprune.choices.dimensions import BLOCK_KINDS
-from llmprune.choices.vocabulary import PARENTS_VOCABULARY
+from llmprune.choices.dimensions import BLOCK_KINDS, WHOLE_MODEL
+from llmprune.choices.space import Space
+from llmprune.choices.vocabulary import PARENTS_VOCABULARY, VocabularyChoice
+from llmprune.numerics.ggml import TYPES
 from llmprune.tables.allocate import Allocator, Scores
 from llmprune.tables.costs import CostTable
 
@@ -83,3 +85,19 @@ def depth_by_influence(influence: Sequence[float], costs: CostTable, phase: str,
         if costs.speedup(architecture, phase) >= speedup:
             return architecture
     return None
+
+
+def parents_in_types(space: Space) -> list[tuple[str, Architecture]]:
+    """The parent in each of the types that the space offers, as it would be quantised without being pruned, widest
+    first: all of it, and its blocks alone, as llama-quantize keeps embedding and output head wider where it can."""
+    shape, found = space.shape, []
+    every = [choice for kind in BLOCK_KINDS for choice in space.ladder(kind)]
+    for name in TYPES:
+        whole = [choice for choice in every if choice.stored == name and choice == choice.entered_as(shape)]
+        if len(whole) == len(BLOCK_KINDS):
+            changes = ((layer, choice) for layer in range(shape.layers) for choice in whole)
+            blocks = shape.architecture.with_choices(changes)
+            found.append((f"parent, blocks in {name}", blocks))
+            if (vocabulary := VocabularyChoice(name)) in space.vocabulary:
+                found.append((f"parent in {name}", blocks.with_choice(WHOLE_MODEL, vocabulary)))
+    return found
