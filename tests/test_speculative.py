@@ -208,7 +208,7 @@ def test_texts_that_part_are_told_with_how_near_the_tokens_were(twins: bool, mon
     assert (divergence.plain, divergence.speculative) == (right, wrong)
     with torch.inference_mode():
         logits_V = parent(torch.tensor([[*PROMPTS[0], *text[:position]]])).logits[0, -1]
-    assert divergence.margin == pytest.pytest.approx(float(logits_V[right] - logits_V[wrong]), abs=1e-4)
+    assert divergence.margin == pytest.approx(float(logits_V[right] - logits_V[wrong]), abs=1e-4)
     assert 0 <= divergence.rounding < 1e-4
 
 
